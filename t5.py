@@ -1,0 +1,479 @@
+"""The T5 encoder-decoder, written out, with a word table and a docid table in place of one vocabulary.
+
+Paper    section 2 (generative retrieval) and appendix C; the network is T5 v1.0 (Raffel et al., 2020)
+In       token ids of queries or documents (B, S); docid prefixes (B, T)
+Out      decoder hidden states (B, T, D); one row of K logits per docid position
+Next     mixlora.py replaces the feed-forward of the first decoder blocks; search.py decodes docids
+Differs  the released code extends one tied table to V + M * K rows and masks 46,436 of its 48,484 logits.
+         Here the words (V, D) and the codes (M, K, D) are two tensors and only the K logits of a position are
+         computed: the same loss, and the frozen encoder needs no gradient.
+
+Letters, for all files:
+B batch, S source length, T target length, D model width, H heads, Dh head width, F feed-forward width, V
+vocabulary, E experts, A active experts, r LoRA rank, M codebooks, K centroids, N documents, L mixed layers.
+"""
+
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Shape of the network; the defaults are T5-base's."""
+
+    vocab: int = 32128  # rows of the word table, V
+    width: int = 768  # D
+    head_width: int = 64  # Dh
+    heads: int = 12  # H
+    feed_forward: int = 3072  # F
+    encoder_blocks: int = 12
+    decoder_blocks: int = 12
+    buckets: int = 32  # relative position buckets
+    max_distance: int = 128  # beyond it all positions share the last bucket
+    dropout: float = 0.1
+    codebooks: int = 8  # M
+    centroids: int = 2048  # K
+
+    def __post_init__(self):
+        for item in fields(self):
+            value = getattr(self, item.name)
+            number = isinstance(value, (int, float))
+            if not (
+                number and 0 <= value < 1 if item.name == "dropout" else isinstance(value, int) and value > 0
+            ):
+                raise ValueError(
+                    f"T5 shape: found {item.name}={value}, wanted a positive integer (dropout: 0 <= p < 1)"
+                )
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32: no mean, no bias, epsilon 1e-6."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        return (self.weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-6))).to(x.dtype)
+
+
+def relative_bucket(offset: Tensor, bidirectional: bool, buckets: int, max_distance: int) -> Tensor:
+    """Bucket of each offset = key position - query position: exact when near, logarithmic when far.
+
+    The encoder splits the buckets between the two signs; the decoder only looks back.
+    """
+    bucket = torch.zeros_like(offset)
+    if bidirectional:
+        buckets //= 2
+        bucket += (offset > 0) * buckets
+        distance = offset.abs()
+    else:
+        distance = (-offset).clamp(min=0)
+    exact = buckets // 2
+    far = (
+        torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (buckets - exact)
+    )
+    return bucket + torch.where(distance < exact, distance, (exact + far.long()).clamp(max=buckets - 1))
+
+
+class RelativeBias(nn.Module):
+    """One learned bias per bucket and head, added to every self-attention score of a stack."""
+
+    def __init__(self, config: T5Config, bidirectional: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(config.buckets, config.heads) * config.width**-0.5)
+        self.bidirectional, self.max_distance = bidirectional, config.max_distance
+
+    def forward(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        """(Tq,), (Tk,) -> (1, H, Tq, Tk)."""
+        offset = key_positions[None, :] - query_positions[:, None]
+        bucket = relative_bucket(offset, self.bidirectional, len(self.weight), self.max_distance)
+        return F.embedding(bucket, self.weight).permute(2, 0, 1)[None]
+
+
+class Attention(nn.Module):
+    """Multi-head attention of T5: no linear biases, and no division of the scores by sqrt(Dh)."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        inner = config.heads * config.head_width
+        self.heads, self.dropout = config.heads, config.dropout
+        self.q = nn.Parameter(torch.randn(inner, config.width) * (config.width * config.head_width) ** -0.5)
+        self.k = nn.Parameter(torch.randn(inner, config.width) * config.width**-0.5)
+        self.v = nn.Parameter(torch.randn(inner, config.width) * config.width**-0.5)
+        self.o = nn.Parameter(torch.randn(config.width, inner) * inner**-0.5)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, T, H * Dh) -> (B, H, T, Dh)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, D) -> keys and values, each (B, H, T, Dh)."""
+        return self.split(x @ self.k.T), self.split(x @ self.v.T)
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """x (B, Tq, D) attends to keys and values (B, H, Tk, Dh); bias broadcasts to (B, H, Tq, Tk)."""
+        scores = self.split(x @ self.q.T) @ keys.transpose(-1, -2) + bias  # (B, H, Tq, Tk)
+        weights = F.softmax(scores.float(), dim=-1).to(x.dtype)
+        weights = F.dropout(weights, self.dropout, self.training)
+        return (weights @ values).transpose(1, 2).flatten(2) @ self.o.T  # (B, Tq, D)
+
+
+class FeedForward(nn.Module):
+    """W_out Drop(ReLU(W_in x)). Returns None beside it, where a mixed layer returns how it routed."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.w_in = nn.Parameter(torch.randn(config.feed_forward, config.width) * config.width**-0.5)
+        self.w_out = nn.Parameter(torch.randn(config.width, config.feed_forward) * config.feed_forward**-0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        u = F.dropout(F.relu(x @ self.w_in.T), self.dropout, self.training)  # (B, T, F)
+        return u @ self.w_out.T, None
+
+
+class EncoderBlock(nn.Module):
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.self_norm, self.self_attention = RMSNorm(config.width), Attention(config)
+        self.ff_norm, self.ff = RMSNorm(config.width), FeedForward(config)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """x (B, S, D), bias (B, H, S, S) of positions and padding."""
+        y = self.self_norm(x)
+        x = x + F.dropout(
+            self.self_attention(y, *self.self_attention.keys_values(y), bias), self.dropout, self.training
+        )
+        return x + F.dropout(self.ff(self.ff_norm(x))[0], self.dropout, self.training)
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.self_norm, self.self_attention = RMSNorm(config.width), Attention(config)
+        self.cross_norm, self.cross_attention = RMSNorm(config.width), Attention(config)
+        self.ff_norm, self.ff = RMSNorm(config.width), FeedForward(config)
+
+    def forward(self, x: Tensor, bias: Tensor, past, cross: tuple[Tensor, Tensor], cross_bias: Tensor):
+        """x (B, T, D), the newest T positions; past, their predecessors' keys and values (B, H, T', Dh) or
+        None.
+
+        cross holds the source's keys and values for B or, when R = B / queries beams share a query, for B / R
+        rows.
+        Returns x, the self-attention keys and values including the past, and what the feed-forward tells of
+        its routing.
+        """
+        y = self.self_norm(x)
+        keys, values = self.self_attention.keys_values(y)
+        if past is not None:
+            keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+        x = x + F.dropout(self.self_attention(y, keys, values, bias), self.dropout, self.training)
+        # Beams of one query are folded into the query dimension: (B * R, 1, D) -> (B, R, D), no key is
+        # copied.
+        y = self.cross_norm(x).reshape(len(cross[0]), -1, x.shape[-1])
+        y = self.cross_attention(y, *cross, cross_bias).reshape(x.shape)
+        x = x + F.dropout(y, self.dropout, self.training)
+        y, route = self.ff(self.ff_norm(x))
+        return x + F.dropout(y, self.dropout, self.training), (keys, values), route
+
+
+class T5(nn.Module):
+    """Encoder, decoder, word table (V, D), and docid table rq (M, K, D), tied between decoder input and
+    output.
+    """
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = config
+        self.word = nn.Parameter(torch.randn(config.vocab, config.width))
+        self.rq = nn.Parameter(torch.randn(config.codebooks, config.centroids, config.width))
+        self.encoder_bias = RelativeBias(config, bidirectional=True)
+        self.decoder_bias = RelativeBias(config, bidirectional=False)
+        self.encoder = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_blocks))
+        self.decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_blocks))
+        self.encoder_norm, self.decoder_norm = RMSNorm(config.width), RMSNorm(config.width)
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids (B, S), padded with 0 -> hidden states (B, S, D) and padding bias (B, 1, 1, S) for the
+        decoder.
+        """
+        x = self.drop(F.embedding(ids, self.word))
+        padding = torch.zeros(ids.shape, device=x.device).masked_fill(ids == 0, -1e9)[:, None, None, :]
+        position = torch.arange(ids.shape[1], device=x.device)
+        bias = self.encoder_bias(position, position) + padding  # (B, H, S, S)
+        for block in self.encoder:
+            x = block(x, bias)
+        return self.drop(self.encoder_norm(x)), padding
+
+    def cross_keys_values(self, source: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every decoder block's cross-attention, computed once per query."""
+        return [block.cross_attention.keys_values(source) for block in self.decoder]
+
+    def decode(self, x: Tensor, cross: list, padding: Tensor, past: list | None = None):
+        """Runs the decoder over T new positions.
+
+        Args:
+            x: (B, T, D) input embeddings of the new positions.
+            cross: from `cross_keys_values`; padding: the (B, 1, 1, S) bias from `encode`.
+            past: what an earlier call returned for the positions before these, or None.
+
+        Returns:
+            hidden states (B, T, D) after the final norm; keys and values of all positions so far, per block;
+            the routes of the mixed layers, in order (mixlora.Route, empty for a plain T5).
+        """
+        seen = past[0][0].shape[2] if past else 0
+        keys_at = torch.arange(seen + x.shape[1], device=x.device)
+        queries_at = keys_at[seen:]
+        causal = (keys_at[None, :] > queries_at[:, None]) * -1e9
+        bias = self.decoder_bias(queries_at, keys_at) + causal  # (1, H, T, seen + T)
+        present, routes = [], []
+        x = self.drop(x)
+        for i, block in enumerate(self.decoder):
+            x, keys_values, route = block(x, bias, past[i] if past else None, cross[i], padding)
+            present.append(keys_values)
+            if route is not None:
+                routes.append(route)
+        return self.drop(self.decoder_norm(x)), present, routes
+
+    def start(self, batch: int) -> Tensor:
+        """Input of the first decoder position: the pad word's row, (B, 1, D)."""
+        return self.word[0].expand(batch, 1, -1)
+
+    def docid_inputs(self, codes: Tensor) -> Tensor:
+        """Teacher forcing: docids (B, T) -> [start, code 1, .., code T-1] as embeddings (B, T, D)."""
+        before = [self.rq[m][codes[:, m]] for m in range(codes.shape[1] - 1)]
+        return torch.stack([self.start(len(codes))[:, 0].to(self.rq.dtype), *before], dim=1)
+
+    def docid_hidden(self, source: Tensor, padding: Tensor, codes: Tensor):
+        """Hidden states (B, M, D) that predict each code of the docids (B, M), and the mixed layers' routes."""
+        hidden, _, routes = self.decode(self.docid_inputs(codes), self.cross_keys_values(source), padding)
+        return hidden, routes
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Dense representation (B, D): the decoder's hidden state after its start token. Paper appendix C,
+        Eq. 8.
+        """
+        source, padding = self.encode(ids)
+        return self.decode(self.start(len(ids)), self.cross_keys_values(source), padding)[0][:, 0]
+
+    def word_logits(self, hidden: Tensor) -> Tensor:
+        """Published T5's tied language-model head, with its D^-1/2 scale: (B, T, D) -> (B, T, V)."""
+        return hidden * self.config.width**-0.5 @ self.word.T
+
+
+def segment_logits(hidden: Tensor, rq: Tensor) -> Tensor:
+    """z_m = h_m C_m^T, the only K logits that the paper's mask leaves at position m (Eq. 4-5); no D^-1/2
+    scale.
+
+    hidden (B, T, D), rq (T, K, D) -> (B, T, K).
+    """
+    return (hidden.transpose(0, 1) @ rq.transpose(1, 2)).transpose(0, 1)
+
+
+@torch.no_grad()
+def start_from_lsa(
+    model: T5, documents: Tensor, std: float = 0.5, residual: float = 0.1, gain: float = 4.0
+) -> None:
+    """Starts a T5 that has no published weights as a latent semantic index of D_0, in place. Ours.
+
+    Each word row is its row of the truncated SVD of D_0's TF-IDF matrix (V, N), to standard deviation `std`;
+    the last of the D columns holds ln(idf) instead. The first decoder block's cross-attention looks that
+    column up, so that it weights words by idf, and passes their sum on (O = gain * V^T, V orthogonal). All
+    other sub-layers start small (`residual`). The dense representation is then the idf-weighted mean of the
+    words' rows: retrieval works from step 0.
+
+    Args:
+        documents: (N, S) token ids of D_0, padded with 0.
+    """
+    config, width = model.config, model.config.width
+    row = torch.arange(len(documents))[:, None].expand_as(documents)[documents > 0]
+    counts = torch.zeros(config.vocab, len(documents)).index_put_(
+        (documents[documents > 0], row), torch.ones(()), True
+    )
+    idf = torch.log((1 + len(documents)) / (1 + (counts > 0).sum(1)))  # (V,)
+    tf_idf = F.normalize(counts.log1p() * idf[:, None], dim=0)
+    rank = min(width - 1, *tf_idf.shape)
+    u, s, _ = torch.svd_lowrank(tf_idf, q=rank, niter=4)
+    rows = torch.randn(config.vocab, width) * 1e-4  # direction of the words that D_0 lacks
+    rows[:, :rank] += u * s.sqrt()
+    rows = F.normalize(rows, dim=1) * std * width**0.5
+    rows[:, -1] = std * idf.clamp(min=0.05).log()
+    rows[0] = 0  # the start token carries nothing but a query for the idf column
+    rows[0, -1] = std * width**0.5
+    model.word.copy_(rows.to(model.word))
+
+    for block in [*model.encoder, *model.decoder]:
+        block.self_attention.o *= residual
+        block.ff.w_out *= residual
+    for block in model.decoder[1:]:
+        block.cross_attention.o *= residual
+    first = model.decoder[0].cross_attention
+    first.v.copy_(nn.init.orthogonal_(torch.empty_like(first.v)))
+    first.o.copy_(gain * first.v.T)
+    first.k *= residual
+    query = F.normalize(
+        first.q[:, -1].unflatten(0, (first.heads, -1)), dim=-1
+    ).flatten()  # one unit vector per head
+    first.q[:, -1] = query / width**0.5  # RMSNorm turns the start row's last entry into D^1/2
+    first.k[:, -1] = query
+
+
+# ------------------------------------------------------------------------------------- published weight files
+
+ENCODER_NAMES = {
+    "self_norm.weight": "layer.0.layer_norm.weight",
+    "self_attention.q": "layer.0.SelfAttention.q.weight",
+    "self_attention.k": "layer.0.SelfAttention.k.weight",
+    "self_attention.v": "layer.0.SelfAttention.v.weight",
+    "self_attention.o": "layer.0.SelfAttention.o.weight",
+    "ff_norm.weight": "layer.1.layer_norm.weight",
+    "ff.w_in": "layer.1.DenseReluDense.wi.weight",
+    "ff.w_out": "layer.1.DenseReluDense.wo.weight",
+}
+DECODER_NAMES = {ours: theirs.replace("layer.1", "layer.2") for ours, theirs in ENCODER_NAMES.items()} | {
+    "cross_norm.weight": "layer.1.layer_norm.weight",
+    "cross_attention.q": "layer.1.EncDecAttention.q.weight",
+    "cross_attention.k": "layer.1.EncDecAttention.k.weight",
+    "cross_attention.v": "layer.1.EncDecAttention.v.weight",
+    "cross_attention.o": "layer.1.EncDecAttention.o.weight",
+}
+BIAS_NAME = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+COPIES = {
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "lm_head.weight",
+}  # of shared.weight, in v1.0
+# Left in t5-small's and t5-base's files by their conversion; no such bias exists in the network.
+STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+
+
+def published_names(config: T5Config) -> dict[str, str]:
+    """Our parameter name -> the published one, for every tensor but `rq`, which no published file has."""
+    names = {"word": "shared.weight"}
+    for stack, blocks, table in (
+        ("encoder", config.encoder_blocks, ENCODER_NAMES),
+        ("decoder", config.decoder_blocks, DECODER_NAMES),
+    ):
+        names[f"{stack}_bias.weight"] = f"{stack}.{BIAS_NAME}"
+        names[f"{stack}_norm.weight"] = f"{stack}.final_layer_norm.weight"
+        for i in range(blocks):
+            names |= {f"{stack}.{i}.{ours}": f"{stack}.block.{i}.{theirs}" for ours, theirs in table.items()}
+    return names
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file: 8 bytes of header length, a JSON header, then the raw little-endian
+    data.
+    """
+    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    data = bytearray(path.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8 : 8 + size])
+        header.pop("__metadata__", None)
+        body = memoryview(data)[8 + size :]
+        tensors = {}
+        for name, item in header.items():
+            start, end = item["data_offsets"]
+            if not 0 <= start <= end <= len(body):
+                raise ValueError(f"tensor {name} ends at byte {end} of {len(body)}")
+            flat = torch.frombuffer(body[start:end], dtype=types[item["dtype"]])
+            tensors[name] = flat.reshape(item["shape"])
+        return tensors
+    except (ValueError, KeyError, TypeError, RuntimeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: not a whole safetensors file of float tensors ({error}); fetch it again"
+        ) from None
+
+
+def read_published(folder: Path, codebooks: int, centroids: int, dropout: float | None = None) -> T5:
+    """A T5 v1.0 from `config.json` and `model.safetensors` or `pytorch_model.bin`, its docid table still
+    random.
+
+    Raises ValueError where a file is missing, a tensor is missing, unknown or of another shape, or the config
+    is of a network that this file does not write out (gated feed-forward, untied head).
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"found no {path}; --t5 wants a folder with config.json and the weights")
+    try:
+        given = json.loads(path.read_text())
+        if given.get("feed_forward_proj", "relu") != "relu" or not given.get("tie_word_embeddings", True):
+            raise ValueError("found a gated or untied T5 (v1.1); wanted T5 v1.0 with ReLU and a tied head")
+        config = T5Config(
+            vocab=given["vocab_size"],
+            width=given["d_model"],
+            head_width=given["d_kv"],
+            heads=given["num_heads"],
+            feed_forward=given["d_ff"],
+            encoder_blocks=given["num_layers"],
+            decoder_blocks=given.get("num_decoder_layers") or given["num_layers"],
+            buckets=given["relative_attention_num_buckets"],
+            max_distance=given.get("relative_attention_max_distance", 128),
+            dropout=given["dropout_rate"] if dropout is None else dropout,
+            codebooks=codebooks,
+            centroids=centroids,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not the config of a T5 v1.0 ({error})") from None
+    if (folder / "model.safetensors").is_file():
+        tensors = read_safetensors(folder / "model.safetensors")
+    elif (folder / "pytorch_model.bin").is_file():
+        path = folder / "pytorch_model.bin"
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{path}: cannot be read ({reason}); fetch it again") from None
+    else:
+        raise ValueError(f"found neither model.safetensors nor pytorch_model.bin in {folder}")
+    model = T5(config)
+    load_published(model, tensors)
+    return model
+
+
+@torch.no_grad()
+def load_published(model: T5, tensors: dict[str, Tensor]) -> None:
+    """Copies published tensors into the model by name; every tensor of the file and of the model is accounted
+    for.
+    """
+    names = published_names(model.config)
+    shared = tensors.get("shared.weight", next((tensors[name] for name in COPIES if name in tensors), None))
+    if shared is not None:
+        tensors = tensors | {"shared.weight": shared}
+    missing = set(names.values()) - set(tensors)
+    unknown = set(tensors) - set(names.values()) - COPIES - {STRAY}
+    if missing or unknown:
+        raise ValueError(f"published weights: missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}")
+    for name in COPIES & set(tensors):
+        if not torch.equal(tensors[name], shared):
+            raise ValueError(f"published weights: {name} differs from shared.weight; wanted a tied T5 v1.0")
+    parameters = dict(model.named_parameters())
+    for ours, theirs in names.items():
+        if parameters[ours].shape != tensors[theirs].shape:
+            found, wanted = tuple(tensors[theirs].shape), tuple(parameters[ours].shape)
+            raise ValueError(f"published weights: {theirs} has shape {found}, wanted {wanted}")
+        parameters[ours].copy_(tensors[theirs])
+
+
+def to_published(model: T5) -> dict[str, Tensor]:
+    """The model's tensors under their published names (without the docid table), as `pytorch_model.bin` holds
+    them.
+    """
+    parameters = dict(model.named_parameters())
+    return {
+        theirs: parameters[ours].detach().clone() for ours, theirs in published_names(model.config).items()
+    }
