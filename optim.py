@@ -1,0 +1,91 @@
+"""The optimisation loop that every stage shares: schedule, gradient clipping, AdamW, progress.
+
+Paper    appendix E: AdamW, linear warm-up and decay to zero, gradient norm clipped at 1, no decay of RMSNorm
+         weights
+In       named parameters that train, a function that gives the loss of the next batch
+Out      the parameters, changed in place
+Next     dense.py and train.py call it
+Differs  plain AdamW where the released code has an 8-bit one; frozen tensors are never handed to it
+"""
+
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float) -> list[dict]:
+    """AdamW groups of the parameters that train (requires_grad, not empty); RMSNorm weights are not decayed."""
+    named = [(name, p) for name, p in named if p.requires_grad and p.numel()]
+    norms = [p for name, p in named if name.endswith("norm.weight")]
+    others = [p for name, p in named if not name.endswith("norm.weight")]
+    groups = [
+        dict(params=others, lr=lr, weight_decay=weight_decay),
+        dict(params=norms, lr=lr, weight_decay=0.0),
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def linear_schedule(step: int, steps: int, warmup: int) -> float:
+    """Factor of the peak rate at a step: up from 1/warmup to 1, then down to 0 after the last step."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return (steps - step) / max(1, steps - warmup)
+
+
+def fit(
+    what: str,
+    groups: list[dict],
+    steps: int,
+    warmup: float,
+    clip: float,
+    next_loss: Callable[[], tuple[Tensor, dict[str, Tensor], int]],
+    log,
+    before_clip: Callable[[], None] = lambda: None,
+    after_step: Callable[[], None] = lambda: None,
+) -> float:
+    """Runs `steps` optimiser steps and reports them.
+
+    Args:
+        what: the stage's name in the log, as "D2".
+        warmup: share of the steps.
+        next_loss: draws a batch; returns the loss, its terms by name (as weighted in it), its number of queries.
+        before_clip, after_step: what else touches gradients (slow learner) or parameters (unit router rows).
+
+    Returns:
+        the last step's loss.
+    """
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    begin, queries, value = time.monotonic(), 0, float("nan")
+    for step in range(steps):
+        factor = linear_schedule(step, steps, max(1, round(warmup * steps)))
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = peak * factor
+        loss, terms, count = next_loss()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        before_clip()
+        norm = nn.utils.clip_grad_norm_(trained, clip)
+        optimizer.step()
+        after_step()
+
+        queries += count
+        last = step + 1 == steps
+        if step % 10 == 0 or last:
+            value, seconds = loss.item(), time.monotonic() - begin
+            numbers = {name: float(term.detach()) for name, term in terms.items()}
+            parts = " ".join(f"{name} {number:.3f}" for name, number in numbers.items())
+            rate, left = queries / seconds, seconds / (step + 1) * (steps - step - 1)
+            log.progress(
+                f"{what} step {step + 1}/{steps} | loss {value:.3f} ({parts}) | lr {max(peaks) * factor:.1e} | "
+                f"{rate:.0f} q/s | ETA {left:.0f} s",
+                last,
+            )
+            log.metrics(
+                stage=what, step=step + 1, loss=value, **numbers, lr=max(peaks) * factor, gradient_norm=norm,
+                queries_per_second=rate,
+            )  # fmt: skip
+    return value

@@ -1,0 +1,235 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from optim import fit, linear_schedule, parameter_groups
+from t5 import T5, T5Config
+
+
+class Lines:
+    """Stands in for run.Log and keeps what it is told."""
+
+    def __init__(self):
+        self.progressed, self.measured = [], []
+
+    def progress(self, text: str, last: bool = False) -> None:
+        self.progressed.append((text, last))
+
+    def metrics(self, **values) -> None:
+        self.measured.append(values)
+
+
+def group(*parameters: nn.Parameter, lr: float = 0.1, weight_decay: float = 0.0) -> list[dict]:
+    return [{"params": list(parameters), "lr": lr, "weight_decay": weight_decay}]
+
+
+def run(groups: list[dict], steps: int, loss_of, warmup: float = 0.0, clip: float = 1e9, **hooks) -> Lines:
+    lines = Lines()
+
+    def next_loss():
+        loss = loss_of()
+        return loss, {"whole": loss}, 3
+
+    fit("stage", groups, steps, warmup, clip, next_loss, lines, **hooks)
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------- schedule
+
+
+def test_linear_schedule_by_hand():
+    found = [linear_schedule(step, 10, 4) for step in range(10)]
+    assert found == pytest.approx([1 / 4, 2 / 4, 3 / 4, 1, 6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert linear_schedule(10, 10, 4) == 0  # after the last step
+    assert [linear_schedule(0, 1, 1)] == [1.0]
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 200).flatmap(lambda steps: st.tuples(st.just(steps), st.integers(1, steps))))
+def test_schedule_rises_to_one_in_the_warm_up_then_falls_and_never_is_zero(shape):
+    steps, warmup = shape
+    factors = [linear_schedule(step, steps, warmup) for step in range(steps)]
+    assert factors[warmup - 1] == max(factors) == 1 and min(factors) > 0
+    assert factors[:warmup] == sorted(factors[:warmup]) and factors[warmup:] == sorted(
+        factors[warmup:], reverse=True
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- groups
+
+
+def test_groups_hold_each_training_parameter_once_and_nothing_else():
+    model = T5(T5Config(20, 8, 4, 2, 16, 1, 1, codebooks=2, centroids=4))
+    model.word.requires_grad_(False)
+    model.nothing = nn.Parameter(torch.empty(0, 8))
+    groups = parameter_groups(model.named_parameters(), 1e-3, 0.01)
+    held = [id(p) for g in groups for p in g["params"]]
+    wanted = {id(p) for p in model.parameters() if p is not model.word and p is not model.nothing}
+    assert len(held) == len(set(held)) and set(held) == wanted
+    assert all(g["lr"] == 1e-3 for g in groups)
+
+
+def test_rms_norm_weights_alone_are_not_decayed():
+    model = T5(T5Config(20, 8, 4, 2, 16, 1, 2, codebooks=2, centroids=4))
+    groups = parameter_groups(model.named_parameters(), 1e-3, 0.01)
+    undecayed = {id(p) for g in groups if g["weight_decay"] == 0 for p in g["params"]}
+    norms = {
+        id(p) for module in model.modules() if type(module).__name__ == "RMSNorm" for p in module.parameters()
+    }
+    assert len(norms) == 2 + 2 * 3 + 2 and undecayed == norms
+    assert {g["weight_decay"] for g in groups} == {0.0, 0.01}
+
+
+def test_group_without_parameters_is_left_out():
+    w = nn.Parameter(torch.ones(2))
+    assert len(parameter_groups([("a.weight", w)], 0.1, 0.01)) == 1
+    assert len(parameter_groups([("self_norm.weight", w)], 0.1, 0.01)) == 1
+    assert parameter_groups([("w", nn.Parameter(torch.ones(2), requires_grad=False))], 0.1, 0.01) == []
+
+
+# -------------------------------------------------------------------------------------------------------- fit
+
+
+def test_fit_under_a_constant_gradient_moves_by_the_scheduled_rate_each_step():
+    """Where the gradient stays, AdamW moves by the rate times its sign, so the path is known by hand."""
+    w = nn.Parameter(torch.tensor([1.0, -1.0]))
+    path = []
+    run(
+        group(w, lr=0.1), 10, lambda: (w * torch.tensor([3.0, -3.0])).sum(), 0.4,
+        after_step=lambda: path.append(w[0].item()),
+    )  # fmt: skip
+    rates = torch.tensor([1 / 4, 2 / 4, 3 / 4, 1, 6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]) * 0.1
+    assert path == pytest.approx((1 - rates.cumsum(0)).tolist(), abs=1e-5)
+    assert w[1].item() == pytest.approx(-path[-1], abs=1e-6)
+
+
+def test_fit_equals_a_plain_loop_of_adamw():
+    torch.manual_seed(0)
+    data, start = torch.randn(20, 4), torch.randn(4)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    order = iter(data)
+    run(group(ours, lr=0.05, weight_decay=0.1), 20, lambda: (ours @ next(order)).pow(2), 0.25, clip=0.7)
+
+    optimizer = torch.optim.AdamW([theirs], lr=0.05, weight_decay=0.1, fused=False)
+    for step, x in enumerate(data):
+        optimizer.param_groups[0]["lr"] = 0.05 * min((step + 1) / 5, (20 - step) / 15)
+        optimizer.zero_grad()
+        (theirs @ x).pow(2).backward()
+        theirs.grad *= min(1.0, 0.7 / theirs.grad.norm().item())
+        optimizer.step()
+    assert not torch.allclose(ours, start, atol=0.1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_groups_keep_their_own_peak_rate():
+    a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    run(group(a, lr=0.1) + group(b, lr=0.001), 5, lambda: (a + b).sum(), 0.2)
+    factors = sum(linear_schedule(step, 5, 1) for step in range(5))
+    assert a.item() == pytest.approx(-0.1 * factors, rel=1e-4)
+    assert b.item() == pytest.approx(-0.001 * factors, rel=1e-4)
+
+
+def test_fit_moves_only_what_it_is_handed():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    before = [p.detach().clone() for p in net.parameters()]
+    run(group(*net[1].parameters(), weight_decay=0.1), 5, lambda: net(torch.ones(2, 3)).pow(2).sum())
+    moved = [not torch.equal(p, q) for p, q in zip(net.parameters(), before)]
+    assert moved == [False, False, True, True]
+
+
+def test_hooks_run_once_a_step_around_clipping():
+    w = nn.Parameter(torch.ones(4))
+    events, raw, clipped = [], [], []
+
+    def loss():
+        events.append("loss")
+        return (w * 50).sum()
+
+    def before():
+        events.append("before")
+        raw.append(w.grad.norm().item())
+
+    def after():
+        events.append("after")
+        clipped.append(w.grad.norm().item())
+
+    run(group(w), 3, loss, clip=1.0, before_clip=before, after_step=after)
+    assert events == ["loss", "before", "after"] * 3
+    assert raw == pytest.approx([100.0] * 3)  # whole, and not added up over steps
+    assert clipped == pytest.approx([1.0] * 3, rel=1e-4)
+
+
+def test_gradient_that_before_clip_takes_away_moves_nothing():
+    w = nn.Parameter(torch.ones(3))
+    run(group(w), 4, lambda: w.sum(), before_clip=lambda: w.grad[1:].zero_())
+    assert w[0] < 1 and w[1:].tolist() == [1.0, 1.0]
+
+
+def test_parameter_that_after_step_resets_stays():
+    w = nn.Parameter(torch.ones(2))
+
+    @torch.no_grad()
+    def reset():
+        w[0] = 5.0
+
+    run(group(w), 3, lambda: w.sum(), after_step=reset)
+    assert w[0] == 5 and w[1] < 1
+
+
+@pytest.mark.parametrize("clip, wanted", [(1.0, 1.0), (2.0, 2.0), (100.0, 5.0)])
+def test_clipping_bounds_the_norm_over_all_parameters_and_lets_small_gradients_be(clip, wanted):
+    a, b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    norms = []
+    lines = run(
+        group(a) + group(b), 1, lambda: (3 * a + 4 * b).sum(), clip=clip,
+        after_step=lambda: norms.append(math.hypot(a.grad.item(), b.grad.item())),
+    )  # fmt: skip
+    assert norms == pytest.approx([wanted], rel=1e-4)
+    assert float(lines.measured[0]["gradient_norm"]) == pytest.approx(5.0)  # the log shows it before clipping
+
+
+def test_log_holds_every_tenth_step_and_the_last():
+    w = nn.Parameter(torch.ones(1))
+    for steps, wanted in ((1, [1]), (7, [1, 7]), (11, [1, 11]), (25, [1, 11, 21, 25])):
+        lines = run(group(w), steps, lambda: w.sum())
+        assert [values["step"] for values in lines.measured] == wanted
+        assert [last for _, last in lines.progressed] == [False] * (len(wanted) - 1) + [True]
+        assert lines.progressed[-1][0].startswith(f"stage step {steps}/{steps} | loss ")
+
+
+def test_log_tells_loss_terms_and_rate_of_the_step():
+    w, lines = nn.Parameter(torch.tensor([2.0])), Lines()
+
+    def next_loss():
+        terms = {"ce": w.sum(), "kl": 0.5 * w.sum()}
+        return sum(terms.values()), terms, 4
+
+    value = fit("D1", group(w, lr=0.3), 1, 0.0, 10.0, next_loss, lines)
+    assert value == 3.0  # taken before the step
+    (found,) = lines.measured
+    assert (found["stage"], found["loss"], found["ce"], found["kl"]) == ("D1", 3.0, 2.0, 1.0)
+    assert found["lr"] == pytest.approx(0.3) and found["queries_per_second"] > 0
+    assert "D1 step 1/1 | loss 3.000 (ce 2.000 kl 1.000) | lr 3.0e-01 |" in lines.progressed[0][0]
+
+
+def test_fit_returns_the_last_step_s_loss():
+    w, losses = nn.Parameter(torch.tensor([2.0])), []
+
+    def next_loss():
+        loss = w.pow(2).sum()
+        losses.append(loss.item())
+        return loss, {}, 1
+
+    assert fit("x", group(w), 15, 0.1, 1.0, next_loss, Lines()) == losses[-1] < losses[0]
+    assert len(losses) == 15
+
+
+def test_no_step_changes_nothing_and_gives_no_loss():
+    w = nn.Parameter(torch.ones(1))
+    assert math.isnan(fit("x", group(w), 0, 0.1, 1.0, lambda: pytest.fail("drew a batch"), Lines()))
+    assert w.item() == 1
