@@ -1,0 +1,188 @@
+"""Residual quantisation: document embeddings become docids, and docids a trie.
+
+Paper    section 2 and appendix C, Eq. 9: e_d is approximated by the sum of one centroid per codebook
+In       D_0's embeddings (N, D); later the embeddings of D_t, never refitted
+Out      codebooks (M, K, D), docids (N, M), a report of collisions, the prefix trie of all indexed docids
+Next     train.py starts the docid table from the codebooks; search.py walks the trie
+Differs  the small preset fits the codebooks on embeddings of D_0's pseudo-queries too (train.py, `rq_pseudo`);
+         faiss's ResidualQuantizer grows its k-means through ten PCA dimensions; here each level is one
+         k-means of faiss on the residuals of the beam, and encoding and decoding are written out
+"""
+
+import math
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+
+ITERATIONS = 25  # Lloyd iterations per level
+POINTS_PER_CENTROID = 256  # as faiss: more training points than this are sampled
+BATCH = 4096  # embeddings encoded together
+
+
+def fit(embeddings: Tensor, codebooks: int, centroids: int, seed: int, beam: int = 5) -> Tensor:
+    """Codebooks (M, K, D) of a residual quantiser: level m is k-means on what levels 1..m-1 leave of each
+    point (N, D).
+
+    As in faiss, level m sees the residuals of all `beam` partial encodings of a point, not of the best alone.
+    Raises ValueError where there are fewer points than centroids.
+    """
+    n, width = embeddings.shape
+    if n < centroids:
+        raise ValueError(
+            f"found {n} documents in D_0, fewer than K={centroids} centroids; pass --K {suggest(n)[1]}"
+        )
+    most = max(POINTS_PER_CENTROID * centroids, 100_000)  # k-means would sample that many anyway
+    if n > most:
+        chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most]
+        embeddings = embeddings[chosen]
+    books = torch.empty(0, centroids, width)
+    for m in range(codebooks):
+        partial = torch.cat([_beam_encode(part, books, beam) for part in embeddings.split(BATCH)])
+        residuals = embeddings[:, None] - decode(books, partial)  # (N, beam or 1, D)
+        points = np.ascontiguousarray(residuals.reshape(-1, width).numpy(), dtype=np.float32)
+        kmeans = faiss.Kmeans(
+            width, centroids, niter=ITERATIONS, seed=seed + m, max_points_per_centroid=POINTS_PER_CENTROID,
+            min_points_per_centroid=1,
+        )  # fmt: skip
+        kmeans.train(points)
+        books = torch.cat([books, torch.from_numpy(kmeans.centroids.reshape(1, centroids, width).copy())])
+    return books
+
+
+def encode(embeddings: Tensor, books: Tensor, beam: int = 5, batch: int = BATCH) -> Tensor:
+    """Docids (N, M) int64 of embeddings (N, D): the best of a beam search for the least squared error.
+
+    With beam 1 this is the greedy argmin_k || residual - C^m[k] ||^2, level by level.
+    """
+    return torch.cat([_beam_encode(part, books, beam)[:, 0] for part in embeddings.split(batch)])
+
+
+def _beam_encode(x: Tensor, books: Tensor, beam: int) -> Tensor:
+    """(N, D) -> the `beam` best partial encodings of each row, (N, beam or fewer, m), best first."""
+    n, (_, centroids, width) = len(x), books.shape
+    codes = torch.empty(n, 1, 0, dtype=torch.long)
+    residual = x[:, None]  # (N, b, D)
+    for book in books:
+        # || r - c ||^2 = || r ||^2 - 2 <r, c> + || c ||^2
+        error = residual.pow(2).sum(-1, keepdim=True) - 2 * residual @ book.T + book.pow(2).sum(-1)
+        best = error.flatten(1).topk(min(beam, error[0].numel()), dim=1, largest=False).indices  # (N, b')
+        parent, code = best // centroids, best % centroids
+        codes = torch.cat(
+            [codes.gather(1, parent[..., None].expand(-1, -1, codes.shape[2])), code[..., None]], dim=2
+        )
+        residual = residual.gather(1, parent[..., None].expand(-1, -1, width)) - book[code]
+    return codes
+
+
+def decode(books: Tensor, codes: Tensor) -> Tensor:
+    """Docids (..., M) -> reconstructed embeddings (..., D), the sum of their centroids."""
+    out = torch.zeros(*codes.shape[:-1], books.shape[-1])
+    for m, book in enumerate(books):
+        out += book[codes[..., m]]
+    return out
+
+
+# ------------------------------------------------------------------------------------------------- collisions
+
+
+@dataclass
+class Report:
+    """How well docids tell documents apart."""
+
+    documents: int
+    distinct: float  # share of docids that exist once or stand for their group: distinct docids / documents
+    used: list[float]  # share of each codebook's centroids in use
+    entropy: list[float]  # bits per codebook, log2 K at most
+    error: float  # mean squared error relative to the embeddings' variance
+
+    def __str__(self) -> str:
+        used = " ".join(f"{100 * share:.0f}%" for share in self.used)
+        bits = " ".join(f"{h:.1f}" for h in self.entropy)
+        return (
+            f"{self.documents} documents, {100 * self.distinct:.1f}% distinct docids, relative error {self.error:.3f}, "
+            f"centroids used {used}, entropy {bits} bits"
+        )
+
+
+def report(embeddings: Tensor, books: Tensor, codes: Tensor) -> Report:
+    """Collisions, use and entropy of docids (N, M) of embeddings (N, D)."""
+    n, centroids = len(codes), books.shape[1]
+    used, entropy = [], []
+    for column in codes.T:
+        counts = torch.bincount(column, minlength=centroids).double()
+        p = counts[counts > 0] / n
+        used.append(len(p) / centroids)
+        entropy.append(max(0.0, float(-(p * p.log2()).sum())))
+    error = (embeddings - decode(books, codes)).pow(2).sum() / (embeddings - embeddings.mean(0)).pow(2).sum()
+    return Report(n, len(torch.unique(codes, dim=0)) / n, used, entropy, float(error))
+
+
+def suggest(n: int) -> tuple[int, int]:
+    """M and K for n documents: K a power of two with some 16 documents a centroid, and at least twice log2 n
+    bits.
+
+    >>> suggest(1551)
+    (4, 64)
+    """
+    centroids = 2 ** min(11, max(2, math.floor(math.log2(max(n, 64) / 16))))
+    return max(4, math.ceil(2 * math.log2(max(n, 2)) / math.log2(centroids))), centroids
+
+
+def require_distinct(found: Report, wanted: float = 0.95) -> None:
+    """Raises ValueError, with a suggestion of M and K, when fewer than `wanted` of D_0's docids are distinct."""
+    if found.distinct < wanted:
+        m, k = suggest(found.documents)
+        m = max(m, len(found.used) + 1)
+        raise ValueError(
+            f"only {100 * found.distinct:.1f}% of D_0's docids are distinct, wanted {100 * wanted:.0f}% ({found}). Use "
+            f"more or larger codebooks, as --M {m} --K {k}; if documents repeat, remove the copies"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- trie
+
+
+class Trie:
+    """The prefix tree of all docids, as sorted rows.
+
+    rows (N, M) holds the docids in lexicographic order and document (N,) the row of each in the stream; equal
+    docids stand in order of document. A node at depth m is a run of rows that share their first m codes;
+    starts[m] holds the first row of each depth-m node (and N at the end), so the children of a node are the
+    nodes of starts[m + 1] that begin inside its run.
+    """
+
+    def __init__(self, codes: Tensor, documents: Tensor | None = None):
+        """codes (N, M) int64; documents (N,) rows of the stream, 0..N-1 where None."""
+        documents = torch.arange(len(codes)) if documents is None else documents
+        order = torch.from_numpy(np.lexsort((documents.numpy(), *codes.numpy().T[::-1])))
+        self.rows, self.documents = codes[order], documents[order]
+        n = len(codes)
+        changed = torch.ones(n, dtype=torch.bool)  # row differs from the one before in its first m codes
+        changed[1:] = False
+        self.starts = [torch.tensor([0, n])]
+        for column in self.rows.T:
+            changed[1:] |= column[1:] != column[:-1]
+            self.starts.append(torch.cat([changed.nonzero()[:, 0], torch.tensor([n])]))
+
+    def add(self, codes: Tensor, documents: Tensor) -> "Trie":
+        """A new trie that holds these documents too."""
+        return Trie(torch.cat([self.rows, codes]), torch.cat([self.documents, documents]))
+
+    def children(self, depth: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Children of `nodes` (R,) at `depth`: their indices at depth + 1 and their codes, both (R, C).
+
+        C is the largest number of children; shorter rows end in index -1.
+        """
+        begin = torch.searchsorted(self.starts[depth + 1], self.starts[depth][nodes])
+        end = torch.searchsorted(self.starts[depth + 1], self.starts[depth][nodes + 1])
+        child = begin[:, None] + torch.arange(int((end - begin).max()))
+        valid = child < end[:, None]
+        code = self.rows[self.starts[depth + 1][child.clamp(max=len(self.starts[depth + 1]) - 2)], depth]
+        return child.masked_fill(~valid, -1), code
+
+    def at_leaf(self, leaf: int) -> list[int]:
+        """Documents (rows of the stream) that have this docid, ascending."""
+        return self.documents[self.starts[-1][leaf] : self.starts[-1][leaf + 1]].tolist()

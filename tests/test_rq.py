@@ -1,0 +1,263 @@
+"""The residual quantiser against faiss and brute force; the trie against a Python set."""
+
+import doctest
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rq
+from rq import Report, Trie, decode, encode, fit, report, require_distinct
+
+
+def clustered(n: int, width: int = 16, seed: int = 0) -> torch.Tensor:
+    """Points around 20 centres of unequal weight, as document embeddings cluster by topic."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 3 * torch.randn(20, width, generator=generator)
+    topic = torch.multinomial(torch.arange(1.0, 21), n, replacement=True, generator=generator)
+    return centres[topic] + torch.randn(n, width, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """1,500 points, and M=4 codebooks of K=32 fitted to them."""
+    x = clustered(1500)
+    return x, fit(x, codebooks=4, centroids=32, seed=0)
+
+
+def faiss_quantiser(books: torch.Tensor, beam: int):
+    """faiss's ResidualQuantizer with our codebooks in it."""
+    faiss = pytest.importorskip("faiss")
+    m, k, width = books.shape
+    quantiser = faiss.ResidualQuantizer(width, m, int(math.log2(k)))
+    faiss.copy_array_to_vector(books.numpy().ravel(), quantiser.codebooks)
+    quantiser.is_trained, quantiser.max_beam_size = True, beam
+    return quantiser
+
+
+def faiss_codes(quantiser, x: torch.Tensor) -> torch.Tensor:
+    faiss = pytest.importorskip("faiss")
+    packed = quantiser.compute_codes(x.numpy())
+    return torch.from_numpy(
+        faiss.unpack_bitstrings(packed, quantiser.M, quantiser.nbits.at(0)).astype(np.int64)
+    )
+
+
+def mse(x: torch.Tensor, books: torch.Tensor, codes: torch.Tensor) -> float:
+    return (x - decode(books, codes)).double().pow(2).sum(1).mean().item()
+
+
+# --------------------------------------------------------------------------------------------- encode, decode
+
+
+def test_greedy_encoding_equals_faiss_with_beam_1(fitted):
+    _, books = fitted
+    x = clustered(2000, seed=1)  # points the codebooks have not seen
+    assert torch.equal(encode(x, books, beam=1), faiss_codes(faiss_quantiser(books, 1), x))
+
+
+def test_greedy_encoding_is_the_nearest_centroid_of_each_residual(fitted):
+    x, books = fitted[0][:50], fitted[1]
+    for point, codes in zip(x, encode(x, books, beam=1)):
+        for book, code in zip(books, codes):
+            assert code == (point - book).norm(dim=1).argmin()
+            point = point - book[code]
+
+
+def test_beam_encoding_is_no_worse_than_faiss_and_better_than_greedy(fitted):
+    _, books = fitted
+    x = clustered(2000, seed=1)
+    ours, greedy = encode(x, books, beam=5), encode(x, books, beam=1)
+    theirs = faiss_codes(faiss_quantiser(books, 5), x)
+    assert mse(x, books, ours) <= mse(x, books, theirs) * (1 + 1e-6)
+    assert mse(x, books, ours) < 0.99 * mse(x, books, greedy)
+
+
+def test_a_beam_as_wide_as_all_codes_finds_the_least_error():
+    torch.manual_seed(0)
+    books, x = torch.randn(3, 4, 5), torch.randn(100, 5)
+    every = torch.cartesian_prod(*[torch.arange(4)] * 3)  # all 64 docids
+    best = torch.cdist(x.double(), decode(books, every).double()).argmin(1)
+    assert torch.equal(encode(x, books, beam=64), every[best])
+
+
+def test_encoding_by_hand():
+    books = torch.tensor([[[0.0, 0], [10, 0], [0, 10]], [[1.0, 0], [0, 1], [-2, -2]]])
+    x = torch.tensor([[10.0, 1.2], [0.9, 0], [-2, 8.5]])
+    assert encode(x, books, beam=1).tolist() == [[1, 1], [0, 0], [2, 2]]
+    assert decode(books, torch.tensor([[1, 1], [2, 2]])).tolist() == [[10, 1], [-2, 8]]
+
+
+def test_decode_is_the_sum_of_the_centroids(fitted):
+    _, books = fitted
+    codes = torch.randint(32, (3, 7, 4), generator=torch.Generator().manual_seed(0))
+    want = (
+        books[0, codes[..., 0]] + books[1, codes[..., 1]] + books[2, codes[..., 2]] + books[3, codes[..., 3]]
+    )
+    torch.testing.assert_close(decode(books, codes), want)
+    quantiser = faiss_quantiser(books, 1)
+    x = clustered(20)
+    theirs = torch.from_numpy(quantiser.decode(quantiser.compute_codes(x.numpy())))
+    torch.testing.assert_close(decode(books, encode(x, books, beam=1)), theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_encoding_does_not_depend_on_the_batch(fitted):
+    x, books = fitted
+    assert torch.equal(encode(x, books, batch=7), encode(x, books))
+
+
+# -------------------------------------------------------------------------------------------------------- fit
+
+
+def test_each_codebook_lowers_the_error(fitted):
+    x, books = fitted
+    errors = [mse(x, books[:m], encode(x, books[:m])) for m in range(1, 5)]
+    assert x.var(0, unbiased=False).sum() > errors[0] and errors == sorted(set(errors), reverse=True)
+    assert errors[3] < 0.5 * errors[0]
+
+
+def test_fit_is_decided_by_the_seed():
+    x = clustered(300)
+    a, b, c = (fit(x, codebooks=2, centroids=8, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_fit_is_no_worse_than_faiss_on_the_same_points(fitted):
+    faiss = pytest.importorskip("faiss")
+    x, books = fitted
+    theirs = faiss.ResidualQuantizer(16, 4, 5)
+    theirs.train(x.numpy())
+    error = np.square(x.numpy() - theirs.decode(theirs.compute_codes(x.numpy()))).sum(1).mean()
+    assert mse(x, books, encode(x, books)) <= 1.1 * error
+
+
+def test_as_many_centroids_as_points_leave_no_error():
+    x = clustered(16)
+    books = fit(x, codebooks=1, centroids=16, seed=0)
+    assert sorted(encode(x, books)[:, 0].tolist()) == list(range(16))
+    assert mse(x, books, encode(x, books)) < 1e-9
+
+
+def test_fewer_points_than_centroids_are_refused_with_a_k_that_fits():
+    with pytest.raises(ValueError, match=r"found 100 documents in D_0, fewer than K=128 .* --K 4$"):
+        fit(clustered(100), codebooks=2, centroids=128, seed=0)
+
+
+# ----------------------------------------------------------------------------------------------------- report
+
+
+def test_report_by_hand():
+    books = torch.zeros(2, 5, 2)
+    books[0, 1], books[1, 2] = torch.tensor([2.0, 0]), torch.tensor([0, 1.0])
+    codes = torch.tensor([[0, 0], [0, 0], [1, 2], [1, 3]])
+    x = torch.tensor(
+        [[0.0, 0], [0, 0], [2, 1], [2, 3]]
+    )  # only the last is off, by (0, 3); mean (1, 1), squares 4 + 6
+    found = report(x, books, codes)
+    assert (found.documents, found.distinct, found.used) == (4, 0.75, [0.4, 0.6])
+    assert found.entropy == pytest.approx([1.0, 1.5])  # (1/2, 1/2), and (1/2, 1/4, 1/4)
+    assert found.error == pytest.approx(9 / 10)
+    assert "4 documents, 75.0% distinct" in str(found) and "used 40% 60%, entropy 1.0 1.5 bits" in str(found)
+
+
+def test_one_docid_for_all_has_no_entropy():
+    found = report(torch.randn(5, 2), torch.zeros(1, 4, 2), torch.zeros(5, 1, dtype=torch.long))
+    assert (found.distinct, found.used, found.entropy) == (0.2, [0.25], [0.0])
+
+
+def test_too_many_collisions_are_refused_with_a_larger_docid():
+    found = Report(1000, 0.9, used=[1.0] * 6, entropy=[5.0] * 6, error=0.2)
+    with pytest.raises(ValueError, match=r"only 90.0% .* wanted 95%.* --M 7 --K 32"):
+        require_distinct(found)
+    require_distinct(found, wanted=0.9)  # exactly as many as wanted will do
+
+
+def test_suggested_docids_have_twice_the_bits_that_tell_documents_apart():
+    assert doctest.testmod(rq).failed == 0 and rq.suggest(1551) == (4, 64)
+    for n in (1, 5, 64, 1000, 98_743, 8_841_823):
+        m, k = rq.suggest(n)
+        assert m * math.log2(k) >= 2 * math.log2(n) and m >= 4 and k in [2**bits for bits in range(2, 12)]
+        assert n < 64 or 16 * k <= n  # sixteen documents a centroid to learn it from
+
+
+# ------------------------------------------------------------------------------------------------------- trie
+
+
+def brute_children(docids: list[tuple], prefix: tuple) -> list[int]:
+    return sorted({docid[len(prefix)] for docid in docids if docid[: len(prefix)] == prefix})
+
+
+def check_against_brute_force(trie: Trie, codes: list[tuple], documents: list[int]) -> None:
+    """Walks the whole trie level by level and compares every node's children, and every leaf's documents."""
+    prefixes = [()]
+    for depth in range(len(codes[0])):
+        child, code = trie.children(depth, torch.arange(len(prefixes)))
+        below = []
+        for prefix, row, row_codes in zip(prefixes, child.tolist(), code.tolist()):
+            valid = [(node, c) for node, c in zip(row, row_codes) if node >= 0]
+            assert [c for _, c in valid] == brute_children(codes, prefix)
+            assert row[len(valid) :] == [-1] * (len(row) - len(valid))
+            assert [node for node, _ in valid] == list(range(len(below), len(below) + len(valid)))
+            below += [(*prefix, c) for _, c in valid]
+        prefixes = below
+    assert prefixes == sorted(set(codes))
+    for leaf, docid in enumerate(prefixes):
+        assert trie.at_leaf(leaf) == sorted(doc for doc, code in zip(documents, codes) if code == docid)
+
+
+# few values, so that prefixes and whole docids repeat; up to five codes
+docids = st.integers(1, 5).flatmap(
+    lambda m: st.lists(st.tuples(*[st.integers(0, 2)] * m), min_size=1, max_size=30)
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(docids, st.randoms(use_true_random=False))
+def test_trie_equals_a_set_of_tuples(codes, random):
+    documents = random.sample(range(100), len(codes))
+    trie = Trie(torch.tensor(codes), torch.tensor(documents))
+    rows = list(zip(map(tuple, trie.rows.tolist()), trie.documents.tolist()))
+    assert rows == sorted(zip(codes, documents))
+    check_against_brute_force(trie, codes, documents)
+
+
+@settings(max_examples=50, deadline=None)
+@given(docids, st.randoms(use_true_random=False))
+def test_adding_documents_equals_building_from_all(codes, random):
+    documents, cut = random.sample(range(100), len(codes)), random.randint(1, len(codes))
+    codes, documents = torch.tensor(codes), torch.tensor(documents)
+    first = Trie(codes[:cut], documents[:cut])
+    before = first.rows.clone(), first.documents.clone()
+    added, whole = first.add(codes[cut:], documents[cut:]), Trie(codes, documents)
+    assert torch.equal(added.rows, whole.rows) and torch.equal(added.documents, whole.documents)
+    assert all(torch.equal(a, b) for a, b in zip(added.starts, whole.starts, strict=True))
+    assert torch.equal(first.rows, before[0]) and torch.equal(first.documents, before[1])
+
+
+def test_documents_are_numbered_by_row_where_none_are_given():
+    trie = Trie(torch.tensor([[1, 0], [0, 2], [1, 0]]))
+    assert [trie.at_leaf(leaf) for leaf in (0, 1)] == [[1], [0, 2]]
+
+
+def test_codes_sort_as_numbers_up_to_the_papers_k():
+    codes = torch.randint(2048, (500, 8), generator=torch.Generator().manual_seed(0))
+    codes[250:, :4] = codes[:250, :4]  # shared prefixes
+    trie = Trie(codes)
+    assert trie.rows.tolist() == sorted(codes.tolist())
+    check_against_brute_force(trie, list(map(tuple, codes.tolist())), list(range(500)))
+
+
+def test_one_document_is_one_path():
+    trie = Trie(torch.tensor([[3, 1, 2]]), torch.tensor([7]))
+    for depth, code in enumerate((3, 1, 2)):
+        child, found = trie.children(depth, torch.tensor([0]))
+        assert (child.tolist(), found.tolist()) == ([[0]], [[code]])
+    assert trie.at_leaf(0) == [7]
+
+
+def test_documents_that_all_share_a_docid_are_one_leaf():
+    trie = Trie(torch.tensor([[3, 1]] * 4), torch.tensor([9, 2, 5, 4]))
+    assert trie.at_leaf(0) == [2, 4, 5, 9] and [len(starts) for starts in trie.starts] == [2, 2, 2]
