@@ -1,0 +1,244 @@
+"""A mixture of LoRA experts beside the frozen feed-forward of the first decoder blocks.
+
+Paper    section 3.1, Eq. 3 and 10-12: cosine router, top-2 gates, align and repel losses
+In       the feed-forward's normalised input x (B, T, D)
+Out      its output (B, T, D) and a Route: router scores and gates (B, T, E), kept for losses and energies
+Next     ood.py reads the scores; train.py adds the losses and calls add_expert()
+Differs  top-2 is deterministic (the released code drops the second expert at random, also in evaluation), the
+         router row is normalised inside the forward instead of overwritten, all experts are computed as one
+         product, and what is frozen is a parameter of its own instead of a gradient mask. New router rows may
+         start from the mean of the out-of-distribution inputs (`ood_mean`), where the released code draws
+         them at random.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t5 import T5, FeedForward
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """Experts and router of every mixed layer. Defaults are the paper's."""
+
+    layers: int = 5  # the first decoder blocks
+    experts: int = 2  # per layer, at the start
+    rank: int = 8  # r
+    alpha: float = 16.0  # an expert's output is scaled by alpha / r
+    dropout: float = 0.05  # on an expert's input
+    active: int = 2  # A, experts per token
+    router: str = "cosine"  # or "linear"
+    lora_in_site: str = "post_act"  # add W_in's expert after ReLU, as the released code does, or "pre_act"
+
+    def __post_init__(self):
+        for name, wanted in (("router", ("cosine", "linear")), ("lora_in_site", ("post_act", "pre_act"))):
+            if getattr(self, name) not in wanted:
+                raise ValueError(f"found {name}={getattr(self, name)!r}, wanted one of {', '.join(wanted)}")
+        if self.experts < self.active:
+            raise ValueError(
+                f"found {self.experts} experts, wanted at least the {self.active} that each token uses"
+            )
+
+
+@dataclass
+class Route:
+    """What one mixed layer did: its router's view of every token."""
+
+    x: Tensor  # (B, T, D) router input: the normalised input of the feed-forward
+    scores: Tensor  # (B, T, E) float32, cosines or linear logits
+    gates: Tensor  # (B, T, E) float32, zero but for the active experts, summing to 1
+    router: Tensor  # (E, D) float32 router rows, the newest last
+    newest: int  # how many of the last rows train
+
+
+class Experts(nn.Module):
+    """E LoRA experts, stacked: `in` adapts W_in (F, D), `out` adapts W_out (D, F)."""
+
+    def __init__(self, experts: int, width: int, feed_forward: int, rank: int):
+        super().__init__()
+
+        def kaiming(
+            fan_in: int,
+        ) -> nn.Parameter:  # uniform with a = sqrt(5), as published: bound = fan_in^-1/2
+            return nn.Parameter((torch.rand(experts, rank, fan_in) * 2 - 1) * fan_in**-0.5)
+
+        self.in_a, self.in_b = kaiming(width), nn.Parameter(torch.zeros(experts, feed_forward, rank))
+        self.out_a, self.out_b = kaiming(feed_forward), nn.Parameter(torch.zeros(experts, width, rank))
+
+    def __len__(self) -> int:
+        return len(self.in_a)
+
+
+def mixed_delta(x: Tensor, a: Tensor, b: Tensor, gates: Tensor) -> Tensor:
+    """sum_e g_e B_e A_e x of every token, all experts in two products.
+
+    x (B, T, D), a (E, r, D), b (E, F, r), gates (B, T, E) -> (B, T, F).
+    """
+    experts, rank, _ = a.shape
+    z = x @ a.flatten(0, 1).T  # (B, T, E * r)
+    z = z.unflatten(-1, (experts, rank)) * gates[..., None].to(x.dtype)  # (B, T, E, r)
+    return z.flatten(-2) @ b.permute(0, 2, 1).flatten(0, 1)  # (E * r, F)
+
+
+def top_gates(scores: Tensor, active: int) -> Tensor:
+    """Softmax over all E experts, the `active` largest kept and rescaled to sum 1, the others 0: (.., E) ->
+    (.., E).
+    """
+    p = F.softmax(scores.float(), dim=-1)
+    top = p.topk(active, dim=-1)
+    return torch.zeros_like(p).scatter(-1, top.indices, top.values / top.values.sum(-1, keepdim=True))
+
+
+class MixedFeedForward(nn.Module):
+    """The plain feed-forward once, plus the gated sum of its experts' deltas.
+
+    Frozen experts and router rows are parameters apart from the trainable ones, so no optimiser ever holds
+    them.
+    """
+
+    def __init__(self, plain: FeedForward, config: MixConfig, frozen: int, trainable: int):
+        super().__init__()
+        feed_forward, width = plain.w_in.shape
+        self.plain, self.config, self.scale = plain, config, config.alpha / config.rank
+        self.old = Experts(frozen, width, feed_forward, config.rank).requires_grad_(False)
+        self.new = Experts(trainable, width, feed_forward, config.rank)
+        self.router_old = nn.Parameter(torch.randn(frozen, width) * width**-0.5, requires_grad=False)
+        self.router_new = nn.Parameter(torch.randn(trainable, width) * width**-0.5)
+
+    def __len__(self) -> int:
+        return len(self.old) + len(self.new)
+
+    def stacked(self, name: str) -> Tensor:
+        """One of the experts' four tensors, frozen and trainable together."""
+        return torch.cat([getattr(self.old, name), getattr(self.new, name)])
+
+    def route(self, x: Tensor) -> Route:
+        """Router scores and gates of x (B, T, D), in float32 whatever the precision around."""
+        with torch.autocast(x.device.type, enabled=False):
+            router = torch.cat([self.router_old, self.router_new]).float()  # (E, D)
+            if self.config.router == "cosine":
+                scores = F.normalize(x.float(), dim=-1) @ F.normalize(router, dim=-1).T  # cosine in [-1, 1]
+            else:
+                scores = x.float() @ router.T
+            return Route(x, scores, top_gates(scores, self.config.active), router, len(self.router_new))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Route]:
+        route = self.route(x)
+        drop = self.config.dropout if self.training else 0.0
+
+        def delta(y: Tensor, side: str) -> Tensor:
+            a, b = self.stacked(f"{side}_a"), self.stacked(f"{side}_b")
+            return self.scale * mixed_delta(F.dropout(y, drop, self.training), a, b, route.gates)
+
+        u = x @ self.plain.w_in.T
+        if self.config.lora_in_site == "pre_act":
+            u = F.dropout(F.relu(u + delta(x, "in")), self.plain.dropout, self.training)
+        else:
+            u = F.dropout(F.relu(u), self.plain.dropout, self.training) + delta(x, "in")
+        return u @ self.plain.w_out.T + delta(u, "out"), route
+
+    @torch.no_grad()
+    def freeze_all(self) -> None:
+        """Moves every trainable expert and router row to the frozen ones, bit by bit."""
+        for name in ("in_a", "in_b", "out_a", "out_b"):
+            setattr(self.old, name, nn.Parameter(self.stacked(name), requires_grad=False))
+            setattr(self.new, name, nn.Parameter(getattr(self.new, name)[:0].clone()))
+        self.router_old = nn.Parameter(torch.cat([self.router_old, self.router_new]), requires_grad=False)
+        self.router_new = nn.Parameter(self.router_new[:0].clone())
+
+    def add_expert(self, direction: Tensor | None = None) -> None:
+        """Freezes what is there and adds one trainable expert with B = 0, so that its delta starts at zero.
+
+        `direction` (D,) starts its router row; without one the row is drawn at random, as published.
+        """
+        self.freeze_all()
+        feed_forward, width = self.plain.w_in.shape
+        device = self.plain.w_in.device
+        self.new = Experts(1, width, feed_forward, self.config.rank).to(device)
+        row = torch.randn(width, device=device) if direction is None else direction.to(device)
+        self.router_new = nn.Parameter(F.normalize(row, dim=0)[None].clone())
+
+    @torch.no_grad()
+    def normalise_rows(self) -> None:
+        """Rescales the trainable router rows to unit length, after an optimiser step: their length has no
+        gradient.
+        """
+        if self.config.router == "cosine":
+            self.router_new.copy_(F.normalize(self.router_new, dim=-1))
+
+
+def add_mixture(
+    model: T5, config: MixConfig, frozen: list[int] | None = None, trainable: list[int] | None = None
+) -> None:
+    """Puts a mixed feed-forward into the first `config.layers` decoder blocks of a plain T5, `config.experts`
+    in each.
+
+    The counts of frozen and trainable experts per layer are given when a checkpoint is to be loaded.
+    Raises ValueError where the decoder has fewer blocks.
+    """
+    if config.layers > len(model.decoder):
+        raise ValueError(
+            f"found {len(model.decoder)} decoder blocks, wanted {config.layers} mixed layers; pass --layers"
+        )
+    frozen, trainable = frozen or [0] * config.layers, trainable or [config.experts] * config.layers
+    for block, n_frozen, n_trainable in zip(model.decoder, frozen, trainable):
+        block.ff = MixedFeedForward(block.ff, config, n_frozen, n_trainable).train(block.training)
+
+
+def mixed_layers(model: T5) -> list[MixedFeedForward]:
+    return [block.ff for block in model.decoder if isinstance(block.ff, MixedFeedForward)]
+
+
+# ---------------------------------------------------------------------------------------------- router losses
+
+
+def align_loss(route: Route, experts: int | None = None) -> Tensor:
+    """mean over tokens of 1 - cos(R_N, x): pulls the newest row towards its tokens. First term of Eq. 3.
+
+    `experts` rows from the end take part; by default the newest alone or, of two, both, as the released code
+    does.
+    """
+    experts = experts or (1 if len(route.router) > 2 else len(route.router))
+    cosine = F.normalize(route.x.float(), dim=-1) @ F.normalize(route.router[-experts:], dim=-1).T
+    return (1 - cosine).mean()
+
+
+def repel_loss(route: Route, reduction: str = "mean") -> Tensor:
+    """max(0, cos(R_j, R_N)) over older rows j: pushes the newest row from them. Second term of Eq. 3.
+
+    The paper sums over j; the released code, and so the default, takes the mean.
+    """
+    rows = F.normalize(route.router, dim=-1)
+    positive = (rows[:-1] @ rows[-1]).clamp(min=0)
+    return positive.sum() if reduction == "sum" else positive.mean()
+
+
+def balance_loss(route: Route) -> Tensor:
+    """N^2 mean_{b,e} f_{b,e} P_{b,e}: f share of a sequence's tokens whose first choice is e, P its mean
+    probability.
+    """
+    experts = route.scores.shape[-1]
+    chosen = F.one_hot(route.scores.argmax(-1), experts).float().mean(1)  # (B, E)
+    probability = F.softmax(route.scores, dim=-1).mean(1)  # (B, E)
+    return experts**2 * (chosen * probability).mean()
+
+
+def z_loss(route: Route) -> Tensor:
+    """mean over tokens of logsumexp_e(scores)^2: keeps a linear router's logits small."""
+    return route.scores.logsumexp(-1).pow(2).mean()
+
+
+def first_choice_share(scores: Tensor) -> Tensor:
+    """Share of tokens whose largest gate is each expert's: scores (B, T, E) -> (E,), summing to 1."""
+    experts = scores.shape[-1]
+    return torch.bincount(scores.argmax(-1).flatten(), minlength=experts) / scores[..., 0].numel()
+
+
+def expert_parameters(width: int, feed_forward: int, rank: int) -> int:
+    """Parameters of one expert: r * (D + F) for each of its two adapters. 61,440 at T5-base's shape and r =
+    8.
+    """
+    return 2 * rank * (width + feed_forward)

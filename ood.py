@@ -1,0 +1,162 @@
+"""Energy-based out-of-distribution detection: does a layer need a new expert?
+
+Paper    section 3.2, Eq. 2 and Table 5: energy of the router's scores, a threshold per docid position, delta
+         percent
+In       router scores (Q, M, E) of one layer for all pseudo-queries of D_t; statistics kept from earlier
+         corpora
+Out      a Decision: the share of OOD queries, and True if the layer should grow
+Next     train.py acts on it through mixlora.add_expert()
+Differs  two modes. `paper_code` follows the released code: moving averages gathered in training, one
+         threshold for each (expert, position), a query is OOD if one of its tokens lies above all of them.
+         Its mean sits where half of all tokens are, so without any shift it flags from 0 % to 99.6 % of
+         queries, depending on the batch size. `calibrated`, the default, measures D_t once after training on
+         it and allows a stated share of false alarms.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+MODES = ("calibrated", "paper_code")
+
+
+def energy(scores: Tensor) -> Tensor:
+    """E = -logsumexp_e(scores), at temperature 1: (.., E) -> (..,). Higher is more out-of-distribution. Paper
+    Eq. 2.
+    """
+    return -scores.float().logsumexp(-1)
+
+
+@dataclass
+class Stats:
+    """What a layer remembers of the energies it has seen; positions are those of the docid."""
+
+    mode: str
+    experts: int  # E of the layer when these numbers hold
+    mean: Tensor  # calibrated: (M,); paper_code: (E, M)
+    variance: Tensor  # the same shape
+    threshold: float = math.inf  # calibrated: the (1 - epsilon) quantile of the queries' standardised energy
+    base: dict[str, Tensor] = field(default_factory=dict)  # paper_code: expert 0's (M,) after corpus 1
+
+    def state(self) -> dict:
+        return vars(self).copy()
+
+
+@dataclass
+class Decision:
+    """One layer's verdict on a corpus, with the numbers that led to it."""
+
+    expand: bool
+    ood_percent: float  # share of the corpus's queries that are OOD
+    delta: float  # percent beyond the expected share that it takes to expand
+    threshold: list[float]  # calibrated: [c]; paper_code: max_e of the thresholds, per position
+    energy_mean: float
+    energy_std: float
+    energy_quantiles: list[float]  # 5, 50 and 95 %
+
+
+def new_stats(mode: str, experts: int, positions: int) -> Stats:
+    """Statistics of a layer before its first corpus. `paper_code` starts at zero, as the released code does."""
+    if mode not in MODES:
+        raise ValueError(f"found ood_mode={mode!r}, wanted one of {', '.join(MODES)}")
+    shape = (experts, positions) if mode == "paper_code" else (positions,)
+    return Stats(mode, experts, torch.zeros(shape), torch.zeros(shape))
+
+
+def query_score(e: Tensor, stats: Stats) -> Tensor:
+    """Calibrated: the largest standardised energy of a query's positions, (Q, M) -> (Q,)."""
+    return ((e - stats.mean) / stats.variance.sqrt().clamp(min=1e-6)).max(dim=1).values
+
+
+def calibrate(e: Tensor, experts: int, epsilon: float) -> Stats:
+    """Statistics of energies (Q, M) that count as in-distribution; a share `epsilon` of them lies beyond the
+    threshold.
+    """
+    stats = Stats("calibrated", experts, e.mean(0), e.var(0))
+    stats.threshold = float(torch.quantile(query_score(e, stats), 1 - epsilon, interpolation="higher"))
+    return stats
+
+
+def merge(old: Stats, new: Stats, weight: float) -> Stats:
+    """Moving average over corpora of calibrated statistics; `weight` is the new one's share."""
+    if old.experts != new.experts:
+        raise ValueError(
+            f"found statistics of {old.experts} experts, wanted {new.experts}; call grow() first"
+        )
+
+    def mix(a, b):
+        return (1 - weight) * a + weight * b
+
+    variance, threshold = mix(old.variance, new.variance), mix(old.threshold, new.threshold)
+    return Stats("calibrated", new.experts, mix(old.mean, new.mean), variance, threshold)
+
+
+def update(stats: Stats, scores: Tensor, gates: Tensor, momentum: float = 0.1) -> None:
+    """paper_code: one training batch moves the averages, in place. scores, gates (B, M, E).
+
+    For expert e at position i, over the n - 1 tokens routed to e: m = sum E / n, v = sum (E - m)^2 / (n - 1); the count
+    n = 1 + tokens is the released code's, and biases m towards zero.
+    """
+    e, routed = energy(scores.detach()).double(), (gates.detach() > 0).double()  # (B, M), (B, M, E)
+    n = 1 + routed.sum(0).T  # (E, M)
+    mean = torch.einsum("bm,bme->em", e, routed) / n
+    squares = torch.einsum("bm,bme->em", e.pow(2), routed)
+    variance = (squares - 2 * mean * mean * n + mean.pow(2) * (n - 1)) / (n - 1).clamp(min=1)
+    seen, mean, variance = (n > 1).cpu(), mean.float().cpu(), variance.float().cpu()
+    stats.mean = torch.where(seen, momentum * mean + (1 - momentum) * stats.mean, stats.mean)
+    stats.variance = torch.where(seen, momentum * variance + (1 - momentum) * stats.variance, stats.variance)
+
+
+def remember_base(stats: Stats) -> None:
+    """paper_code: keeps expert 0's statistics after the first mixed corpus; later experts start from them."""
+    stats.base = {"mean": stats.mean[0].clone(), "variance": stats.variance[0].clone()}
+
+
+def grow(stats: Stats) -> None:
+    """One expert more, in place: one of average score lowers every energy by ln((N + 1) / N), and so do the
+    means.
+    """
+    shift = math.log(stats.experts) - math.log(stats.experts + 1)
+    stats.experts += 1
+    stats.mean = stats.mean + shift
+    if stats.mode == "paper_code":
+        base = stats.base or {"mean": stats.mean[0] - shift, "variance": stats.variance[0]}
+        stats.base = {"mean": base["mean"] + shift, "variance": base["variance"]}
+        stats.mean = torch.cat([stats.mean, stats.base["mean"][None]])
+        stats.variance = torch.cat([stats.variance, stats.base["variance"][None]])
+
+
+def is_ood(e: Tensor, stats: Stats, sigmas: float = 0.0) -> Tensor:
+    """Which queries are out-of-distribution for a layer: energies (Q, M) -> (Q,) bool.
+
+    `sigmas` raises paper_code's thresholds to mean + sigmas * standard deviation; it is 0 in every published
+    run.
+    """
+    if stats.mode == "calibrated":
+        return query_score(e, stats) > stats.threshold
+    return (e > _paper_threshold(stats, sigmas)).any(1)
+
+
+def _paper_threshold(stats: Stats, sigmas: float) -> Tensor:
+    """(M,): an energy above this lies above the threshold of every expert."""
+    return (stats.mean + sigmas * stats.variance.clamp(min=0).sqrt()).max(0).values
+
+
+def decide(scores: Tensor, stats: Stats, delta: float, epsilon: float, sigmas: float = 0.0) -> Decision:
+    """Is the layer to grow for this corpus? The one place that decides.
+
+    Args:
+        scores: (Q, M, E) router scores of the corpus's pseudo-queries, in evaluation mode.
+        delta: percent of queries, beyond the expected false alarms, above which the layer expands.
+        epsilon: the share of false alarms that calibration allowed; paper_code expects none.
+    """
+    e = energy(scores)  # (Q, M)
+    percent = 100 * is_ood(e, stats, sigmas).sum().item() / len(e)
+    calibrated = stats.mode == "calibrated"
+    expand = percent - (100 * epsilon if calibrated else 0.0) > delta
+    threshold = [stats.threshold] if calibrated else _paper_threshold(stats, sigmas).tolist()
+    sample = e.flatten()[:: max(1, e.numel() // 1_000_000)]  # torch.quantile takes 16 million values at most
+    quantiles = torch.quantile(sample, torch.tensor([0.05, 0.5, 0.95])).tolist()
+    return Decision(expand, percent, delta, threshold, e.mean().item(), e.std().item(), quantiles)

@@ -1,0 +1,198 @@
+"""The run folder: everything that is needed to search, evaluate or continue, written so that nothing
+half-done counts.
+
+In       tensors, arrays, JSON values and lines
+Out      runs/NAME/: config.json, tokenizer.model, corpus.json, dense.pt, rq.pt, docids.npy, D0.pt .. DT.pt,
+         ood.json, results.json, metrics.jsonl, log.txt
+Next     search.py and eval.py load a model from it; train.py skips the stages whose files exist
+
+Every file is written under a temporary name, flushed to disk and renamed. Tensors are read with
+`weights_only=True`.
+"""
+
+import io
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data import Corpus, load_tokenizer
+from mixlora import MixConfig, add_mixture, mixed_layers
+from ood import Stats
+from rq import Trie
+from t5 import T5, T5Config
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file so that it is either whole or absent, also after a power cut."""
+    partial = path.with_name(path.name + ".part")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value) -> None:
+    write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path):
+    if not path.is_file():
+        raise ValueError(f"found no {path}; is {path.parent} the folder of a finished run?")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); remove the file to make it anew") from None
+
+
+def write_tensors(path: Path, value) -> None:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write(path, buffer.getvalue())
+
+
+def read_tensors(path: Path):
+    if not path.is_file():
+        raise ValueError(f"found no {path}; is {path.parent} the folder of a run that got this far?")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: cannot be read ({reason}); remove the file to make it anew") from None
+
+
+def read_array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error}); go on with train.py --resume to make it anew"
+        ) from None
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write(path, buffer.getvalue())
+
+
+# ---------------------------------------------------------------------------------------------------- corpora
+
+
+def save_corpora(folder: Path, source: str, corpora: list[Corpus], left_out: dict, hash_of) -> None:
+    """Documents, queries and labels by corpus, with a hash of each corpus's document ids."""
+    listed = [asdict(c) | {"ids_sha256": hash_of("\n".join(c.ids).encode())} for c in corpora]
+    write_json(folder / "corpus.json", {"source": source, "left_out": left_out, "corpora": listed})
+
+
+def load_corpora(folder: Path) -> list[Corpus]:
+    corpora, saved = [], read_json(folder / "corpus.json")
+    try:
+        for item in saved["corpora"]:
+            item.pop("ids_sha256")
+            item["train"] = [tuple(pair) for pair in item["train"]]
+            corpora.append(Corpus(**item))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'corpus.json'}: not the corpora of a run ({error!r})") from None
+    return corpora
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def save_model(path: Path, model: T5, stats: list[Stats], **extra) -> None:
+    """A model with its shape, its experts and the OOD statistics of its layers."""
+    layers = mixed_layers(model)
+    value = {
+        "t5": asdict(model.config),
+        "mix": asdict(layers[0].config) if layers else None,
+        "frozen": [len(layer.old) for layer in layers],
+        "trainable": [len(layer.new) for layer in layers],
+        "model": model.state_dict(),
+        "stats": [stat.state() for stat in stats],
+    }
+    write_tensors(path, value | extra)
+
+
+def load_model(path: Path, device: str = "cpu") -> tuple[T5, list[Stats]]:
+    """The model and OOD statistics of a checkpoint, in evaluation mode."""
+    value = read_tensors(path)
+    try:
+        model = T5(T5Config(**value["t5"]))
+        if value["mix"]:
+            add_mixture(model, MixConfig(**value["mix"]), value["frozen"], value["trainable"])
+        model.load_state_dict(value["model"])
+        return model.to(device).eval(), [Stats(**item) for item in value["stats"]]
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a checkpoint of this program ({error})") from None
+
+
+class LoadedRun:
+    """A run as search and evaluation need it: the tokenizer, the documents, and the model after each corpus."""
+
+    def __init__(self, folder: Path, device: str = "cpu"):
+        self.folder, self.device = folder, device
+        self.config = read_json(folder / "config.json")
+        self.tokenizer = load_tokenizer(folder / "tokenizer.model")
+        self.corpora = load_corpora(folder)
+        self.finished = [t for t in range(len(self.corpora)) if (folder / f"D{t}.pt").is_file()]
+        if not self.finished:
+            raise ValueError(
+                f"found no finished corpus (D0.pt ..) in {folder}; go on with train.py --resume {folder}"
+            )
+        self.docids = torch.from_numpy(read_array(folder / "docids.npy").astype(np.int64))
+        self.ids = [doc_id for corpus in self.corpora for doc_id in corpus.ids]
+        self.titles = [title for corpus in self.corpora for title in corpus.titles]
+
+    def at(self, t: int) -> tuple[T5, Trie]:
+        """The model after D_t, and the trie of the documents of D_0..D_t."""
+        return load_model(self.folder / f"D{t}.pt", self.device)[0], Trie(
+            self.docids[: self.corpora[t].rows.stop]
+        )
+
+
+# -------------------------------------------------------------------------------------------------------- log
+
+
+class Log:
+    """Lines for people in log.txt and on the terminal, and for programs in metrics.jsonl.
+
+    `progress` rewrites one line of a terminal; elsewhere, and in log.txt, it prints a plain line now and
+    then.
+    """
+
+    def __init__(self, folder: Path, quiet: bool = False):
+        import sys
+
+        self.folder, self.out, self.quiet = folder, sys.stdout, quiet
+        self.open_line, self.next_plain = False, 0.0
+
+    def line(self, text: str = "") -> None:
+        """One line, for good."""
+        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+        if not self.quiet:
+            clear = "\r\x1b[K" if self.open_line else ""
+            print(clear + text, file=self.out, flush=True)
+        self.open_line = False
+
+    def progress(self, text: str, last: bool = False) -> None:
+        """A line that the next one replaces; every ten seconds, and at the last, it is kept."""
+        if last or time.monotonic() >= self.next_plain:
+            self.next_plain = time.monotonic() + 10
+            self.line(text)
+        elif not self.quiet and self.out.isatty():
+            print(f"\r\x1b[K{text}", end="", file=self.out, flush=True)
+            self.open_line = True
+
+    def metrics(self, **values) -> None:
+        """One JSON object on a line of metrics.jsonl; tensors become numbers."""
+        plain = {key: value.item() if isinstance(value, Tensor) else value for key, value in values.items()}
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain) + "\n")

@@ -1,0 +1,469 @@
+"""Experts, routers and their losses, against loops and numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ood
+import run as store
+from mixlora import (
+    Experts,
+    MixConfig,
+    MixedFeedForward,
+    Route,
+    add_mixture,
+    align_loss,
+    balance_loss,
+    expert_parameters,
+    first_choice_share,
+    mixed_delta,
+    mixed_layers,
+    repel_loss,
+    top_gates,
+    z_loss,
+)
+from t5 import T5, FeedForward, T5Config
+
+SHAPE = T5Config(
+    vocab=20, width=16, head_width=4, heads=4, feed_forward=24, encoder_blocks=1, decoder_blocks=3,
+    codebooks=3, centroids=5, dropout=0.1,
+)  # fmt: skip
+NAMES = ("in_a", "in_b", "out_a", "out_b")
+VARIANTS = [(router, site) for router in ("cosine", "linear") for site in ("post_act", "pre_act")]
+
+
+def mixed(frozen: int, trainable: int, random_b: bool = True, seed: int = 0, **config) -> MixedFeedForward:
+    """A mixed feed-forward of D = 16 and F = 24 in evaluation mode."""
+    torch.manual_seed(seed)
+    config = {"rank": 3, "alpha": 12.0} | config
+    layer = MixedFeedForward(FeedForward(SHAPE), MixConfig(**config), frozen, trainable)
+    if random_b:
+        for experts in (layer.old, layer.new):
+            torch.nn.init.normal_(experts.in_b)
+            torch.nn.init.normal_(experts.out_b)
+    return layer.eval()
+
+
+def tensors(layer: MixedFeedForward) -> dict[str, torch.Tensor]:
+    """Copies of all experts and router rows, oldest first."""
+    held = {name: layer.stacked(name) for name in NAMES} | {
+        "router": torch.cat([layer.router_old, layer.router_new])
+    }
+    return {name: value.detach().clone() for name, value in held.items()}
+
+
+def a_route(x, router, scores=None) -> Route:
+    router = torch.tensor(router)
+    return Route(torch.tensor(x), scores, None, router, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- experts
+
+
+@pytest.mark.parametrize("experts", [1, 2, 5])
+def test_stacked_experts_equal_a_loop_over_experts(experts):
+    torch.manual_seed(experts)
+    x, gates = torch.randn(4, 3, 16), torch.rand(4, 3, experts)
+    a, b = torch.randn(experts, 8, 16), torch.randn(experts, 24, 8)
+    loop = torch.zeros(4, 3, 24)
+    for e in range(experts):
+        for i in range(4):
+            for t in range(3):
+                loop[i, t] += gates[i, t, e] * (b[e] @ (a[e] @ x[i, t]))
+    torch.testing.assert_close(mixed_delta(x, a, b, gates), loop, rtol=1e-5, atol=1e-4)
+
+
+def test_an_expert_starts_as_published_lora_does():
+    torch.manual_seed(0)
+    experts = Experts(3, width=64, feed_forward=256, rank=8)
+    assert not experts.in_b.any() and not experts.out_b.any()
+    for a, fan_in in ((experts.in_a, 64), (experts.out_a, 256)):
+        published = torch.empty(8 * 3, fan_in)
+        torch.nn.init.kaiming_uniform_(published, a=math.sqrt(5))
+        assert a.abs().max() <= fan_in**-0.5
+        assert a.std().item() == pytest.approx(published.std().item(), rel=0.05)
+        assert a.abs().max().item() == pytest.approx(published.abs().max().item(), rel=0.02)
+
+
+def test_an_expert_of_t5_base_has_61440_parameters():
+    assert expert_parameters(768, 3072, 8) == 61_440
+    held = sum(p.numel() for p in Experts(1, 768, 3072, 8).parameters())
+    assert held == expert_parameters(768, 3072, 8)
+
+
+# ------------------------------------------------------------------------------------------------ mixed layer
+
+
+@pytest.mark.parametrize("router, site", VARIANTS)
+def test_mixed_layer_with_zero_b_equals_the_plain_feed_forward(router, site):
+    layer = mixed(frozen=2, trainable=1, random_b=False, router=router, lora_in_site=site)
+    x = 5 * torch.randn(4, 3, 16)
+    assert torch.equal(layer(x)[0], layer.plain(x)[0])
+
+
+@pytest.mark.parametrize("router, site", VARIANTS)
+@pytest.mark.parametrize("frozen, trainable", [(0, 2), (3, 1), (4, 0)])
+def test_forward_equals_a_token_by_token_transcription(router, site, frozen, trainable):
+    layer = mixed(frozen, trainable, router=router, lora_in_site=site)
+    x = torch.randn(2, 3, 16)
+    held = {name: value.double() for name, value in tensors(layer).items()}
+    w_in, w_out, s = layer.plain.w_in.double(), layer.plain.w_out.double(), 12.0 / 3
+    out = torch.zeros(2, 3, 16, dtype=torch.float64)
+    for i in range(2):
+        for t in range(3):
+            token = x[i, t].double()
+            logits = [float(row @ token) for row in held["router"]]
+            if router == "cosine":
+                logits = [logit / float(r.norm() * token.norm()) for logit, r in zip(logits, held["router"])]
+            first, second = sorted(range(len(logits)), key=lambda e: -logits[e])[:2]
+            p, q = math.exp(logits[first]), math.exp(logits[second])
+            gates = {first: p / (p + q), second: q / (p + q)}
+            lora_in = sum(g * s * held["in_b"][e] @ (held["in_a"][e] @ token) for e, g in gates.items())
+            u = w_in @ token
+            u = (u + lora_in).relu() if site == "pre_act" else u.relu() + lora_in
+            lora_out = sum(g * s * held["out_b"][e] @ (held["out_a"][e] @ u) for e, g in gates.items())
+            out[i, t] = w_out @ u + lora_out
+    torch.testing.assert_close(layer(x)[0].double(), out, rtol=1e-4, atol=1e-4)
+
+
+def test_post_act_delta_escapes_the_dropout_of_the_feed_forward():
+    # With W_in = 0 all of u comes from the experts, which are added after ReLU and T5's dropout.
+    x = torch.randn(4, 3, 16)
+    same = {}
+    for site in ("post_act", "pre_act"):
+        layer = mixed(0, 2, lora_in_site=site, dropout=0.0)
+        layer.plain.dropout = 0.5
+        torch.nn.init.zeros_(layer.plain.w_in)
+        same[site] = torch.equal(layer.train()(x)[0], layer.eval()(x)[0])
+    assert same == {"post_act": True, "pre_act": False}
+
+
+def test_lora_dropout_acts_on_the_experts_input_in_training_only():
+    layer = mixed(0, 2, dropout=0.5)
+    layer.plain.dropout = 0.0
+    x = torch.randn(4, 3, 16)
+    assert not torch.equal(layer.train()(x)[0], layer.train()(x)[0])
+    torch.nn.init.zeros_(layer.new.in_b)
+    torch.nn.init.zeros_(layer.new.out_b)  # the plain path is left, and no dropout touches it
+    assert torch.equal(layer.train()(x)[0], layer.plain(x)[0])
+
+
+@pytest.mark.parametrize("router", ["cosine", "linear"])
+def test_evaluation_is_deterministic_and_edits_nothing(router):
+    layer = mixed(1, 2, router=router)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    x = torch.randn(4, 3, 16)
+    (first, route), (second, _) = layer(x), layer(x)
+    assert torch.equal(first, second)
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert torch.equal(route.router, tensors(layer)["router"]) and route.newest == 2 and route.x is x
+
+
+# ----------------------------------------------------------------------------------------------------- router
+
+
+def test_top_gates_by_hand():
+    scores = torch.tensor([0.0, math.log(2), math.log(4)])  # softmax 1/7, 2/7, 4/7
+    torch.testing.assert_close(top_gates(scores, 2), torch.tensor([0.0, 1 / 3, 2 / 3]))
+    torch.testing.assert_close(top_gates(scores, 1), torch.tensor([0.0, 0.0, 1.0]))
+    torch.testing.assert_close(top_gates(scores, 3), torch.tensor([1.0, 2.0, 4.0]) / 7)
+    assert top_gates(torch.tensor([0.4, 0.4]), 2).tolist() == [0.5, 0.5]
+
+
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=7, unique=True), st.data())
+def test_gates_sum_to_1_over_the_active_largest_in_the_ratio_of_the_softmax(scores, data):
+    active = data.draw(st.integers(1, len(scores)))
+    gates = top_gates(torch.tensor(scores), active)
+    kept = gates.nonzero().flatten().tolist()
+    assert len(kept) == active and gates.sum().item() == pytest.approx(1, abs=1e-6)
+    # Scores closer than float32's softmax tells apart may change places; their gates are then equal.
+    assert min(scores[e] for e in kept) >= sorted(scores)[-active] - 1e-6
+    for e in kept:
+        ratio = math.exp(scores[e] - scores[kept[0]])
+        assert (gates[e] / gates[kept[0]]).item() == pytest.approx(ratio, rel=1e-5)
+
+
+def test_cosine_router_ignores_the_length_of_inputs_and_of_rows():
+    layer = mixed(1, 2)
+    x = torch.randn(4, 3, 16)
+    scores = layer.route(x).scores
+    torch.testing.assert_close(layer.route(100 * x).scores, scores)
+    with torch.no_grad():
+        layer.router_old *= 7
+        layer.router_new *= 0.01
+    torch.testing.assert_close(layer.route(x).scores, scores)
+    assert scores.abs().max() <= 1 + 1e-6
+    rows = tensors(layer)["router"]
+    torch.testing.assert_close(layer.route(rows[None]).scores[0].diagonal(), torch.ones(3))
+
+
+def test_cosine_scores_equal_the_reference_cosine():
+    layer = mixed(1, 2)
+    x = torch.randn(4, 3, 16)
+    reference = F.cosine_similarity(x[:, :, None], tensors(layer)["router"], dim=-1)
+    torch.testing.assert_close(layer.route(x).scores, reference)
+
+
+def test_linear_router_is_a_product_with_its_rows():
+    layer = mixed(1, 2, router="linear")
+    x = 3 * torch.randn(4, 3, 16)
+    torch.testing.assert_close(layer.route(x).scores, x @ tensors(layer)["router"].T)
+
+
+def test_router_stays_in_float32_under_autocast():
+    layer = mixed(1, 2)
+    x = torch.randn(4, 3, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer.route(x)
+    wanted = layer.route(x)
+    assert torch.equal(found.scores, wanted.scores) and torch.equal(found.gates, wanted.gates)
+
+
+def test_normalise_rows_gives_unit_rows_in_the_same_direction_and_leaves_frozen_ones_alone():
+    layer = mixed(2, 2)
+    old, new = layer.router_old.clone(), layer.router_new.detach().clone()
+    layer.normalise_rows()
+    torch.testing.assert_close(layer.router_new.norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(F.cosine_similarity(layer.router_new, new), torch.ones(2))
+    assert torch.equal(layer.router_old, old) and not torch.allclose(old.norm(dim=1), torch.ones(2))
+
+
+def test_normalise_rows_leaves_a_linear_router_alone():
+    layer = mixed(0, 2, router="linear")
+    before = layer.router_new.detach().clone()
+    layer.normalise_rows()
+    assert torch.equal(layer.router_new, before)
+
+
+# ----------------------------------------------------------------------------------------------------- growth
+
+
+@pytest.mark.parametrize("frozen, trainable", [(0, 2), (2, 1), (3, 0)])
+def test_add_expert_keeps_old_experts_and_router_rows_bit_equal(frozen, trainable):
+    layer = mixed(frozen, trainable)
+    before = tensors(layer)
+    layer.add_expert()
+    after = tensors(layer)
+    n = frozen + trainable
+    assert (len(layer), len(layer.old), len(layer.new)) == (n + 1, n, 1)
+    assert all(len(after[name]) == n + 1 and torch.equal(after[name][:n], before[name]) for name in before)
+    assert not layer.new.in_b.any() and not layer.new.out_b.any() and layer.new.in_a.any()
+    assert layer.router_new.norm().item() == pytest.approx(1)
+    trained = {name for name, p in layer.named_parameters() if p.requires_grad and "plain" not in name}
+    assert trained == {f"new.{name}" for name in NAMES} | {"router_new"}
+
+
+def test_add_expert_leaves_the_output_alone_where_it_is_not_routed_to():
+    layer = mixed(0, 2)
+    direction = torch.randn(16)
+    x = direction * (1 + torch.rand(4, 3, 1)) + 0.05 * torch.randn(4, 3, 16)
+    before, route = layer(x)
+    layer.add_expert(-direction)
+    after, grown = layer(x)
+    torch.testing.assert_close(grown.gates[..., :2], route.gates)
+    assert not grown.gates[..., 2].any()
+    torch.testing.assert_close(after, before)
+
+
+def test_new_router_row_points_where_it_is_told_and_wins_its_tokens():
+    layer = mixed(0, 2)
+    direction = 5 * torch.randn(16)
+    layer.add_expert(direction)
+    torch.testing.assert_close(layer.router_new[0], direction / direction.norm())
+    route = layer.route(direction[None, None])
+    assert (
+        route.scores[0, 0, 2].item() == pytest.approx(1) and route.gates.argmax() == 2 and route.newest == 1
+    )
+
+
+def test_freeze_all_moves_everything_and_changes_no_output():
+    layer = mixed(1, 2)
+    x = torch.randn(4, 3, 16)
+    before, held = layer(x)[0], tensors(layer)
+    layer.freeze_all()
+    assert (len(layer.old), len(layer.new), len(layer.router_new)) == (3, 0, 0)
+    assert all(torch.equal(value, held[name]) for name, value in tensors(layer).items())
+    after, route = layer(x)
+    assert torch.equal(after, before) and route.newest == 0
+    assert (
+        sum(p.numel() for p in layer.parameters() if p.requires_grad) == 2 * 16 * 24
+    )  # the plain feed-forward
+
+
+def test_frozen_experts_stay_bit_equal_through_steps_with_weight_decay():
+    layer = mixed(0, 2)
+    layer.add_expert()
+    before = tensors(layer)
+    trainable = [p for p in layer.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trainable, lr=0.1, weight_decay=0.5)
+    for _ in range(3):
+        out, route = layer.train()(torch.randn(4, 3, 16))
+        loss = out.pow(2).mean() + align_loss(route) + repel_loss(route)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        layer.normalise_rows()
+    after = tensors(layer)
+    assert all(torch.equal(after[name][:2], before[name][:2]) for name in before)
+    assert all(not torch.equal(after[name][2], before[name][2]) for name in before)
+    assert all(p.grad is None for p in [layer.router_old, *layer.old.parameters()])
+
+
+def test_two_growths_in_a_row_keep_the_order_of_experts():
+    layer = mixed(0, 2)
+    first = tensors(layer)
+    layer.add_expert()
+    second = tensors(layer)
+    layer.add_expert()
+    after = tensors(layer)
+    for name in first:
+        assert torch.equal(after[name][:2], first[name]) and torch.equal(after[name][2], second[name][2])
+
+
+# -------------------------------------------------------------------------------------------- the whole model
+
+
+@pytest.mark.parametrize("router, site", VARIANTS)
+def test_t5_with_fresh_experts_equals_the_plain_t5(router, site):
+    torch.manual_seed(0)
+    plain, model = T5(SHAPE).eval(), T5(SHAPE)
+    model.load_state_dict(plain.state_dict())
+    add_mixture(model, MixConfig(layers=2, router=router, lora_in_site=site))
+    model.eval()
+    ids, codes = torch.randint(1, 20, (4, 6)), torch.randint(5, (4, 3))
+    wanted, no_routes = plain.docid_hidden(*plain.encode(ids), codes)
+    found, routes = model.docid_hidden(*model.encode(ids), codes)
+    assert torch.equal(found, wanted) and no_routes == []
+    assert [tuple(route.scores.shape) for route in routes] == [(4, 3, 2)] * 2
+    assert [isinstance(block.ff, MixedFeedForward) for block in model.decoder] == [True, True, False]
+
+
+def test_a_mixture_added_to_a_model_in_evaluation_mode_is_in_evaluation_mode():
+    model = T5(SHAPE).eval()
+    add_mixture(model, MixConfig(layers=2))
+    x = torch.randn(4, 3, 16)
+    assert all(torch.equal(layer(x)[0], layer.plain(x)[0]) for layer in mixed_layers(model))
+
+
+def test_checkpoint_gives_back_experts_frozen_counts_and_statistics(tmp_path):
+    torch.manual_seed(0)
+    model = T5(SHAPE)
+    add_mixture(model, MixConfig(layers=2, rank=3, lora_in_site="pre_act"))
+    grown, kept = mixed_layers(model)
+    for layer in (grown, kept):
+        torch.nn.init.normal_(layer.new.in_b)
+        torch.nn.init.normal_(layer.new.out_b)
+    grown.add_expert()
+    kept.freeze_all()
+    stats = [ood.calibrate(ood.energy(torch.rand(50, 3, 2)), 2, 0.1), ood.new_stats("paper_code", 2, 3)]
+    store.save_model(tmp_path / "D1.pt", model.eval(), stats)
+    loaded, loaded_stats = store.load_model(tmp_path / "D1.pt")
+
+    assert [(len(layer.old), len(layer.new)) for layer in mixed_layers(loaded)] == [(2, 1), (2, 0)]
+    assert mixed_layers(loaded)[0].config == grown.config
+    wanted = model.state_dict()
+    assert loaded.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items())
+    assert not any(
+        p.requires_grad for layer in mixed_layers(loaded) for p in (*layer.old.parameters(), layer.router_old)
+    )
+    ids, codes = torch.randint(1, 20, (4, 6)), torch.randint(5, (4, 3))
+    found, expected = (m.docid_hidden(*m.encode(ids), codes)[0] for m in (loaded, model))
+    assert torch.equal(found, expected)
+    for found, wanted in zip(loaded_stats, stats, strict=True):
+        assert (found.mode, found.experts, found.threshold) == (wanted.mode, wanted.experts, wanted.threshold)
+        assert torch.equal(found.mean, wanted.mean) and torch.equal(found.variance, wanted.variance)
+
+
+def test_more_mixed_layers_than_decoder_blocks_is_refused_by_name():
+    with pytest.raises(ValueError, match="found 3 decoder blocks, wanted 4 mixed layers; pass --layers"):
+        add_mixture(T5(SHAPE), MixConfig(layers=4))
+
+
+@pytest.mark.parametrize("wrong", [{"router": "cos"}, {"lora_in_site": "after"}, {"experts": 1}])
+def test_bad_mixture_settings_are_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=f"found .*{next(iter(wrong))}"):
+        MixConfig(**wrong)
+
+
+# ----------------------------------------------------------------------------------------------------- losses
+
+
+def test_align_loss_by_hand():
+    x = [[[3.0, 4.0]]]  # cosine 0.6 with the first axis, 0.8 with the second
+    assert align_loss(a_route(x, [[1.0, 0.0], [0.0, 2.0]])).item() == pytest.approx((0.4 + 0.2) / 2)
+    three = a_route(x, [[1.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+    assert align_loss(three).item() == pytest.approx(0.2)
+    assert align_loss(three, experts=3).item() == pytest.approx((0.4 + 0.4 + 0.2) / 3)
+    two_tokens = a_route([[[3.0, 4.0], [0.0, -1.0]]], [[1.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+    assert align_loss(two_tokens).item() == pytest.approx((0.2 + 2.0) / 2)
+
+
+def test_repel_loss_by_hand():
+    route = a_route(
+        [[[1.0, 0.0]]], [[1.0, 0.0], [0.0, 5.0], [-1.0, 0.0], [3.0, 4.0]]
+    )  # cosines 0.6, 0.8, -0.6
+    assert repel_loss(route, "sum").item() == pytest.approx(1.4)
+    assert repel_loss(route).item() == pytest.approx(1.4 / 3)
+
+
+@pytest.mark.parametrize("newest", [[0.0, 0.0, 3.0], [-1.0, -1.0, 0.0], [-2.0, 0.0, 1.0]])
+def test_repel_loss_is_zero_where_no_older_row_is_nearby(newest):
+    route = a_route([[[1.0, 0.0, 0.0]]], [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], newest])
+    assert repel_loss(route).item() == 0
+
+
+def test_balance_loss_by_hand():
+    to_0, to_1 = [math.log(3), 0.0], [0.0, math.log(3)]  # probabilities 3/4 and 1/4
+    balanced = a_route([], [], torch.tensor([[to_0, to_1]]))
+    one_sided = a_route([], [], torch.tensor([[to_0, to_0]]))
+    assert balance_loss(balanced).item() == pytest.approx(1.0)
+    assert balance_loss(one_sided).item() == pytest.approx(4 * (1 * 0.75 + 0 * 0.25) / 2)
+    # Shares are taken per sequence: two one-sided sequences do not make up for each other.
+    opposite = a_route([], [], torch.tensor([[to_0, to_0], [to_1, to_1]]))
+    assert balance_loss(opposite).item() == pytest.approx(1.5)
+
+
+def test_z_loss_by_hand():
+    route = a_route([], [], torch.tensor([[[0.0, 0.0], [math.log(3), 0.0]]]))
+    assert z_loss(route).item() == pytest.approx((math.log(2) ** 2 + math.log(4) ** 2) / 2)
+
+
+def test_first_choice_share_by_hand():
+    scores = torch.tensor([[[0.1, 0.9, 0.0], [0.2, 0.3, 0.1]], [[0.9, 0.3, 0.0], [0.1, 0.2, 0.0]]])
+    torch.testing.assert_close(first_choice_share(scores), torch.tensor([0.25, 0.75, 0.0]))
+
+
+def test_router_losses_pull_the_input_and_the_newest_row_only():
+    layer = mixed(0, 2)
+    layer.add_expert()
+    with torch.no_grad():
+        layer.router_new.copy_(
+            layer.router_old[:1] + 0.1 * torch.randn(16)
+        )  # near an older row: the repel loss acts
+    x = torch.randn(4, 3, 16, requires_grad=True)
+    route = layer.route(x)
+    repel_loss(route).backward()
+    assert layer.router_old.grad is None and layer.router_new.grad.abs().sum() > 0 and x.grad is None
+    align_loss(layer.route(x)).backward()
+    assert layer.router_old.grad is None and x.grad.abs().sum() > 0
+
+
+def test_a_step_against_each_router_loss_moves_the_newest_row_as_it_should():
+    layer = mixed(2, 1)
+    x = torch.randn(4, 3, 16) + 2
+    with torch.no_grad():
+        layer.router_new.copy_(layer.router_old[:1] + 0.3 * torch.randn(16))
+    for loss in (align_loss, repel_loss):
+        copy = mixed(2, 1)
+        copy.load_state_dict(layer.state_dict())
+        before = loss(copy.route(x))
+        before.backward()
+        with torch.no_grad():
+            copy.router_new -= 0.05 * copy.router_new.grad
+        assert loss(copy.route(x)) < before

@@ -1,0 +1,438 @@
+import io
+import json
+import math
+import os
+import pickle
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import ood
+import run
+from data import Corpus
+from mixlora import MixConfig, add_mixture, mixed_layers
+from t5 import T5, T5Config
+
+
+def fail(*_, **__):
+    raise OSError("No space left on device")
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+def test_write_replaces_the_file_whole_and_leaves_no_other(tmp_path):
+    path = tmp_path / "a.json"
+    run.write(path, b"old")
+    run.write(path, b"new and longer")
+    assert path.read_bytes() == b"new and longer"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_write_flushes_the_whole_content_to_disk_before_it_renames(tmp_path, monkeypatch):
+    path, events = tmp_path / "a", []
+    path.write_bytes(b"old")
+    fsync, replace = os.fsync, os.replace
+
+    def spy_fsync(descriptor):
+        size = os.fstat(descriptor).st_size
+        events.append(("fsync", size, path.read_bytes()))
+        fsync(descriptor)
+
+    def spy_replace(source, target):
+        events.append(("replace", Path(source).read_bytes(), Path(target).read_bytes()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    run.write(path, b"new content")
+    assert events == [("fsync", 11, b"old"), ("replace", b"new content", b"old")]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_write_that_fails_midway_keeps_the_old_file_and_the_next_succeeds(tmp_path, monkeypatch, step):
+    path = tmp_path / "a.json"
+    run.write_json(path, {"old": 1})
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, step, fail)
+        run.write_json(path, {"new": 2})
+    assert run.read_json(path) == {"old": 1}
+    run.write_json(path, {"new": 2})
+    assert run.read_json(path) == {"new": 2} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_write_that_fails_at_first_leaves_no_file_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError):
+        run.write_tensors(tmp_path / "D0.pt", torch.ones(3))
+    assert not (tmp_path / "D0.pt").exists()
+
+
+def test_values_come_back_as_written(tmp_path):
+    value = {"é": [1, 2.5, None, True], "nested": {"x": "↯"}}
+    run.write_json(tmp_path / "v.json", value)
+    assert run.read_json(tmp_path / "v.json") == value
+    tensors = {
+        "a": torch.randn(3, 2),
+        "list": [torch.arange(4)],
+        "n": 3,
+        "s": "text",
+        "inf": math.inf,
+        "none": None,
+    }
+    run.write_tensors(tmp_path / "v.pt", tensors)
+    found = run.read_tensors(tmp_path / "v.pt")
+    assert torch.equal(found.pop("a"), tensors.pop("a")) and torch.equal(
+        found.pop("list")[0], tensors.pop("list")[0]
+    )
+    assert found == tensors
+    array = np.arange(6, dtype=np.int16).reshape(2, 3)
+    run.write_array(tmp_path / "v.npy", array)
+    again = np.load(tmp_path / "v.npy", allow_pickle=False)
+    assert again.dtype == np.int16 and (again == array).all()
+
+
+@pytest.mark.parametrize("read", [run.read_json, run.read_tensors])
+def test_missing_file_is_named(tmp_path, read):
+    for path in (tmp_path / "gone", tmp_path):  # a folder is no file
+        with pytest.raises(ValueError, match="found no ") as error:
+            read(path)
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": [1, 2', b"\xff\xfe", b"nothing", b'{"a": 1}}', b"1" * 5000])
+def test_json_cut_or_garbled_is_refused_by_name(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config.json: not JSON .* remove the file"):
+        run.read_json(tmp_path / "config.json")
+
+
+def written(value) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def test_tensors_cut_anywhere_are_refused_by_name(tmp_path):
+    path, content = tmp_path / "D0.pt", written({"a": torch.arange(100.0), "b": [1, "x"]})
+    for length in [*range(41, len(content), 41), len(content) - 1]:
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=r"cannot be read .* remove the file") as error:
+            run.read_tensors(path)
+        assert str(error.value).startswith(str(path))
+
+
+def test_garbled_tensors_are_read_or_refused_by_name(tmp_path):
+    path, content, rng, refused = (
+        tmp_path / "D0.pt",
+        written({"a": torch.arange(9.0), "b": [1, "x"]}),
+        random.Random(0),
+        0,
+    )
+    for _ in range(150):
+        bad = bytearray(content)
+        for _ in range(8):
+            bad[rng.randrange(len(bad))] = rng.randrange(256)
+        path.write_bytes(rng.choice([bad, rng.randbytes(40)]))
+        try:
+            run.read_tensors(path)
+        except ValueError as error:
+            refused += 1
+            assert type(error) is ValueError and str(error).startswith(f"{path}: cannot be read")
+    assert refused > 75
+
+
+class Evil:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
+    path, marker = tmp_path / "D0.pt", tmp_path / "ran"
+    evil = {"model": Evil(str(marker))}
+    for content in (written(evil), pickle.dumps(evil, protocol=2)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"D0.pt: cannot be read"):
+            run.read_tensors(path)
+        assert not marker.exists()
+    pickle.loads(pickle.dumps(evil))
+    assert marker.exists()  # it would have
+
+
+# ---------------------------------------------------------------------------------------------------- corpora
+
+
+def corpora() -> list[Corpus]:
+    first = Corpus(
+        0, ["a", "ü"], ["Älpha", ""], ["text one", 'a "quoted"\nline'], [(0, "why"), (1, "how")], ["t1", "t2"]
+    )
+    first.test, first.qrels = {"q1": "who\u2028?"}, {"q1": {"a": 2}}
+    second = Corpus(
+        2,
+        ["c"],
+        ["Gamma"],
+        [""],
+        test={"q2": "where", "q3": "when"},
+        qrels={"q2": {"c": 1, "a": 1}, "q3": {"c": 3}},
+    )
+    return [first, second]
+
+
+def test_corpora_come_back_as_saved_with_a_hash_of_their_ids(tmp_path):
+    run.save_corpora(tmp_path, "boolq", corpora(), {"annotated queries of later corpora": 3}, data.sha256)
+    loaded = run.load_corpora(tmp_path)
+    assert [asdict(corpus) for corpus in loaded] == [asdict(corpus) for corpus in corpora()]
+    assert loaded == corpora()  # pairs are tuples again
+    saved = run.read_json(tmp_path / "corpus.json")
+    assert (saved["source"], saved["left_out"]) == ("boolq", {"annotated queries of later corpora": 3})
+    assert [item["ids_sha256"] for item in saved["corpora"]] == [
+        data.sha256("a\nü".encode()),
+        data.sha256(b"c"),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+SHAPE = T5Config(30, 16, 4, 2, 24, 1, 3, dropout=0.1, codebooks=3, centroids=5)
+MIX = MixConfig(layers=2, experts=2, rank=3, alpha=6.0, dropout=0.05, router="cosine", lora_in_site="pre_act")
+
+
+def mixed_t5() -> T5:
+    """The first mixed layer holds 3 frozen experts and 1 that trains, the second 2 that train."""
+    model = T5(SHAPE)
+    add_mixture(model, MIX)
+    first, _ = mixed_layers(model)
+    first.add_expert()
+    first.add_expert(torch.randn(16))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("_b"):
+                p.normal_()
+    return model
+
+
+def answer(model: T5) -> torch.Tensor:
+    ids, codes = torch.tensor([[5, 6, 1], [7, 1, 0]]), torch.tensor([[0, 1, 2], [4, 3, 0]])
+    with torch.no_grad():
+        return model.docid_hidden(*model.encode(ids), codes)[0]
+
+
+def same(a, b) -> bool:
+    """Equality of dataclass fields that may be tensors or dicts of tensors."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return a == b
+
+
+@pytest.mark.parametrize("make", [lambda: T5(SHAPE), mixed_t5], ids=["plain", "mixed"])
+def test_model_comes_back_bit_equal_and_answers_the_same(tmp_path, make):
+    torch.manual_seed(0)
+    model = make()
+    run.save_model(tmp_path / "D1.pt", model, [])
+    loaded, stats = run.load_model(tmp_path / "D1.pt")
+    assert stats == [] and not loaded.training and loaded.config == model.config
+    assert same(dict(loaded.state_dict()), dict(model.state_dict()))
+    assert torch.equal(answer(loaded), answer(model.eval()))
+    assert [layer.config for layer in mixed_layers(loaded)] == [layer.config for layer in mixed_layers(model)]
+
+
+def test_loaded_model_trains_just_the_experts_that_trained(tmp_path):
+    model = mixed_t5()
+    run.save_model(tmp_path / "D1.pt", model, [])
+    loaded, _ = run.load_model(tmp_path / "D1.pt")
+    assert [(len(layer.old), len(layer.new)) for layer in mixed_layers(loaded)] == [(3, 1), (0, 2)]
+    frozen = {name for name, p in loaded.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert "decoder.0.ff.router_old" in frozen and "decoder.0.ff.old.in_a" in frozen
+
+
+def test_model_whose_experts_are_all_frozen_comes_back(tmp_path):
+    model = mixed_t5()
+    for layer in mixed_layers(model):
+        layer.freeze_all()
+    run.save_model(tmp_path / "D1.pt", model, [])
+    loaded, _ = run.load_model(tmp_path / "D1.pt")
+    assert [(len(layer.old), len(layer.new)) for layer in mixed_layers(loaded)] == [(4, 0), (2, 0)]
+    assert torch.equal(answer(loaded), answer(model.eval()))
+
+
+def test_statistics_of_both_modes_come_back(tmp_path):
+    torch.manual_seed(0)
+    calibrated, grown = ood.calibrate(torch.randn(50, 3), 2, 0.02), ood.new_stats("paper_code", 2, 3)
+    ood.update(grown, torch.randn(8, 3, 2), torch.ones(8, 3, 2))
+    ood.remember_base(grown)
+    ood.grow(grown)
+    stats = [calibrated, grown, ood.new_stats("calibrated", 2, 3)]
+    assert calibrated.threshold < math.inf == stats[2].threshold and grown.base
+    run.save_model(tmp_path / "D1.pt", T5(SHAPE), stats)
+    _, loaded = run.load_model(tmp_path / "D1.pt")
+    assert [type(item) for item in loaded] == [ood.Stats] * 3
+    assert all(same(vars(a), vars(b)) for a, b in zip(loaded, stats, strict=True))
+    energies = torch.randn(40, 3) - 0.5
+    assert torch.equal(ood.is_ood(energies, loaded[0]), ood.is_ood(energies, calibrated))
+
+
+def test_checkpoint_holds_what_else_it_is_given(tmp_path):
+    run.save_model(tmp_path / "latest.pt", T5(SHAPE), [], step=7, order=torch.arange(3))
+    value = run.read_tensors(tmp_path / "latest.pt")
+    assert value["step"] == 7 and torch.equal(value["order"], torch.arange(3))
+
+
+# ------------------------------------------------------------------------------------------------- loaded run
+
+
+def run_folder(folder: Path, finished: int) -> Path:
+    run.write_json(folder / "config.json", {"data": "boolq", "seed": 3})
+    run.write(folder / "tokenizer.model", data.train_tokenizer(["a cat sat", "a dog"], 30))
+    run.save_corpora(folder, "boolq", corpora(), {}, data.sha256)
+    run.write_array(folder / "docids.npy", np.array([[4, 0, 1], [0, 2, 2], [0, 1, 3]], dtype=np.int16))
+    for t in range(finished):
+        torch.manual_seed(t)
+        run.save_model(folder / f"D{t}.pt", T5(SHAPE), [])
+    return folder
+
+
+def test_loaded_run_holds_the_model_and_the_trie_after_each_corpus(tmp_path):
+    loaded = run.LoadedRun(run_folder(tmp_path, 2))
+    assert (loaded.config["seed"], loaded.finished, loaded.corpora) == (3, [0, 1], corpora())
+    assert (loaded.ids, loaded.titles) == (["a", "ü", "c"], ["Älpha", "", "Gamma"])
+    assert loaded.docids.dtype == torch.int64 and loaded.tokenizer.encode("cat")
+    model, trie = loaded.at(0)
+    assert trie.rows.tolist() == [[0, 2, 2], [4, 0, 1]] and trie.documents.tolist() == [1, 0]  # D_0's alone
+    later, both = loaded.at(1)
+    assert both.rows.tolist() == [[0, 1, 3], [0, 2, 2], [4, 0, 1]] and both.documents.tolist() == [2, 1, 0]
+    assert not torch.equal(model.word, later.word)
+
+
+def test_unfinished_run_counts_its_finished_corpora_and_says_what_to_do_without_any(tmp_path):
+    folder = run_folder(tmp_path, 1)
+    assert run.LoadedRun(folder).finished == [0]
+    (folder / "D0.pt").unlink()
+    with pytest.raises(
+        ValueError, match=r"found no finished corpus .* go on with train.py --resume"
+    ) as error:
+        run.LoadedRun(folder)
+    assert str(error.value).endswith(str(folder))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "corpus.json"])
+def test_run_without_a_file_names_it(tmp_path, name):
+    (run_folder(tmp_path, 1) / name).unlink()
+    with pytest.raises(ValueError, match=name):
+        run.LoadedRun(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------- log
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def log_with(folder: Path, monkeypatch, out: io.StringIO, quiet: bool = False) -> tuple[run.Log, list[float]]:
+    """A log that prints into `out`, under a clock that stands still; set clock[0] to move it."""
+    clock = [1000.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    log = run.Log(folder, quiet)
+    log.out = out
+    return log, clock
+
+
+def test_line_is_printed_and_added_to_the_log_file(tmp_path, capsys):
+    (tmp_path / "log.txt").write_text("an earlier run\n")
+    log = run.Log(tmp_path)
+    log.line("α: one")
+    log.line()
+    log.line("two")
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "an earlier run\nα: one\n\ntwo\n"
+    assert capsys.readouterr().out == "α: one\n\ntwo\n"
+
+
+def test_progress_off_a_terminal_keeps_one_line_in_ten_seconds_and_the_last(tmp_path, monkeypatch):
+    log, clock = log_with(tmp_path, monkeypatch, io.StringIO())
+    for second in range(25):
+        clock[0] = 1000.0 + second
+        log.progress(f"step {second}", last=second == 24)
+    wanted = ["step 0", "step 10", "step 20", "step 24"]
+    assert (tmp_path / "log.txt").read_text().splitlines() == log.out.getvalue().splitlines() == wanted
+    log.progress("the next stage's last", last=True)
+    assert (tmp_path / "log.txt").read_text().splitlines()[-1] == "the next stage's last"
+
+
+def test_progress_on_a_terminal_rewrites_one_line_that_a_kept_line_clears(tmp_path, monkeypatch):
+    log, _ = log_with(tmp_path, monkeypatch, Terminal())
+    for i in range(3):
+        log.progress(f"step {i}")
+    log.line("done")
+    log.line("more")
+    clear = "\r\x1b[K"
+    assert log.out.getvalue() == f"step 0\n{clear}step 1{clear}step 2{clear}done\nmore\n"
+    assert (tmp_path / "log.txt").read_text() == "step 0\ndone\nmore\n"
+
+
+def test_quiet_log_prints_nothing_and_still_keeps_its_files(tmp_path, monkeypatch):
+    log, _ = log_with(tmp_path, monkeypatch, Terminal(), quiet=True)
+    for i in range(3):
+        log.progress(f"step {i}", last=i == 2)
+    log.line("done")
+    assert log.out.getvalue() == ""
+    assert (tmp_path / "log.txt").read_text() == "step 0\nstep 2\ndone\n"
+
+
+def test_metrics_are_one_json_object_a_line_with_numbers_for_tensors(tmp_path):
+    log = run.Log(tmp_path, quiet=True)
+    log.metrics(
+        stage="D0", step=1, loss=torch.tensor(1.5), gradient_norm=torch.tensor([2.0], requires_grad=True)
+    )
+    log.metrics(stage="D0", step=2, loss=0.5)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"stage": "D0", "step": 1, "loss": 1.5, "gradient_norm": 2.0},
+        {"stage": "D0", "step": 2, "loss": 0.5},
+    ]
+
+
+# ---------------------------------------------------------------------------- found while writing these tests
+
+
+def test_deeply_nested_json_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"config.json: not JSON"):
+        run.read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02]"])
+def test_empty_file_and_cut_pickle_are_refused_by_name(tmp_path, content):
+    (tmp_path / "D0.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"D0.pt: cannot be read"):
+        run.read_tensors(tmp_path / "D0.pt")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x93NUMPY", b"garbage"])
+def test_missing_or_cut_docids_are_refused_by_name(tmp_path, content):
+    path = run_folder(tmp_path, 1) / "docids.npy"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"docids.npy"):
+        run.LoadedRun(tmp_path)
+
+
+def test_file_of_another_kind_is_refused_by_name(tmp_path):
+    run.write_tensors(tmp_path / "D0.pt", {"a": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"D0.pt"):
+        run.load_model(tmp_path / "D0.pt")
