@@ -1,0 +1,154 @@
+"""Constrained decoding: a query becomes the docids that the model finds most likely, and so documents.
+
+Paper    section 2 and E.3: beam search over the K codes of each position, held to the prefix trie of indexed
+         docids
+In       token ids of queries (B, S), the model, the trie
+Out      documents with scores sum_m log p_m; `python search.py RUN "query"` prints them with titles
+Next     eval.py scores the rankings
+Differs  keys and values are cached and the beams of a query share its source's; the released code re-runs the
+         decoder on the whole prefix with all 48,484 logits. As there, probabilities are not renormalised over
+         the trie.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import tokenize
+from rq import Trie
+from t5 import T5, segment_logits
+
+Ranking = list[tuple[int, float]]  # (row of the document in the stream, score), best first
+
+
+@torch.no_grad()
+def beam_search(model: T5, trie: Trie, ids: Tensor, beam: int) -> tuple[Tensor, Tensor]:
+    """The `beam` best docids of each query, as leaves of the trie.
+
+    Args:
+        ids: (B, S) token ids of the queries, padded with 0.
+
+    Returns:
+        leaves (B, beam) int64 and scores (B, beam), score descending; where the trie has fewer docids, -1 and
+        -inf.
+    """
+    assert trie.rows.shape[1] == model.config.codebooks, "trie and model are of different docids"
+    batch, device = len(ids), ids.device
+    source, padding = model.encode(ids)
+    cross = model.cross_keys_values(source)
+    x, past = model.start(batch), None  # (R, 1, D); R = B * live beams
+    nodes, scores = torch.zeros(batch, 1, dtype=torch.long), torch.zeros(batch, 1, device=device)
+    for m in range(model.config.codebooks):
+        hidden, past, _ = model.decode(x, cross, padding, past)
+        log_p = F.log_softmax(segment_logits(hidden, model.rq[m : m + 1])[:, 0].float(), dim=-1)  # (R, K)
+        child, code = trie.children(m, nodes.flatten().clamp(min=0))  # (R, C)
+        code, valid = code.to(device), ((child >= 0) & (nodes.flatten() >= 0)[:, None]).to(device)
+        total = (scores.flatten()[:, None] + log_p.gather(1, code)).masked_fill(~valid, -torch.inf)
+
+        children = child.shape[1]
+        total = total.reshape(batch, -1)  # (B, live beams * C)
+        scores, best = total.topk(min(beam, total.shape[1]), dim=1)
+        parent = best // children + torch.arange(batch, device=device)[:, None] * nodes.shape[1]  # into R
+        best_code = code.flatten()[(parent * children + best % children).flatten()]
+        nodes = child.flatten()[(parent * children + best % children).cpu()].masked_fill(
+            scores.isinf().cpu(), -1
+        )
+        past = [(k[parent.flatten()], v[parent.flatten()]) for k, v in past]
+        x = model.rq[m][best_code][:, None]
+    missing = beam - nodes.shape[1]
+    return F.pad(nodes, (0, missing), value=-1), F.pad(scores, (0, missing), value=-torch.inf)
+
+
+@torch.no_grad()
+def exact_scores(model: T5, ids: Tensor, codes: Tensor, chunk: int = 4096) -> Tensor:
+    """Score of every docid for every query by teacher forcing: ids (B, S), codes (N, M) -> (B, N). For small
+    corpora.
+    """
+    scores = []
+    for query in ids:
+        source, padding = model.encode(query[None, : max(1, int((query != 0).sum()))])
+        cross = model.cross_keys_values(source)
+        parts = []
+        for part in codes.split(chunk):
+            hidden, _, _ = model.decode(model.docid_inputs(part), cross, padding)
+            log_p = F.log_softmax(segment_logits(hidden, model.rq).float(), dim=-1)
+            parts.append(log_p.gather(2, part[..., None])[..., 0].sum(1))
+        scores.append(torch.cat(parts))
+    return torch.stack(scores)
+
+
+def documents(trie: Trie, leaves: Tensor, scores: Tensor, doc_ids: list[str], k: int) -> list[Ranking]:
+    """Docids -> documents: all that share a docid have its score; ranked by (score descending, document id
+    ascending).
+    """
+    rankings = []
+    for row, row_scores in zip(leaves.tolist(), scores.tolist()):
+        found = [(doc, s) for leaf, s in zip(row, row_scores) if leaf >= 0 for doc in trie.at_leaf(leaf)]
+        rankings.append(sorted(found, key=lambda pair: (-pair[1], doc_ids[pair[0]]))[:k])
+    return rankings
+
+
+def retrieve(
+    model, trie, tokenizer, queries: list[str], doc_ids, k=10, beam=10, batch=128, max_length=64
+) -> list[Ranking]:
+    """The k best documents of each query text, in evaluation mode; queries of like length share a batch."""
+    if not queries:
+        return []
+    model.eval()
+    ids = tokenize(tokenizer, queries, max_length)
+    lengths = (ids != 0).sum(1)
+    device = model.word.device
+    rankings: list[Ranking] = [[]] * len(queries)
+    for rows in lengths.argsort(stable=True).split(batch):
+        leaves, scores = beam_search(model, trie, ids[rows, : lengths[rows].max()].to(device), beam)
+        for row, ranking in zip(rows.tolist(), documents(trie, leaves, scores.cpu(), doc_ids, k)):
+            rankings[row] = ranking
+    return rankings
+
+
+def main(argv: list[str]) -> None:
+    from run import LoadedRun
+
+    parser = argparse.ArgumentParser(description="Retrieve documents from a finished run.")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("query", nargs="?", help="without it, an interactive prompt")
+    parser.add_argument("-k", type=int, default=10, help="documents to show (default 10)")
+    parser.add_argument("--beam", type=int, default=10, help="beams kept at each docid position (default 10)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    if args.k < 1 or args.beam < 1:
+        raise ValueError(f"found -k {args.k} and --beam {args.beam}, wanted positive numbers")
+    run = LoadedRun(args.run, args.device)
+    model, trie = run.at(run.finished[-1])
+
+    def answer(query: str) -> None:
+        if not query.strip():
+            raise ValueError("the query is empty; type some words")
+        length, beam = run.config["query_length"], max(args.beam, args.k)
+        ranking = retrieve(model, trie, run.tokenizer, [query], run.ids, args.k, beam, max_length=length)[0]
+        for place, (row, score) in enumerate(ranking, 1):
+            docid = "-".join(map(str, run.docids[row].tolist()))
+            print(f"{place:3}  {score:8.3f}  {docid:14}  {run.ids[row]}  {run.titles[row]}")
+
+    if args.query is not None:
+        answer(args.query)
+        return
+    print(f"{len(trie.documents)} documents; an empty line ends")
+    try:
+        while query := input("query> ").strip():
+            answer(query)
+    except EOFError:
+        print()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"search.py: {error}")
+    except KeyboardInterrupt:
+        print()
