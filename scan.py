@@ -1,0 +1,76 @@
+"""One pass over a corpus with a frozen encoder: what the OOD decision, the KL teacher and the training reuse.
+
+Paper    section 3.2: D_t is scanned with the model before it, teacher-forced along its own docids
+In       the model, token ids of pseudo-queries, their docids
+Out      encoder outputs, the model's last hidden states, router scores, mean direction of the OOD router inputs
+Next     ood.py decides from the scores; train.py trains from the cache
+Differs  the released code runs encoder, all 24 blocks and a second model again in every step of every epoch
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import ood
+from data import PAD
+from mixlora import mixed_layers
+from t5 import T5
+
+
+class SourceCache:
+    """Encoder outputs of many queries without their padding, and what the previous model made of them."""
+
+    @torch.no_grad()
+    def __init__(self, model: T5, ids: Tensor, batch: int = 512):
+        model.eval()
+        lengths = (ids != PAD).sum(1)
+        self.start, self.lengths = lengths.cumsum(0) - lengths, lengths
+        self.flat = torch.empty(int(lengths.sum()), model.config.width)  # (tokens, D)
+        device = model.word.device
+        for rows in lengths.argsort().split(batch):
+            width = int(lengths[rows].max())
+            source, _ = model.encode(ids[rows, :width].to(device))
+            at = torch.arange(width) < lengths[rows, None]
+            self.flat[(self.start[rows, None] + torch.arange(width))[at]] = source.float().cpu()[at]
+
+    def get(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, S, D) and padding bias (B, 1, 1, S), as T5.encode gives them."""
+        lengths = self.lengths[rows, None]
+        position = torch.arange(int(lengths.max()))
+        padded = position >= lengths  # (B, S)
+        source = self.flat[(self.start[rows, None] + position).clamp(max=len(self.flat) - 1)]
+        padding = torch.zeros(padded.shape).masked_fill(padded, -1e9)
+        return source.to(device), padding[:, None, None, :].to(device)
+
+
+@dataclass
+class Scan:
+    """One pass of a model over a corpus's pseudo-queries along their own docids, in evaluation mode."""
+
+    hidden: Tensor  # (Q, M, D) final decoder states: the KL teacher, with the model's docid table
+    scores: list[Tensor]  # per mixed layer, router scores (Q, M, E)
+    direction: list[Tensor]  # per mixed layer, (D,) summed unit router inputs of OOD queries, else of all
+
+
+@torch.no_grad()
+def scan(model: T5, cache: SourceCache, codes: Tensor, stats: list[ood.Stats], batch: int = 512) -> Scan:
+    """Runs the decoder over cached queries with docids (Q, M). Directions need the layers' statistics."""
+    model.eval()
+    device, layers = model.word.device, len(mixed_layers(model))
+    hidden, scores = torch.empty(*codes.shape, model.config.width), [[] for _ in range(layers)]
+    every, flagged = torch.zeros(2, layers, model.config.width)
+    by_length = cache.lengths.argsort()
+    for rows in by_length.split(batch):
+        out, routes = model.docid_hidden(*cache.get(rows, device), codes[rows].to(device))
+        hidden[rows] = out.float().cpu()
+        for layer, route in enumerate(routes):
+            scores[layer].append(route.scores.cpu())
+            inputs = F.normalize(route.x.float().cpu(), dim=-1)
+            every[layer] += inputs.sum((0, 1))
+            if stats:
+                is_ood = ood.is_ood(ood.energy(route.scores.cpu()), stats[layer])
+                flagged[layer] += inputs[is_ood].sum((0, 1))
+    direction = [one if one.any() else other for one, other in zip(flagged, every)]
+    return Scan(hidden, [torch.cat(parts)[by_length.argsort()] for parts in scores], direction)

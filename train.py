@@ -1,0 +1,792 @@
+"""The main job: dense training, docids, D_0, then each new corpus in turn.
+
+Paper    Eq. 7 and appendix E: cross-entropy + alpha_1 * router losses + alpha_2 * KL to the previous model
+In       `Config`, whose fields are the flags; a corpus
+Out      a run folder (see run.py) and the results table
+Next     search.py answers queries from the run folder, eval.py scores it again
+Differs  plain AdamW in place of 8-bit; the docid mask is on for plain T5 on D_0 too; D_0 starts from the
+         bi-encoder's weights; D_t's frozen encoder outputs and the previous model's hidden states are computed
+         once, by the scan. The small preset, for a T5 that starts from nothing, adds two things of its own: on D_0
+         part of each batch asks for fragments of documents (`d0_fragments`), and on D_t a second KL term holds
+         the model along docids of earlier corpora (`kl_old_coef`); neither sees an earlier corpus's text.
+"""
+
+import argparse
+import math
+import platform
+import random
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import faiss
+import numpy as np
+import sentencepiece
+import torch
+from torch import Tensor
+
+import data
+import dense
+import eval as scoring
+import mixlora
+import ood
+import rq
+import run as store
+from bm25 import BM25
+from data import Corpus
+from losses import docid_cross_entropy, kl_to_previous, router_losses
+from mixlora import MixConfig, mixed_layers
+from optim import fit, parameter_groups
+from scan import Scan, SourceCache, scan
+from search import Ranking, retrieve
+from t5 import T5, T5Config, read_published, start_from_lsa
+
+
+def flag(default, group: str, text: str):
+    """A field of Config: its default, the stage it belongs to, and unit and origin for --help."""
+    return field(default=default, metadata={"group": group, "help": text})
+
+
+# fmt: off
+@dataclass
+class Config:
+    """Every setting of a run. Defaults are the paper's for NQ320k; PRESETS and METHODS override them."""
+
+    data: str = flag("boolq", "data", "boolq, or a folder in BEIR layout")
+    preset: str = flag("", "data", "recipe: boolq, beir, nq320k, msmarco (default: boolq for boolq, beir for a folder)")
+    method: str = flag("mixlora-dsi", "data", "mixlora-dsi, mixlora-dsi-pt, never-expand, always-expand, naive-expansion, base")
+    run: str = flag("", "data", "run folder (default runs/<data>)")
+    seed: int = flag(42, "data", "of splits, draws and weights (paper: 42)")
+    device: str = flag("", "data", "cpu or cuda (default: cuda where present)")
+    splits: str = flag("60,10,10,10,10", "data", "percent of documents in D_0..D_T, or counts (ours; paper: 90,2.5,2.5,2.5,2.5)")
+    split_by: str = flag("auto", "data", "order (the folder's file `order`), random, or auto: order where there is one")
+    skip_invalid: bool = flag(False, "data", "leave out empty documents and labels that name missing ones")
+    tokenizer: str = flag("", "data", "a SentencePiece file such as spiece.model (default: trained on D_0)")
+    vocab: int = flag(8000, "data", "pieces of a tokenizer trained on D_0 (ours)")
+    query_length: int = flag(64, "data", "tokens of a query (paper: 256 in training, 64 in evaluation)")
+    pseudo_queries: str = flag("", "data", "JSON lines {doc_id, query}, as doc2query gives (default: drawn from the text)")
+    pseudo_per_document: int = flag(15, "data", "pseudo-queries of a new document (paper: up to 15 on NQ320k)")
+
+    t5: str = flag("", "model", "folder of published T5 v1.0 weights (default: from nothing, word rows by LSA)")
+    width: int = flag(768, "model", "D (T5-base)")
+    heads: int = flag(12, "model", "H (T5-base); the head width is D / H")
+    feed_forward: int = flag(3072, "model", "F (T5-base)")
+    encoder_blocks: int = flag(12, "model", "T5-base")
+    decoder_blocks: int = flag(12, "model", "T5-base")
+    dropout: float = flag(0.1, "model", "share of units (T5)")
+
+    dense_length: int = flag(128, "dense", "tokens of a document window in training (paper: 128)")
+    document_length: int = flag(256, "dense", "tokens of a document when indexed (paper: 256)")
+    dense_warmup_steps: int = flag(0, "dense", "steps of in-batch contrastive training before the rounds (ours)")
+    dense_rounds: int = flag(2, "dense", "rounds of MarginMSE: negatives from BM25, then self-mined (paper: 2)")
+    dense_steps: int = flag(54_000, "dense", "steps of each round (paper: 50 epochs of 276,493 queries at batch 256)")
+    dense_batch: int = flag(256, "dense", "queries (paper: 256)")
+    dense_lr: float = flag(5e-4, "dense", "peak learning rate (paper)")
+    dense_contrastive: float = flag(0.0, "dense", "weight of the in-batch contrastive term within the rounds (ours)")
+    dense_margin: float = flag(1.0, "dense", "weight of MarginMSE (paper: 1)")
+    dense_scale: float = flag(1.0, "dense", "inner products are multiplied by it in both losses (ours)")
+    dense_pseudo: int = flag(0, "dense", "pseudo-queries of a document among the examples (paper: 0, annotated ones only)")
+    negatives: int = flag(100, "dense", "hard negatives kept of each query (paper: 100)")
+    teacher: str = flag("", "dense", "JSON lines {qid, docids, scores} of a cross-encoder (default: BM25 teaches)")
+
+    M: int = flag(8, "docids", "codebooks (paper)")
+    K: int = flag(2048, "docids", "centroids of a codebook (paper)")
+    rq_pseudo: int = flag(0, "docids", "pseudo-queries of a document of D_0 whose embeddings fit the codebooks too (paper: 0)")
+    rq_beam: int = flag(5, "docids", "partial docids kept while encoding (faiss)")
+
+    mixture: bool = flag(True, "mixture", "experts and router in the decoder (off: plain T5)")
+    d0_mixture: bool = flag(True, "mixture", "the mixture is there on D_0 already (off: it comes with D_1, the paper's -PT)")
+    layers: int = flag(5, "mixture", "mixed decoder blocks, from the first (paper)")
+    experts: int = flag(2, "mixture", "per layer, at the start (paper)")
+    rank: int = flag(8, "mixture", "r (paper)")
+    alpha: float = flag(16.0, "mixture", "an expert's output is scaled by alpha / r (paper)")
+    lora_dropout: float = flag(0.05, "mixture", "on an expert's input (paper)")
+    lora_in_site: str = flag("post_act", "mixture", "post_act (released code) or pre_act")
+    router: str = flag("cosine", "mixture", "cosine (paper) or linear (Naive Expansion)")
+    router_row: str = flag("random", "mixture", "a new router row: random (released code) or ood_mean (ours)")
+
+    expand: str = flag("ood", "growth", "ood (paper), always, never")
+    delta: float = flag(1.0, "growth", "percent of OOD queries above which a layer grows (paper: 1 on NQ320k)")
+    ood_mode: str = flag("calibrated", "growth", "calibrated (ours) or paper_code")
+    epsilon: float = flag(0.005, "growth", "calibrated: share of false alarms (ours)")
+    ood_merge: float = flag(0.5, "growth", "calibrated: weight of the newest corpus in the statistics (ours)")
+    control_queries: int = flag(2000, "growth", "fresh pseudo-queries of D_{t-1} that the scan of D_t watches for false alarms")
+
+    d0_steps: int = flag(20_000, "training", "optimiser steps on D_0 (paper: 20,000 on NQ320k)")
+    d0_batch: int = flag(1024, "training", "queries (paper: 1024)")
+    d0_lr: float = flag(1e-3, "training", "peak learning rate (paper)")
+    d0_words: bool = flag(False, "training", "word rows train on D_0 with the mixture too (paper: no)")
+    d0_fragments: int = flag(0, "training", "fragments of each document of D_0 that are learnt as documents of their own (ours)")
+    d0_fragment_share: float = flag(0.5, "training", "share of D_0's batches that asks for fragments (ours)")
+    steps: int = flag(0, "training", "optimiser steps on each D_t; 0: by epochs")
+    epochs: int = flag(10, "training", "passes over D_t's pseudo-queries (paper: 10; BASE 5)")
+    batch: int = flag(32, "training", "queries (paper: 32 on NQ320k)")
+    lr: float = flag(1e-3, "training", "peak learning rate on D_t (paper)")
+    warmup: float = flag(0.1, "training", "share of the steps (paper)")
+    weight_decay: float = flag(0.01, "training", "of AdamW (paper)")
+    clip: float = flag(1.0, "training", "largest gradient norm (paper)")
+    mask: str = flag("segment", "training", "logits in the loss: segment (paper), docid_vocab, full_vocab (no mask)")
+    align_coef: float = flag(1.0, "training", "alpha_1 of the align loss (paper)")
+    repel_coef: float = flag(1.0, "training", "alpha_1 of the repel loss (paper)")
+    repel_reduction: str = flag("mean", "training", "over older rows: mean (released code) or sum (paper)")
+    aux_layers: str = flag("all", "training", "layers with router losses: all (released code) or expanded")
+    balance_coef: float = flag(0.0, "training", "balance loss (paper: 0.01, Naive Expansion only)")
+    z_coef: float = flag(0.0, "training", "z loss (paper: 0.001, Naive Expansion only)")
+    kl_coef: float = flag(0.1, "training", "alpha_2 of the KL to the previous model (paper)")
+    kl_old_coef: float = flag(0.0, "training", "weight of the same KL along random docids of earlier corpora (ours)")
+    kl_reduction: str = flag("sum", "training", "over docid positions: sum (released code) or mean (paper)")
+    rq_lr: float = flag(1.0, "training", "learning rate of the docid table on D_t, as a share of lr (paper: 1)")
+    slow: str = flag("grad", "training", "slow learner of the docid table on D_t: grad (paper), lr, none")
+    slow_factor: float = flag(0.01, "training", "its gradient or learning rate is multiplied by it (paper)")
+
+    beam: int = flag(10, "search", "partial docids kept (paper)")
+    eval_batch: int = flag(128, "search", "queries decoded together")
+# fmt: on
+
+
+SMALL = dict(  # a T5 from nothing, on two cores
+    query_length=32, pseudo_per_document=64, width=128, heads=4, feed_forward=512, encoder_blocks=2,
+    decoder_blocks=2, layers=2, dropout=0.0, M=4, K=128, rq_pseudo=24, dense_length=32,
+    dense_warmup_steps=160, dense_rounds=2, dense_steps=40, dense_batch=128, dense_lr=7e-4,
+    dense_contrastive=1.0, dense_margin=0.01, dense_scale=0.1, dense_pseudo=8, negatives=50, d0_steps=700,
+    d0_fragment_share=0.4, d0_batch=256, d0_lr=2e-3, steps=300, batch=256, lr=5e-3, rank=32, alpha=64.0, warmup=0.03,
+    router_row="ood_mean", d0_fragments=16, kl_coef=0.25, kl_old_coef=0.3,
+)  # fmt: skip
+PRESETS = {
+    "boolq": SMALL,
+    "beir": SMALL,
+    "nq320k": dict(splits="98743,2743,2743,2743,2743"),
+    "msmarco": dict(
+        splits="7957640,221045,221045,221045,221048", pseudo_per_document=10, d0_steps=250_000, batch=512,
+        epochs=5, delta=0.01,
+    ),
+}  # fmt: skip
+PLAIN_START = dict(d0_mixture=False)
+METHODS = {
+    "mixlora-dsi": {},
+    "never-expand": dict(expand="never"),
+    "always-expand": dict(expand="always"),
+    "mixlora-dsi-pt": PLAIN_START | dict(delta=10.0),
+    "naive-expansion": PLAIN_START | dict(
+        expand="always", router="linear", router_row="random", align_coef=0.0, repel_coef=0.0, balance_coef=0.01,
+        z_coef=0.001, kl_coef=0.0, kl_old_coef=0.0, slow="none",
+    ),
+    "base": PLAIN_START | dict(mixture=False, kl_coef=0.0, kl_old_coef=0.0, slow="none", lr=1e-3),
+}  # fmt: skip
+# Where the paper's recipe of a method differs from its own preset's (appendix E).
+METHOD_RECIPES = {
+    ("nq320k", "mixlora-dsi-pt"): dict(batch=128),
+    ("nq320k", "naive-expansion"): dict(batch=128),
+    ("nq320k", "base"): dict(batch=128, epochs=5),
+}
+
+
+CALIBRATION_QUERIES = 20_000  # of D_0, on which its energies are measured (ours)
+
+# ----------------------------------------------------------------------------------------------------- stages
+
+
+class Job:
+    """What all stages share: the config, the run folder, the corpora, the tokenizer and the pseudo-query
+    samplers.
+    """
+
+    def __init__(self, config: Config, folder: Path, log: store.Log):
+        self.config, self.folder, self.log = config, folder, log
+        self.device = torch.device(config.device)
+        if (folder / "corpus.json").exists():
+            self.corpora = store.load_corpora(folder)
+        else:
+            self.corpora = self._read()
+        if not (folder / "tokenizer.model").exists():
+            if config.tokenizer:
+                data.load_tokenizer(Path(config.tokenizer))
+                model = Path(config.tokenizer).read_bytes()
+            else:
+                model = data.train_tokenizer(self.corpora[0].passages(), config.vocab)
+            store.write(folder / "tokenizer.model", model)
+        self.tokenizer = data.load_tokenizer(folder / "tokenizer.model")
+        self.ids = [doc_id for corpus in self.corpora for doc_id in corpus.ids]
+        self.exclude = {data.normalise(text) for corpus in self.corpora for text in corpus.test.values()}
+        self.listed: list[list[tuple[int, str]]] = []  # pseudo-queries from a file, per corpus
+        if config.pseudo_queries:
+            path = Path(config.pseudo_queries)
+            self.listed, dropped = data.read_pseudo_queries(path, self.corpora, self.exclude)
+            self.samplers = [data.ListedPseudoQueries(pairs) for pairs in self.listed]
+            log.line(
+                f"pseudo-queries from {path}: {sum(map(len, self.listed))}, and {dropped} left out as test queries"
+            )
+        else:
+            idf = data.Idf(self.corpora[0].passages())
+            self.samplers = [data.PseudoQuerySampler(corpus, idf, self.exclude) for corpus in self.corpora]
+
+    def _read(self) -> list[Corpus]:
+        config = self.config
+        if config.data == "boolq":
+            self.log.line("reading BoolQ (downloaded once, about 20 MB)")
+            collection = data.read_boolq(config.seed)
+        else:
+            collection = data.read_beir(Path(config.data), config.skip_invalid)
+        corpora, left_out = data.split(collection, config.splits, config.split_by, config.seed)
+        for t, corpus in enumerate(corpora):
+            if not corpus.test:
+                raise ValueError(f"D_{t} got no test query; choose fewer or larger corpora with --splits")
+        for reason, count in left_out.items():
+            self.log.line(f"left out: {count} {reason}")
+        store.save_corpora(self.folder, config.data, corpora, left_out, data.sha256)
+        return corpora
+
+    def pseudo_queries(self, t: int, per_document: int, purpose: str) -> list[tuple[int, str]]:
+        """A fixed list of D_t's (row, pseudo-query) pairs, the same at every call; checked for leaks."""
+        if self.listed:
+            pairs = self.listed[t]
+        else:
+            seed = f"{self.config.seed} D{t} {purpose}"
+            pairs = data.draw_pseudo_queries(self.samplers[t], self.corpora[t].rows, per_document, seed)
+        data.check_no_leak(t, self.corpora, pairs)
+        return pairs
+
+    def tokens(self, queries: list[tuple[int, str]]) -> Tensor:
+        return data.tokenize(self.tokenizer, [query for _, query in queries], self.config.query_length)
+
+    def autocast(self):
+        """bfloat16 matrix products on CUDA; float32 elsewhere."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+
+def dense_stage(job: Job) -> tuple[T5, Tensor]:
+    """The bi-encoder trained on D_0, and the embeddings (N, D) of every corpus's documents by it."""
+    config, path = job.config, job.folder / "dense.pt"
+    passages = [
+        data.tokenize(job.tokenizer, corpus.passages(), config.document_length) for corpus in job.corpora
+    ]
+    if path.exists():
+        model = store.load_model(path, config.device)[0]
+        return model, store.read_tensors(job.folder / "embeddings.pt")
+    torch.manual_seed(config.seed)
+    if config.t5:
+        model = read_published(Path(config.t5), config.M, config.K, config.dropout)
+        if model.config.vocab < job.tokenizer.vocab_size():
+            raise ValueError(
+                f"the tokenizer has {job.tokenizer.vocab_size()} pieces, {config.t5} only {model.config.vocab} word "
+                "rows; pass the --tokenizer that belongs to the weights"
+            )
+    else:
+        shape = dict(width=config.width, heads=config.heads, head_width=config.width // config.heads)
+        shape |= dict(encoder_blocks=config.encoder_blocks, decoder_blocks=config.decoder_blocks)
+        model = T5(T5Config(
+            vocab=job.tokenizer.vocab_size(), feed_forward=config.feed_forward, dropout=config.dropout,
+            codebooks=config.M, centroids=config.K, **shape,
+        ))  # fmt: skip
+        start_from_lsa(model, passages[0])
+    model.to(job.device)
+    data.check_no_leak(0, job.corpora, job.corpora[0].train)
+    with job.autocast():
+        dense.train(model, job.tokenizer, job.corpora[0], passages[0], job.samplers[0], config, job.log)
+    embeddings = torch.cat([dense.embed(model, ids) for ids in passages])
+    store.write_tensors(job.folder / "embeddings.pt", embeddings)
+    store.save_model(path, model, [])
+    return model, embeddings
+
+
+def rq_stage(job: Job, bi_encoder: T5, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Codebooks (M, K, D) fitted on D_0, and the docids (N, M) of every corpus by them."""
+    config, path = job.config, job.folder / "rq.pt"
+    d0 = embeddings[: len(job.corpora[0].ids)]
+    if path.exists():
+        books = store.read_tensors(path)
+    else:
+        points = d0
+        if config.rq_pseudo:
+            drawn = job.tokens(job.pseudo_queries(0, config.rq_pseudo, "quantiser"))
+            points = torch.cat([d0, dense.embed(bi_encoder, drawn, 1024)])
+        books = rq.fit(points, config.M, config.K, config.seed, config.rq_beam)
+    codes = rq.encode(embeddings, books, config.rq_beam)
+    found = rq.report(d0, books, codes[: len(d0)])
+    job.log.line(f"docids of D0: {found}")
+    rq.require_distinct(found)
+    queries = [query for corpus in job.corpora for query in corpus.test.values()]
+    row_of = {doc_id: row for row, doc_id in enumerate(job.ids)}
+    labels = [found for corpus in job.corpora for found in corpus.qrels.values()]
+    relevant = [{row_of[doc_id] for doc_id in found} for found in labels]
+    embedded = dense.embed(bi_encoder, data.tokenize(job.tokenizer, queries, config.query_length))
+    first = len(job.corpora[0].test)
+    quantised = rq.decode(books, codes)
+    for name, documents in (("before", embeddings), ("after", quantised)):
+        in_d0 = dense.recall(embedded[:first], relevant[:first], documents[: len(d0)])
+        later = dense.recall(embedded[first:], relevant[first:], documents)
+        job.log.line(
+            f"dense Recall@10 {name} quantisation: {in_d0:.3f} on D0 alone, {later:.3f} on later queries among all"
+        )
+    store.write_array(job.folder / "docids.npy", codes.numpy().astype(np.int16))
+    store.write(job.folder / "doc_ids.txt", ("\n".join(job.ids) + "\n").encode())
+    store.write_tensors(path, books)
+    return books, codes
+
+
+def mix_config(config: Config) -> MixConfig:
+    return MixConfig(
+        config.layers, config.experts, config.rank, config.alpha, config.lora_dropout, router=config.router,
+        lora_in_site=config.lora_in_site,
+    )  # fmt: skip
+
+
+def d0_stage(job: Job, bi_encoder: T5, books: Tensor, codes: Tensor) -> tuple[T5, list[ood.Stats]]:
+    """Sequence-to-sequence training on D_0: pseudo-query -> docid, from the bi-encoder's weights, RQ rows =
+    centroids.
+    """
+    config, corpus = job.config, job.corpora[0]
+    torch.manual_seed(config.seed + 1)
+    model = T5(replace(bi_encoder.config, codebooks=config.M, centroids=config.K)).to(job.device)
+    model.load_state_dict(bi_encoder.state_dict() | {"rq": books})
+    if config.mixture and config.d0_mixture:
+        mixlora.add_mixture(model, mix_config(config))
+        model.to(job.device)
+        model.word.requires_grad_(config.d0_words)
+    layers = mixed_layers(model)
+    stats = [ood.new_stats(config.ood_mode, len(layer), config.M) for layer in layers]
+    books, codes = books.to(job.device), codes.to(job.device)
+    rng = random.Random(f"{config.seed} D0")
+    n_fragments, fragment_share = len(corpus.ids) * config.d0_fragments, config.d0_fragment_share
+    if config.d0_fragments:
+        fragments = data.fragments(corpus, config.d0_fragments, rng)
+        sampler = data.PseudoQuerySampler(fragments, data.Idf(corpus.passages()), job.exclude)
+        tokens = data.tokenize(job.tokenizer, fragments.passages(), config.document_length)
+        fragment_codes = rq.encode(dense.embed(bi_encoder, tokens, 256), books.cpu(), config.rq_beam).to(
+            job.device
+        )
+
+    def next_loss():
+        rows = rng.choices(corpus.rows, k=config.d0_batch)
+        batch = [(row, job.samplers[0].draw(row, rng)) for row in rows]
+        docids = codes[[row for row, _ in batch]]
+        if config.d0_fragments:
+            rows = rng.choices(range(n_fragments), k=int(fragment_share * config.d0_batch))
+            batch[: len(rows)] = [(row, sampler.draw(row, rng)) for row in rows]
+            docids[: len(rows)] = fragment_codes[rows]
+        ids = job.tokens(batch).to(job.device)
+        with job.autocast():
+            source, padding = model.encode(ids)
+            hidden, routes = model.docid_hidden(source, padding, docids)
+            terms = {"ce": docid_cross_entropy(model, hidden, docids, config.mask)}
+            terms |= router_losses(routes, config)
+        if config.ood_mode == "paper_code":
+            for stat, route in zip(stats, routes):
+                ood.update(stat, route.scores, route.gates)
+        return sum(terms.values()), terms, len(batch)
+
+    model.train()
+    groups = parameter_groups(model.named_parameters(), config.d0_lr, config.weight_decay)
+    fit(
+        "D0", groups, config.d0_steps, config.warmup, config.clip, next_loss, job.log,
+        after_step=lambda: [layer.normalise_rows() for layer in layers],
+    )  # fmt: skip
+    if layers:
+        pairs = job.pseudo_queries(0, max(1, CALIBRATION_QUERIES // len(corpus.ids)), "calibration")
+        pairs = rng.sample(pairs, min(len(pairs), CALIBRATION_QUERIES))
+        docids = codes.cpu()[[row for row, _ in pairs]]
+        found = scan(model, SourceCache(model, job.tokens(pairs)), docids, [])
+        stats = settle(config, stats, found, first=True)
+    return model.eval(), stats
+
+
+def settle(config: Config, stats: list[ood.Stats], found: Scan, first: bool) -> list[ood.Stats]:
+    """The layers' OOD statistics after a corpus, from a scan of it with the trained model."""
+    if config.ood_mode == "paper_code":
+        if first:
+            for stat in stats:
+                ood.remember_base(stat)
+        return stats
+    new = [ood.calibrate(ood.energy(s), s.shape[-1], config.epsilon) for s in found.scores]
+    return new if first else [ood.merge(a, b, config.ood_merge) for a, b in zip(stats, new)]
+
+
+def continual_stage(job: Job, t: int, codes: Tensor, previous: tuple[T5, list[ood.Stats]]):
+    """D_t, t >= 1: scan, grow, train, calibrate.
+
+    Returns the model, its OOD statistics, and a record of the stage for results.json.
+    """
+    config, (model, stats) = job.config, previous
+    torch.manual_seed(config.seed + 1 + t)
+    pairs = job.pseudo_queries(t, config.pseudo_per_document, "training")
+    ids, docids = job.tokens(pairs), codes[[row for row, _ in pairs]]
+    record = {"decisions": []}
+    first_mixture = config.mixture and not mixed_layers(model)
+    if config.mixture:
+        cache = SourceCache(model, ids)
+        before = scan(model, cache, docids, stats)
+        rq_before = model.rq.detach().clone()
+        if config.kl_old_coef:  # an old docid for each query: what the model says where new documents are not
+            generator = torch.Generator().manual_seed(config.seed + t)
+            old = codes[torch.randint(job.corpora[t].first_row, (len(pairs),), generator=generator)]
+            before_old = scan(model, cache, old, [])
+        if first_mixture:
+            mixlora.add_mixture(model, mix_config(config))
+            model.to(job.device)
+            stats = [ood.new_stats(config.ood_mode, len(layer), config.M) for layer in mixed_layers(model)]
+        else:
+            record["decisions"] = grow(job, t, model, stats, before)
+        freeze_old(model)
+    layers = mixed_layers(model)
+    order = dense.batches(len(pairs), config.batch, torch.Generator().manual_seed(config.seed + t))
+
+    def kl(hidden: Tensor, teacher: Scan, rows: Tensor) -> Tensor:
+        hidden_before = teacher.hidden[rows].to(job.device)
+        return kl_to_previous(hidden, model.rq, hidden_before, rq_before, config.kl_reduction)
+
+    def next_loss():
+        rows = next(order)
+        with job.autocast():
+            target = docids[rows].to(job.device)
+            source = cache.get(rows, job.device) if config.mixture else model.encode(ids[rows].to(job.device))
+            hidden, routes = model.docid_hidden(*source, target)
+            terms = {"ce": docid_cross_entropy(model, hidden, target, config.mask)}
+            if config.kl_coef:
+                terms["kl"] = config.kl_coef * kl(hidden, before, rows)
+            if config.kl_old_coef:
+                hidden_old, _ = model.docid_hidden(*source, old[rows].to(job.device))
+                terms["kl_old"] = config.kl_old_coef * kl(hidden_old, before_old, rows)
+            terms |= router_losses(routes, config)
+        if config.ood_mode == "paper_code":
+            for stat, route in zip(stats, routes):
+                if route.newest:
+                    ood.update(stat, route.scores, route.gates)
+        return sum(terms.values()), terms, len(rows)
+
+    def before_clip() -> None:
+        if config.slow == "grad":
+            model.rq.grad *= config.slow_factor
+
+    model.train()
+    slow = config.slow_factor if config.slow == "lr" else 1.0
+    groups = parameter_groups([("rq", model.rq)], config.lr * config.rq_lr * slow, config.weight_decay)
+    others = [(name, p) for name, p in model.named_parameters() if name != "rq"]
+    groups += parameter_groups(others, config.lr, config.weight_decay)
+    record["trainable_parameters"] = sum(p.numel() for group in groups for p in group["params"])
+    steps = config.steps or math.ceil(config.epochs * len(pairs) / config.batch)
+    fit(
+        f"D{t}", groups, steps, config.warmup, config.clip, next_loss, job.log, before_clip,
+        after_step=lambda: [layer.normalise_rows() for layer in layers],
+    )  # fmt: skip
+    if layers:
+        after = scan(model, cache, docids, [])
+        stats = settle(config, stats, after, first_mixture)
+        gates = [mixlora.top_gates(scores, layers[0].config.active) for scores in after.scores]
+        record["routing"] = [gate.mean((0, 1)).tolist() for gate in gates]
+        record["first_choice"] = [mixlora.first_choice_share(scores).tolist() for scores in after.scores]
+    return model.eval(), stats, record
+
+
+def grow(job: Job, t: int, model: T5, stats: list[ood.Stats], before: Scan) -> list[dict]:
+    """Decides for every mixed layer whether D_t makes it expand, and adds the experts. Returns the numbers."""
+    config, records = job.config, []
+    control = control_scan(job, t, model)
+    for number, (layer, stat, scores) in enumerate(zip(mixed_layers(model), stats, before.scores)):
+        decision = ood.decide(scores, stat, config.delta, config.epsilon)
+        expand = {"ood": decision.expand, "always": True, "never": False}[config.expand]
+        false_alarms = ood.decide(control.scores[number], stat, config.delta, config.epsilon)
+        experts = len(layer)
+        if expand:
+            layer.add_expert(before.direction[number] if config.router_row == "ood_mean" else None)
+            ood.grow(stat)
+        else:
+            layer.freeze_all()
+        job.log.line(
+            f"D{t} layer {number}: {decision.ood_percent:.1f}% of queries OOD (control {false_alarms.ood_percent:.1f}%, "
+            f"delta {decision.delta:g}%) -> experts {experts} to {len(layer)}"
+        )
+        record = asdict(decision) | {"expanded": expand, "control_percent": false_alarms.ood_percent}
+        records.append(record | {"control_expand": false_alarms.expand, "experts": [experts, len(layer)]})
+    return records
+
+
+def control_scan(job: Job, t: int, model: T5) -> Scan:
+    """Fresh pseudo-queries of D_{t-1}, seen by no training: what the detector says where there is nothing
+    new.
+    """
+    corpus = job.corpora[t - 1]
+    pairs = job.pseudo_queries(t - 1, max(1, job.config.control_queries // len(corpus.ids)), "control")
+    pairs = pairs[:: max(1, len(pairs) // job.config.control_queries)]
+    codes = torch.from_numpy(np.load(job.folder / "docids.npy", allow_pickle=False).astype(np.int64))
+    return scan(model, SourceCache(model, job.tokens(pairs)), codes[[row for row, _ in pairs]], [])
+
+
+def freeze_old(model: T5) -> None:
+    """Leaves the docid table and the newest experts and router rows to train, and nothing else."""
+    model.requires_grad_(False)
+    model.rq.requires_grad_(True)
+    for layer in mixed_layers(model):
+        layer.new.requires_grad_(True)
+        layer.router_new.requires_grad_(True)
+
+
+def evaluate_stage(job: Job, t: int, model: T5, codes: Tensor) -> scoring.Evaluation:
+    """Searches D_0..D_t with every test query seen so far."""
+    corpora, trie = job.corpora[: t + 1], rq.Trie(codes[: job.corpora[t].rows.stop])
+
+    def rank(queries: list[str]) -> list[Ranking]:
+        return retrieve(
+            model, trie, job.tokenizer, queries, job.ids, 10, job.config.beam, job.config.eval_batch,
+            job.config.query_length,
+        )  # fmt: skip
+
+    begin = time.monotonic()
+    evaluation = scoring.evaluate(corpora, rank)
+    rate = sum(len(corpus.test) for corpus in corpora) / (time.monotonic() - begin)
+    for metric in ("recall@1", "recall@10", "mrr@10"):
+        row = " ".join(f"D{i} {100 * value:.1f}" for i, value in enumerate(evaluation.means(metric)))
+        job.log.line(f"after D{t}: {metric} {row}")
+    job.log.line(f"after D{t}: searched at {rate:.0f} queries/s")
+    return evaluation
+
+
+def baselines(job: Job, bi_encoder: T5, embeddings: Tensor) -> dict[str, dict]:
+    """BM25 and the bi-encoder (exact search, later documents added), after each corpus."""
+    rows: dict[str, list] = {"bm25": [], "dense": []}
+    for t in range(len(job.corpora)):
+        corpora = job.corpora[: t + 1]
+        index = BM25([passage for corpus in corpora for passage in corpus.passages()])
+        rows["bm25"].append(
+            scoring.evaluate(corpora, lambda queries, i=index: [i.top(q, 10) for q in queries])
+        )
+
+        def rank(queries: list[str], n=corpora[-1].rows.stop) -> list[Ranking]:
+            ids = data.tokenize(job.tokenizer, queries, job.config.query_length)
+            scores, found = dense.rank(dense.embed(bi_encoder, ids), embeddings[:n], 10)
+            return [list(zip(*pair)) for pair in zip(found.tolist(), scores.tolist())]
+
+        rows["dense"].append(scoring.evaluate(corpora, rank))
+    return {name: scoring.summarise(evaluations, job.config.seed) for name, evaluations in rows.items()}
+
+
+# --------------------------------------------------------------------------------------------------- the loop
+
+
+def train(config: Config, folder: Path, log: store.Log) -> dict:
+    """Runs every stage whose result the folder does not hold yet; returns what results.json holds."""
+    done = store.read_json(folder / "stages.json") if (folder / "stages.json").exists() else {}
+
+    def finish(stage: str, begin: float, **record) -> None:
+        done[stage] = {"seconds": time.monotonic() - begin} | record
+        store.write_json(folder / "stages.json", done)
+
+    begin = time.monotonic()
+    job = Job(config, folder, log)
+    for t, corpus in enumerate(job.corpora):
+        log.line(
+            f"D{t}: {len(corpus.ids)} documents, {len(corpus.train)} annotated and {len(corpus.test)} test queries"
+        )
+    if "data" not in done:
+        finish("data", begin)
+    begin = time.monotonic()
+    bi_encoder, embeddings = dense_stage(job)
+    if "dense" not in done:
+        finish("dense", begin)
+    begin = time.monotonic()
+    books, codes = rq_stage(job, bi_encoder, embeddings)
+    if "rq" not in done:
+        d0 = slice(0, len(job.corpora[0].ids))
+        finish("rq", begin, docids=asdict(rq.report(embeddings[d0], books, codes[d0])))
+
+    evaluations, state = [], None
+    for t in range(len(job.corpora)):
+        checkpoint, stage = folder / f"D{t}.pt", f"D{t}"
+        if stage in done and checkpoint.exists():
+            log.line(f"D{t} is done already")
+            evaluations.append(scoring.Evaluation(**store.read_json(folder / f"evaluation_D{t}.json")))
+            continue
+        begin = time.monotonic()
+        if t == 0:
+            model, stats = d0_stage(job, bi_encoder, books, codes)
+            record = {}
+        else:
+            state = state or store.load_model(folder / f"D{t - 1}.pt", config.device)
+            model, stats, record = continual_stage(job, t, codes, state)
+        state = model, stats
+        store.save_model(checkpoint, model, stats)
+        trained = time.monotonic()
+        evaluations.append(evaluate_stage(job, t, model, codes))
+        store.write_json(folder / f"evaluation_D{t}.json", asdict(evaluations[-1]))
+        record |= {
+            "experts": [len(layer) for layer in mixed_layers(model)],
+            "training_seconds": trained - begin,
+        }
+        finish(stage, begin, **record)
+        store.write_json(
+            folder / "ood.json", {s: done[s]["decisions"] for s in done if "decisions" in done[s]}
+        )
+
+    begin = time.monotonic()
+    rows = baselines(job, bi_encoder, embeddings)
+    finish("baselines", begin)
+    results = assemble(config, job, done, scoring.summarise(evaluations, config.seed), rows)
+    store.write_json(folder / "results.json", results)
+    return results
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes (ru_maxrss counts KiB on Linux, bytes on macOS)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def assemble(config: Config, job: Job, done: dict, metrics: dict, rows: dict) -> dict:
+    """The contents of results.json."""
+    later = [stage for stage in done if stage[1:].isdigit() and stage != "D0"]
+    return {
+        "method": config.method,
+        "data": config.data,
+        "seed": config.seed,
+        "metrics": metrics,
+        "baselines": rows,
+        "experts": {f"D{t}": done[f"D{t}"]["experts"] for t in range(len(job.corpora))},
+        "ood_percent": {s: [d["ood_percent"] for d in done[s]["decisions"]] for s in later},
+        "routing": {s: done[s].get("routing", []) for s in later},
+        "first_choice": {s: done[s].get("first_choice", []) for s in later},
+        "trainable_parameters": {s: done[s]["trainable_parameters"] for s in later},
+        "seconds": {stage: record["seconds"] for stage, record in done.items()},
+        "peak_memory_bytes": peak_memory(),
+        "docids": done["rq"]["docids"],
+        "config": asdict(config),
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "faiss": faiss.__version__, "sentencepiece": sentencepiece.__version__, "threads":
+            torch.get_num_threads(),
+        },
+    }  # fmt: skip
+
+
+def show(results: dict, log: store.Log) -> None:
+    """The results table and what grew where."""
+    systems = {results["method"]: results["metrics"], "BM25": results["baselines"]["bm25"]}
+    systems["dense"] = results["baselines"]["dense"]
+    log.line(scoring.table("Recall@10/MRR@10 in percent after the last corpus", systems))
+    for stage, experts in results["experts"].items():
+        shares = ", ".join(f"{percent:.1f}%" for percent in results["ood_percent"].get(stage, []))
+        log.line(f"{stage}: experts per layer {experts}" + (f", OOD queries {shares}" if shares else ""))
+    low, high = results["metrics"]["recall@10"]["AP_ci95"]
+    log.line(f"AP in Recall@10: 95% interval {100 * low:.1f} to {100 * high:.1f} over queries")
+    minutes, gib = sum(results["seconds"].values()) / 60, results["peak_memory_bytes"] / 2**30
+    log.line(f"{minutes:.1f} minutes, peak memory {gib:.2f} GiB")
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def parse(argv: list[str]) -> tuple[Config, bool, bool]:
+    """Flags -> (config, resume, overwrite): defaults < preset < method < flags.
+
+    Raises ValueError that names an unknown preset or method and those that exist.
+    """
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(
+        description="Index a growing corpus in a T5 and retrieve from it.", formatter_class=formatter
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for item in fields(Config):
+        name = item.metadata["group"]
+        group = groups.setdefault(name, parser.add_argument_group(name))
+        kind = {"type": type(item.default), "metavar": type(item.default).__name__}
+        if isinstance(item.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        group.add_argument(
+            f"--{item.name}",
+            default=argparse.SUPPRESS,
+            help=f"{item.metadata['help']} [{item.default}]",
+            **kind,
+        )
+    parser.add_argument("--resume", metavar="RUN", default=argparse.SUPPRESS, help="go on with a stopped run")
+    parser.add_argument("--overwrite", action="store_true", help="move a run that is in the way aside")
+    given = vars(parser.parse_args(argv))
+    overwrite, resume = given.pop("overwrite"), given.pop("resume", None)
+    if resume is not None:
+        if given:
+            raise ValueError(f"--resume takes every setting from the run; remove --{' --'.join(given)}")
+        return Config(**store.read_json(Path(resume) / "config.json")), True, False
+
+    source, method = given.get("data", "boolq"), given.get("method", "mixlora-dsi")
+    if source in ("nq320k", "msmarco"):
+        raise ValueError(
+            f"--data {source}: this version reads BoolQ and BEIR folders. Convert {source} to a BEIR folder (corpus.jsonl, "
+            f"queries.jsonl, qrels/) and pass --data DIR --preset {source}"
+        )
+    preset = given.get("preset") or ("boolq" if source == "boolq" else "beir")
+    if preset not in PRESETS or method not in METHODS:
+        raise ValueError(
+            f"found preset {preset!r} and method {method!r}, wanted a preset of {', '.join(PRESETS)} and a method of "
+            f"{', '.join(METHODS)}"
+        )
+    recipe = PRESETS[preset] | METHODS[method] | METHOD_RECIPES.get((preset, method), {})
+    config = Config(**(recipe | given | {"data": source, "method": method, "preset": preset}))
+    config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config.run = config.run or f"runs/{Path(source).name}"
+    check(config)
+    return config, False, overwrite
+
+
+def check(config: Config) -> None:
+    """Raises ValueError where a setting cannot work, and says which would."""
+    choices = {
+        "split_by": ("auto", "order", "random"), "router_row": ("random", "ood_mean"), "expand": ("ood",
+        "always", "never"), "ood_mode": ood.MODES, "mask": ("segment", "docid_vocab", "full_vocab"),
+        "repel_reduction": ("mean", "sum"), "aux_layers": ("all", "expanded"), "kl_reduction": ("sum",
+        "mean"), "slow": ("grad", "lr", "none"),
+    }  # fmt: skip
+    for name, wanted in choices.items():
+        if getattr(config, name) not in wanted:
+            raise ValueError(f"found --{name} {getattr(config, name)}, wanted one of {', '.join(wanted)}")
+    for item in fields(Config):
+        value = getattr(config, item.name)
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"found --{item.name} {value}, wanted a finite number of 0 or more")
+    if config.width % config.heads:
+        raise ValueError(
+            f"found --width {config.width} and --heads {config.heads}, wanted a width that heads divide"
+        )
+    if config.d0_fragment_share > 1 or not 0 < config.epsilon < 1:
+        raise ValueError("--d0_fragment_share and --epsilon are shares: wanted at most 1")
+    if config.mixture:
+        mix_config(config)
+    elif config.kl_coef or config.kl_old_coef:
+        raise ValueError(
+            "without a mixture the encoder trains too and no teacher is cached: pass --kl_coef 0 --kl_old_coef 0"
+        )
+    if config.layers > config.decoder_blocks and not config.t5:
+        raise ValueError(
+            f"found --layers {config.layers}, wanted at most --decoder_blocks {config.decoder_blocks}"
+        )
+
+
+def open_folder(config: Config, overwrite: bool) -> Path:
+    """The run's folder, new and with its config; one that holds another run is moved aside or refused."""
+    folder = Path(config.run)
+    if (folder / "config.json").exists():
+        if not overwrite:
+            raise ValueError(
+                f"{folder} holds a run already: pass --resume {folder}, --overwrite, or another --run"
+            )
+        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        print(f"moved the earlier run to {aside}")
+    folder.mkdir(parents=True, exist_ok=True)
+    store.write_json(folder / "config.json", asdict(config))
+    return folder
+
+
+def main(argv: list[str]) -> None:
+    config, resume, overwrite = parse(argv)
+    folder = Path(config.run) if resume else open_folder(config, overwrite)
+    log = store.Log(folder)
+    log.line(" ".join(f"{name}={value}" for name, value in asdict(config).items() if value != ""))
+    show(train(config, folder, log), log)
+    log.line(f'python search.py {folder} "a question"')
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ntrain.py: stopped; finished stages are kept, go on with --resume RUN")
