@@ -679,9 +679,10 @@ def parse(argv: list[str]) -> tuple[Config, bool, bool]:
 
     Raises ValueError that names an unknown preset or method and those that exist.
     """
-    formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(
-        description="Index a growing corpus in a T5 and retrieve from it.", formatter_class=formatter
+        description="Index a growing corpus in a T5 and retrieve from it. In brackets: the default, which is the paper's "
+        "for NQ320k; the preset and the method override it.",
+        allow_abbrev=False,
     )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for item in fields(Config):
@@ -690,8 +691,10 @@ def parse(argv: list[str]) -> tuple[Config, bool, bool]:
         kind = {"type": type(item.default), "metavar": type(item.default).__name__}
         if isinstance(item.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
+        names = dict.fromkeys([f"--{item.name}", f"--{item.name.replace('_', '-')}"])  # both spellings
         group.add_argument(
-            f"--{item.name}",
+            *names,
+            dest=item.name,
             default=argparse.SUPPRESS,
             help=f"{item.metadata['help']} [{item.default}]",
             **kind,

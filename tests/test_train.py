@@ -320,7 +320,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_overwrite_moves_it_aside(tmp_p
 def test_flags_override_the_method_and_the_method_overrides_the_preset():
     config, _, _ = train.parse(["--method", "naive-expansion"])
     assert (config.router, config.kl_coef, config.width) == ("linear", 0.0, train.SMALL["width"])
-    config, _, _ = train.parse(["--method", "naive-expansion", "--router", "cosine", "--kl_coef", "0.2"])
+    config, _, _ = train.parse(["--method", "naive-expansion", "--router", "cosine", "--kl-coef", "0.2"])
     assert (config.router, config.kl_coef) == ("cosine", 0.2)
     config, _, _ = train.parse(["--data", "some/folder", "--preset", "nq320k", "--method", "base"])
     assert (config.M, config.K, config.width, config.batch, config.epochs) == (8, 2048, 768, 128, 5)
