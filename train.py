@@ -706,7 +706,11 @@ def parse(argv: list[str]) -> tuple[Config, bool, bool]:
     if resume is not None:
         if given:
             raise ValueError(f"--resume takes every setting from the run; remove --{' --'.join(given)}")
-        return Config(**store.read_json(Path(resume) / "config.json")), True, False
+        path = Path(resume) / "config.json"
+        try:
+            return Config(**store.read_json(path) | {"run": resume}), True, False
+        except TypeError as error:
+            raise ValueError(f"{path}: written by another version of this program ({error})") from None
 
     source, method = given.get("data", "boolq"), given.get("method", "mixlora-dsi")
     if source in ("nq320k", "msmarco"):
@@ -764,7 +768,9 @@ def check(config: Config) -> None:
 def open_folder(config: Config, overwrite: bool) -> Path:
     """The run's folder, new and with its config; one that holds another run is moved aside or refused."""
     folder = Path(config.run)
-    if (folder / "config.json").exists():
+    if (
+        folder / "corpus.json"
+    ).exists():  # a run that got no further than a wrong --data left nothing to keep
         if not overwrite:
             raise ValueError(
                 f"{folder} holds a run already: pass --resume {folder}, --overwrite, or another --run"

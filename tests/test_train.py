@@ -310,11 +310,23 @@ def test_help_groups_every_field_of_config_by_stage(capsys):
 def test_a_folder_that_holds_a_run_is_refused_and_overwrite_moves_it_aside(tmp_path):
     config = train.Config(run=str(tmp_path / "run"))
     train.open_folder(config, overwrite=False)
+    train.open_folder(config, overwrite=False)  # nothing was saved yet: no run is in the way
+    (tmp_path / "run" / "corpus.json").write_text("{}")
     (tmp_path / "run" / "precious").write_text("kept")
     with pytest.raises(ValueError, match="--resume .*--overwrite"):
         train.open_folder(config, overwrite=False)
     train.open_folder(config, overwrite=True)
     assert [path.read_text() for path in tmp_path.glob("run.*/precious")] == ["kept"]
+
+
+def test_a_run_may_be_moved_and_one_of_another_version_is_refused_by_name(tmp_path):
+    train.open_folder(train.Config(run=str(tmp_path / "old"), lr=0.5), overwrite=False)
+    (tmp_path / "old").rename(tmp_path / "new")
+    config, resume, _ = train.parse(["--resume", str(tmp_path / "new")])
+    assert resume and config.lr == 0.5 and config.run == str(tmp_path / "new")
+    store.write_json(tmp_path / "new" / "config.json", {"learning_rate": 1})
+    with pytest.raises(ValueError, match="config.json: written by another version"):
+        train.parse(["--resume", str(tmp_path / "new")])
 
 
 def test_flags_override_the_method_and_the_method_overrides_the_preset():
