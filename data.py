@@ -7,8 +7,8 @@ Next     dense.py embeds the documents; train.py trains on the pseudo-queries
 Differs  the authors' splits are not public, so ours is drawn with a seed and its document ids are stored with
          hashes; in place of doc2query's output the default draws pseudo-queries from the document's own words
 
-What stage t may see is what it is handed: D_t alone. `check_no_leak` proves it on the data each stage
-consumes.
+What stage t may see is what it is handed: D_t alone. `check_no_leak` proves it on every list of queries that a
+stage trains on; what D_0 draws anew in each batch comes from a sampler that holds D_0 alone and no test query.
 """
 
 import hashlib

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 ITERATIONS = 25  # Lloyd iterations per level
-POINTS_PER_CENTROID = 256  # as faiss: more training points than this are sampled
+POINTS_PER_CENTROID = 256  # of k-means, faiss's default: more are sampled
 BATCH = 4096  # embeddings encoded together
 
 
@@ -93,7 +93,7 @@ class Report:
     """How well docids tell documents apart."""
 
     documents: int
-    distinct: float  # share of docids that exist once or stand for their group: distinct docids / documents
+    distinct: float  # distinct docids / documents
     used: list[float]  # share of each codebook's centroids in use
     entropy: list[float]  # bits per codebook, log2 K at most
     error: float  # mean squared error relative to the embeddings' variance

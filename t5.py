@@ -6,7 +6,8 @@ Out      decoder hidden states (B, T, D); one row of K logits per docid position
 Next     mixlora.py replaces the feed-forward of the first decoder blocks; search.py decodes docids
 Differs  the released code extends one tied table to V + M * K rows and masks 46,436 of its 48,484 logits.
          Here the words (V, D) and the codes (M, K, D) are two tensors and only the K logits of a position are
-         computed: the same loss, and the frozen encoder needs no gradient.
+         computed: the same loss, and the frozen encoder needs no gradient. A T5 without published weights may
+         start as a latent semantic index of D_0 (`start_from_lsa`).
 
 Letters, for all files:
 B batch, S source length, T target length, D model width, H heads, Dh head width, F feed-forward width, V

@@ -503,8 +503,8 @@ def grow(job: Job, t: int, model: T5, stats: list[ood.Stats], before: Scan) -> l
 
 
 def control_scan(job: Job, t: int, model: T5) -> Scan:
-    """Fresh pseudo-queries of D_{t-1}, seen by no training: what the detector says where there is nothing
-    new.
+    """What the detector says where nothing is new: fresh pseudo-queries of D_{t-1}, which no training saw; where
+    they come from a file, those of the file.
     """
     corpus = job.corpora[t - 1]
     pairs = job.pseudo_queries(t - 1, max(1, job.config.control_queries // len(corpus.ids)), "control")

@@ -391,7 +391,8 @@ def two_corpora() -> list[Corpus]:
 
 def test_split_corpora_do_not_leak():
     corpora = two_corpora()
-    check_no_leak(0, corpora, corpora[0].train)
+    assert corpora[0].train and set(corpora[0].ids).isdisjoint(corpora[1].ids)
+    check_no_leak(0, corpora, corpora[0].train)  # raises on a leak
     check_no_leak(1, corpora, [(2, "text number 2"), (3, "a pseudo-query")])
 
 
