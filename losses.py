@@ -28,7 +28,8 @@ def docid_cross_entropy(model: T5, hidden: Tensor, codes: Tensor, mask: str) -> 
     table = model.rq.flatten(0, 1)  # (M * K, D)
     target = codes + torch.arange(codes.shape[1], device=codes.device) * model.config.centroids
     if mask == "full_vocab":
-        table, target = torch.cat([model.word, table]), target + model.config.vocab
+        words = model.word if model.head is None else model.head
+        table, target = torch.cat([words, table]), target + model.config.vocab
     return F.cross_entropy((hidden @ table.T).float().flatten(0, 1), target.flatten())
 
 

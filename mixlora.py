@@ -31,7 +31,9 @@ class MixConfig:
     dropout: float = 0.05  # on an expert's input
     active: int = 2  # A, experts per token
     router: str = "cosine"  # or "linear"
-    lora_in_site: str = "post_act"  # add W_in's expert after ReLU, as the released code does, or "pre_act"
+    lora_in_site: str = (
+        "post_act"  # add W_in's expert after the activation, as the released code does, or "pre_act"
+    )
 
     def __post_init__(self):
         for name, wanted in (("router", ("cosine", "linear")), ("lora_in_site", ("post_act", "pre_act"))):
@@ -133,11 +135,10 @@ class MixedFeedForward(nn.Module):
             a, b = self.stacked(f"{side}_a"), self.stacked(f"{side}_b")
             return self.scale * mixed_delta(F.dropout(y, drop, self.training), a, b, route.gates)
 
-        u = x @ self.plain.w_in.T
         if self.config.lora_in_site == "pre_act":
-            u = F.dropout(F.relu(u + delta(x, "in")), self.plain.dropout, self.training)
+            u = self.plain.hidden(x, before=delta(x, "in"))
         else:
-            u = F.dropout(F.relu(u), self.plain.dropout, self.training) + delta(x, "in")
+            u = self.plain.hidden(x) + delta(x, "in")
         return u @ self.plain.w_out.T + delta(u, "out"), route
 
     @torch.no_grad()

@@ -1,13 +1,16 @@
 """The T5 encoder-decoder, written out, with a word table and a docid table in place of one vocabulary.
 
-Paper    section 2 (generative retrieval) and appendix C; the network is T5 v1.0 (Raffel et al., 2020)
+Paper    section 2 (generative retrieval) and appendix C; the network is T5 v1.0 (Raffel et al., 2020), or
+         v1.1 with its gated feed-forward and untied head (Shazeer, 2020)
 In       token ids of queries or documents (B, S); docid prefixes (B, T)
 Out      decoder hidden states (B, T, D); one row of K logits per docid position
 Next     mixlora.py replaces the feed-forward of the first decoder blocks; search.py decodes docids
 Differs  the released code extends one tied table to V + M * K rows and masks 46,436 of its 48,484 logits.
          Here the words (V, D) and the codes (M, K, D) are two tensors and only the K logits of a position are
-         computed: the same loss, and the frozen encoder needs no gradient. A T5 without published weights may
-         start as a latent semantic index of D_0 (`start_from_lsa`).
+         computed: the same loss, and the frozen encoder needs no gradient. The word table ends after the
+         32,100 rows that mean something (`our_rows`); with them, M = 8 and K = 2048 T5-base has the paper's
+         235.4M parameters. A T5 without published weights may start as a latent semantic index of D_0
+         (`start_from_lsa`).
 
 Letters, for all files:
 B batch, S source length, T target length, D model width, H heads, Dh head width, F feed-forward width, V
@@ -16,19 +19,36 @@ vocabulary, E experts, A active experts, r LoRA rank, M codebooks, K centroids, 
 
 import json
 import math
+import mmap
+import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# A published word table has 32,128 rows: 32,000 SentencePiece pieces, 100 sentinels, and 28 rows that mean
+# nothing and only fill it up to a multiple of 128. Ours (and the head of v1.1) ends after the sentinels.
+PUBLISHED_ROWS, MEANT_ROWS = 32_128, 32_100
+
+
+def our_rows(published: int) -> int:
+    """How many of a published table's rows we keep: all, unless it is T5's own, filled up to 32,128."""
+    return MEANT_ROWS if published == PUBLISHED_ROWS else published
+
+
+def published_rows(ours: int) -> int:
+    """How many rows a table of ours has once published: undoes `our_rows`."""
+    return PUBLISHED_ROWS if ours == MEANT_ROWS else ours
 
 
 @dataclass(frozen=True)
 class T5Config:
-    """Shape of the network; the defaults are T5-base's."""
+    """Shape of the network; the defaults are T5-base's. Raises ValueError that names a field of no sense."""
 
-    vocab: int = 32128  # rows of the word table, V
+    vocab: int = MEANT_ROWS  # rows of the word table, V
     width: int = 768  # D
     head_width: int = 64  # Dh
     heads: int = 12  # H
@@ -41,16 +61,20 @@ class T5Config:
     codebooks: int = 8  # M
     centroids: int = 2048  # K
 
+    gated: bool = False  # v1.1: a gated GELU in place of ReLU
+    tied: bool = True  # v1.0: the word logits reuse the word table; v1.1 has a head of its own
+
     def __post_init__(self):
         for item in fields(self):
             value = getattr(self, item.name)
-            number = isinstance(value, (int, float))
-            if not (
-                number and 0 <= value < 1 if item.name == "dropout" else isinstance(value, int) and value > 0
-            ):
-                raise ValueError(
-                    f"T5 shape: found {item.name}={value}, wanted a positive integer (dropout: 0 <= p < 1)"
-                )
+            if item.name == "dropout":
+                good, wanted = isinstance(value, (int, float)) and 0 <= value < 1, "0 <= p < 1"
+            elif isinstance(item.default, bool):
+                good, wanted = isinstance(value, bool), "True or False"
+            else:
+                good, wanted = type(value) is int and value > 0, "a positive integer"
+            if not good:
+                raise ValueError(f"T5 shape: found {item.name}={value}, wanted {wanted}")
 
 
 class RMSNorm(nn.Module):
@@ -128,17 +152,28 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """W_out Drop(ReLU(W_in x)). Returns None beside it, where a mixed layer returns how it routed."""
+    """W_out u with u = Drop(ReLU(W_in x)), or, where gated, u = Drop(GELU(W_in x) * W_linear x).
+
+    Returns None beside it, where a mixed layer returns how it routed.
+    """
 
     def __init__(self, config: T5Config):
         super().__init__()
         self.dropout = config.dropout
         self.w_in = nn.Parameter(torch.randn(config.feed_forward, config.width) * config.width**-0.5)
         self.w_out = nn.Parameter(torch.randn(config.width, config.feed_forward) * config.feed_forward**-0.5)
+        self.w_linear = (
+            nn.Parameter(torch.randn_like(self.w_in) * config.width**-0.5) if config.gated else None
+        )
+
+    def hidden(self, x: Tensor, before: Tensor | None = None) -> Tensor:
+        """u of x (B, T, D); `before` (B, T, F) is added to W_in x, before its ReLU or GELU. -> (B, T, F)."""
+        u = x @ self.w_in.T if before is None else x @ self.w_in.T + before
+        u = F.relu(u) if self.w_linear is None else F.gelu(u, approximate="tanh") * (x @ self.w_linear.T)
+        return F.dropout(u, self.dropout, self.training)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        u = F.dropout(F.relu(x @ self.w_in.T), self.dropout, self.training)  # (B, T, F)
-        return u @ self.w_out.T, None
+        return self.hidden(x) @ self.w_out.T, None
 
 
 class EncoderBlock(nn.Module):
@@ -190,7 +225,7 @@ class DecoderBlock(nn.Module):
 
 class T5(nn.Module):
     """Encoder, decoder, word table (V, D), and docid table rq (M, K, D), tied between decoder input and
-    output.
+    output. `head` (V, D) scores words where the config is untied, and is None otherwise.
     """
 
     def __init__(self, config: T5Config):
@@ -198,14 +233,25 @@ class T5(nn.Module):
         self.config = config
         self.word = nn.Parameter(torch.randn(config.vocab, config.width))
         self.rq = nn.Parameter(torch.randn(config.codebooks, config.centroids, config.width))
+        self.recompute = False  # see `through`
         self.encoder_bias = RelativeBias(config, bidirectional=True)
         self.decoder_bias = RelativeBias(config, bidirectional=False)
         self.encoder = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_blocks))
         self.decoder = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_blocks))
         self.encoder_norm, self.decoder_norm = RMSNorm(config.width), RMSNorm(config.width)
+        self.head = None  # scores words for doc2query; docids have rq, so that no stage trains it
+        if not config.tied:
+            head = torch.randn_like(self.word) * config.width**-0.5
+            self.head = nn.Parameter(head, requires_grad=False)
 
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training)
+
+    def through(self, block: nn.Module, *inputs):
+        """block(*inputs); with `recompute` its activations are forgotten and made again for the gradient."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids (B, S), padded with 0 -> hidden states (B, S, D) and padding bias (B, 1, 1, S) for the
@@ -216,7 +262,7 @@ class T5(nn.Module):
         position = torch.arange(ids.shape[1], device=x.device)
         bias = self.encoder_bias(position, position) + padding  # (B, H, S, S)
         for block in self.encoder:
-            x = block(x, bias)
+            x = self.through(block, x, bias)
         return self.drop(self.encoder_norm(x)), padding
 
     def cross_keys_values(self, source: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -243,7 +289,9 @@ class T5(nn.Module):
         present, routes = [], []
         x = self.drop(x)
         for i, block in enumerate(self.decoder):
-            x, keys_values, route = block(x, bias, past[i] if past else None, cross[i], padding)
+            x, keys_values, route = self.through(
+                block, x, bias, past[i] if past else None, cross[i], padding
+            )
             present.append(keys_values)
             if route is not None:
                 routes.append(route)
@@ -271,7 +319,9 @@ class T5(nn.Module):
         return self.decode(self.start(len(ids)), self.cross_keys_values(source), padding)[0][:, 0]
 
     def word_logits(self, hidden: Tensor) -> Tensor:
-        """Published T5's tied language-model head, with its D^-1/2 scale: (B, T, D) -> (B, T, V)."""
+        """Published T5's language-model head, tied with a D^-1/2 scale or untied: (B, T, D) -> (B, T, V)."""
+        if self.head is not None:
+            return hidden @ self.head.T
         return hidden * self.config.width**-0.5 @ self.word.T
 
 
@@ -351,23 +401,24 @@ DECODER_NAMES = {ours: theirs.replace("layer.1", "layer.2") for ours, theirs in 
     "cross_attention.v": "layer.1.EncDecAttention.v.weight",
     "cross_attention.o": "layer.1.EncDecAttention.o.weight",
 }
+GATED = {"ff.w_in": "wi_0", "ff.w_linear": "wi_1"}  # v1.1 has these two in place of DenseReluDense.wi
 BIAS_NAME = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-COPIES = {
-    "encoder.embed_tokens.weight",
-    "decoder.embed_tokens.weight",
-    "lm_head.weight",
-}  # of shared.weight, in v1.0
+# Copies of shared.weight; of v1.1, the last is a tensor of its own.
+COPIES = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
 # Left in t5-small's and t5-base's files by their conversion; no such bias exists in the network.
 STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
 
 def published_names(config: T5Config) -> dict[str, str]:
     """Our parameter name -> the published one, for every tensor but `rq`, which no published file has."""
-    names = {"word": "shared.weight"}
+    names = {"word": "shared.weight"} | ({} if config.tied else {"head": "lm_head.weight"})
     for stack, blocks, table in (
         ("encoder", config.encoder_blocks, ENCODER_NAMES),
         ("decoder", config.decoder_blocks, DECODER_NAMES),
     ):
+        if config.gated:
+            plain = table["ff.w_in"]
+            table = table | {ours: plain.replace("wi", theirs) for ours, theirs in GATED.items()}
         names[f"{stack}_bias.weight"] = f"{stack}.{BIAS_NAME}"
         names[f"{stack}_norm.weight"] = f"{stack}.final_layer_norm.weight"
         for i in range(blocks):
@@ -378,14 +429,20 @@ def published_names(config: T5Config) -> dict[str, str]:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file: 8 bytes of header length, a JSON header, then the raw little-endian
     data.
+
+    They are views of the file, mapped into memory: what is not looked at is not read, and what is written to
+    them does not reach the file.
     """
     types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    data = bytearray(path.read_bytes())
-    size = int.from_bytes(data[:8], "little")
     try:
-        header = json.loads(data[8 : 8 + size])
+        with path.open("rb") as file:
+            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        size = int.from_bytes(data[:8], "little")
+        if size > len(data) - 8:
+            raise ValueError(f"header ends at byte {8 + size} of {len(data)}")
+        header = json.loads(bytes(data[8 : 8 + size]))
         header.pop("__metadata__", None)
-        body = memoryview(data)[8 + size :]
+        body = data[8 + size :]
         tensors = {}
         for name, item in header.items():
             start, end = item["data_offsets"]
@@ -394,28 +451,56 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             flat = torch.frombuffer(body[start:end], dtype=types[item["dtype"]])
             tensors[name] = flat.reshape(item["shape"])
         return tensors
-    except (ValueError, KeyError, TypeError, RuntimeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"{path}: not a whole safetensors file of float tensors ({error}); fetch it again"
         ) from None
 
 
-def read_published(folder: Path, codebooks: int, centroids: int, dropout: float | None = None) -> T5:
-    """A T5 v1.0 from `config.json` and `model.safetensors` or `pytorch_model.bin`, its docid table still
-    random.
+def read_bin(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pytorch_model.bin: views of the file where torch can map it, else read into memory."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: cannot be read ({reason}); fetch it again") from None
 
+
+def kind_of_t5(given: dict) -> dict[str, bool]:
+    """`gated` and `tied` from a published config.json; keys that a T5 v1.0 of 2020 lacks mean v1.0.
+
+    Old files tell by `tie_word_embeddings` whether the logits are those of a tied head with its D^-1/2 scale.
+    Newer ones may set that key to true even for v1.1 and tell by `scale_decoder_outputs`.
+    Raises ValueError where the network is neither.
+    """
+    name = given.get("feed_forward_proj", "relu")
+    activation = {"relu": "relu", "gated-gelu": "gelu_new"}.get(name)  # gelu_new: GELU by its tanh formula
+    if activation is None or given.get("dense_act_fn", activation) != activation:
+        found = f"feed_forward_proj={name!r}, dense_act_fn={given.get('dense_act_fn')!r}"
+        raise ValueError(f"found {found}; wanted 'relu', or 'gated-gelu' with 'gelu_new'")
+    tied = given.get("tie_word_embeddings", True)
+    scaled = given.get("scale_decoder_outputs", tied)
+    if (tied, scaled) not in ((True, True), (False, False), (True, False)):
+        found = f"tie_word_embeddings={tied!r}, scale_decoder_outputs={scaled!r}"
+        raise ValueError(f"found {found}; wanted true or false, and no scale where the head is untied")
+    return {"gated": name == "gated-gelu", "tied": scaled}
+
+
+def read_published(folder: Path, codebooks: int, centroids: int, dropout: float | None = None) -> T5:
+    """A T5 v1.0 or v1.1 from `config.json` and `model.safetensors` or `pytorch_model.bin`, its docid table
+    still random.
+
+    The weights are copied from the mapped file straight into the model: one float32 copy is in memory.
     Raises ValueError where a file is missing, a tensor is missing, unknown or of another shape, or the config
-    is of a network that this file does not write out (gated feed-forward, untied head).
+    is of a network that this file does not write out.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"found no {path}; --t5 wants a folder with config.json and the weights")
     try:
         given = json.loads(path.read_text())
-        if given.get("feed_forward_proj", "relu") != "relu" or not given.get("tie_word_embeddings", True):
-            raise ValueError("found a gated or untied T5 (v1.1); wanted T5 v1.0 with ReLU and a tied head")
         config = T5Config(
-            vocab=given["vocab_size"],
+            vocab=our_rows(given["vocab_size"]),
             width=given["d_model"],
             head_width=given["d_kv"],
             heads=given["num_heads"],
@@ -427,21 +512,23 @@ def read_published(folder: Path, codebooks: int, centroids: int, dropout: float 
             dropout=given["dropout_rate"] if dropout is None else dropout,
             codebooks=codebooks,
             centroids=centroids,
+            **kind_of_t5(given),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not the config of a T5 v1.0 ({error})") from None
+        raise ValueError(f"{path}: not the config of a T5 v1.0 or v1.1 ({error})") from None
     if (folder / "model.safetensors").is_file():
         tensors = read_safetensors(folder / "model.safetensors")
     elif (folder / "pytorch_model.bin").is_file():
-        path = folder / "pytorch_model.bin"
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{path}: cannot be read ({reason}); fetch it again") from None
+        tensors = read_bin(folder / "pytorch_model.bin")
     else:
         raise ValueError(f"found neither model.safetensors nor pytorch_model.bin in {folder}")
-    model = T5(config)
+    if not config.tied and given.get("tie_word_embeddings", True) and "shared.weight" in tensors:
+        # One table but logits without the scale: the head may be left out, being a copy of the table.
+        tensors.setdefault("lm_head.weight", tensors["shared.weight"])
+    with torch.device("meta"):  # no time is spent on random weights that the file replaces
+        model = T5(config)
+    model.to_empty(device="cpu")
+    nn.init.normal_(model.rq)  # the one tensor that no published file has
     load_published(model, tensors)
     return model
 
@@ -452,29 +539,34 @@ def load_published(model: T5, tensors: dict[str, Tensor]) -> None:
     for.
     """
     names = published_names(model.config)
-    shared = tensors.get("shared.weight", next((tensors[name] for name in COPIES if name in tensors), None))
+    copies = COPIES - set(names.values())
+    shared = tensors.get("shared.weight", next((tensors[name] for name in copies if name in tensors), None))
     if shared is not None:
         tensors = tensors | {"shared.weight": shared}
     missing = set(names.values()) - set(tensors)
-    unknown = set(tensors) - set(names.values()) - COPIES - {STRAY}
+    unknown = set(tensors) - set(names.values()) - copies - {STRAY}
     if missing or unknown:
         raise ValueError(f"published weights: missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}")
-    for name in COPIES & set(tensors):
+    for name in copies & set(tensors):
         if not torch.equal(tensors[name], shared):
-            raise ValueError(f"published weights: {name} differs from shared.weight; wanted a tied T5 v1.0")
+            raise ValueError(f"published weights: {name} differs from shared.weight; wanted a copy of it")
     parameters = dict(model.named_parameters())
     for ours, theirs in names.items():
-        if parameters[ours].shape != tensors[theirs].shape:
-            found, wanted = tuple(tensors[theirs].shape), tuple(parameters[ours].shape)
+        value = tensors[theirs]
+        if ours in ("word", "head") and value.ndim == 2:
+            value = value[: our_rows(len(value))]
+        if parameters[ours].shape != value.shape:
+            found, wanted = tuple(value.shape), tuple(parameters[ours].shape)
             raise ValueError(f"published weights: {theirs} has shape {found}, wanted {wanted}")
-        parameters[ours].copy_(tensors[theirs])
+        parameters[ours].copy_(value)
 
 
 def to_published(model: T5) -> dict[str, Tensor]:
     """The model's tensors under their published names (without the docid table), as `pytorch_model.bin` holds
-    them.
+    them; tables of words are filled up with rows of zeros to T5's 32,128.
     """
-    parameters = dict(model.named_parameters())
-    return {
-        theirs: parameters[ours].detach().clone() for ours, theirs in published_names(model.config).items()
-    }
+    parameters = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for name in {"word", "head"} & set(parameters):
+        rows = len(parameters[name])
+        parameters[name] = F.pad(parameters[name], (0, 0, 0, published_rows(rows) - rows))
+    return {theirs: parameters[ours] for ours, theirs in published_names(model.config).items()}

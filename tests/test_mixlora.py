@@ -1,6 +1,7 @@
 """Experts, routers and their losses, against loops and numbers worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,11 +37,14 @@ NAMES = ("in_a", "in_b", "out_a", "out_b")
 VARIANTS = [(router, site) for router in ("cosine", "linear") for site in ("post_act", "pre_act")]
 
 
-def mixed(frozen: int, trainable: int, random_b: bool = True, seed: int = 0, **config) -> MixedFeedForward:
+def mixed(
+    frozen: int, trainable: int, random_b: bool = True, seed: int = 0, gated: bool = False, **config
+) -> MixedFeedForward:
     """A mixed feed-forward of D = 16 and F = 24 in evaluation mode."""
     torch.manual_seed(seed)
     config = {"rank": 3, "alpha": 12.0} | config
-    layer = MixedFeedForward(FeedForward(SHAPE), MixConfig(**config), frozen, trainable)
+    plain = FeedForward(replace(SHAPE, gated=gated))
+    layer = MixedFeedForward(plain, MixConfig(**config), frozen, trainable)
     if random_b:
         for experts in (layer.old, layer.new):
             torch.nn.init.normal_(experts.in_b)
@@ -98,17 +102,24 @@ def test_an_expert_of_t5_base_has_61440_parameters():
 # ------------------------------------------------------------------------------------------------ mixed layer
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("router, site", VARIANTS)
-def test_mixed_layer_with_zero_b_equals_the_plain_feed_forward(router, site):
-    layer = mixed(frozen=2, trainable=1, random_b=False, router=router, lora_in_site=site)
+def test_mixed_layer_with_zero_b_equals_the_plain_feed_forward(router, site, gated):
+    layer = mixed(frozen=2, trainable=1, random_b=False, router=router, lora_in_site=site, gated=gated)
     x = 5 * torch.randn(4, 3, 16)
     assert torch.equal(layer(x)[0], layer.plain(x)[0])
 
 
+def gelu(u: torch.Tensor) -> torch.Tensor:
+    """GELU by its tanh formula, as T5 v1.1 has it."""
+    return 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
+
+
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("router, site", VARIANTS)
 @pytest.mark.parametrize("frozen, trainable", [(0, 2), (3, 1), (4, 0)])
-def test_forward_equals_a_token_by_token_transcription(router, site, frozen, trainable):
-    layer = mixed(frozen, trainable, router=router, lora_in_site=site)
+def test_forward_equals_a_token_by_token_transcription(router, site, frozen, trainable, gated):
+    layer = mixed(frozen, trainable, router=router, lora_in_site=site, gated=gated)
     x = torch.randn(2, 3, 16)
     held = {name: value.double() for name, value in tensors(layer).items()}
     w_in, w_out, s = layer.plain.w_in.double(), layer.plain.w_out.double(), 12.0 / 3
@@ -123,19 +134,21 @@ def test_forward_equals_a_token_by_token_transcription(router, site, frozen, tra
             p, q = math.exp(logits[first]), math.exp(logits[second])
             gates = {first: p / (p + q), second: q / (p + q)}
             lora_in = sum(g * s * held["in_b"][e] @ (held["in_a"][e] @ token) for e, g in gates.items())
-            u = w_in @ token
-            u = (u + lora_in).relu() if site == "pre_act" else u.relu() + lora_in
+            u = w_in @ token + (lora_in if site == "pre_act" else 0)
+            u = gelu(u) * (layer.plain.w_linear.double() @ token) if gated else u.relu()
+            u = u + (lora_in if site == "post_act" else 0)
             lora_out = sum(g * s * held["out_b"][e] @ (held["out_a"][e] @ u) for e, g in gates.items())
             out[i, t] = w_out @ u + lora_out
     torch.testing.assert_close(layer(x)[0].double(), out, rtol=1e-4, atol=1e-4)
 
 
-def test_post_act_delta_escapes_the_dropout_of_the_feed_forward():
-    # With W_in = 0 all of u comes from the experts, which are added after ReLU and T5's dropout.
+@pytest.mark.parametrize("gated", [False, True])
+def test_post_act_delta_escapes_the_dropout_of_the_feed_forward(gated):
+    # With W_in = 0 all of u comes from the experts, which are added after the activation and T5's dropout.
     x = torch.randn(4, 3, 16)
     same = {}
     for site in ("post_act", "pre_act"):
-        layer = mixed(0, 2, lora_in_site=site, dropout=0.0)
+        layer = mixed(0, 2, lora_in_site=site, dropout=0.0, gated=gated)
         layer.plain.dropout = 0.5
         torch.nn.init.zeros_(layer.plain.w_in)
         same[site] = torch.equal(layer.train()(x)[0], layer.eval()(x)[0])
@@ -328,10 +341,12 @@ def test_two_growths_in_a_row_keep_the_order_of_experts():
 # -------------------------------------------------------------------------------------------- the whole model
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("router, site", VARIANTS)
-def test_t5_with_fresh_experts_equals_the_plain_t5(router, site):
+def test_t5_with_fresh_experts_equals_the_plain_t5(router, site, gated):
     torch.manual_seed(0)
-    plain, model = T5(SHAPE).eval(), T5(SHAPE)
+    shape = replace(SHAPE, gated=gated, tied=not gated)
+    plain, model = T5(shape).eval(), T5(shape)
     model.load_state_dict(plain.state_dict())
     add_mixture(model, MixConfig(layers=2, router=router, lora_in_site=site))
     model.eval()
@@ -350,9 +365,10 @@ def test_a_mixture_added_to_a_model_in_evaluation_mode_is_in_evaluation_mode():
     assert all(torch.equal(layer(x)[0], layer.plain(x)[0]) for layer in mixed_layers(model))
 
 
-def test_checkpoint_gives_back_experts_frozen_counts_and_statistics(tmp_path):
+@pytest.mark.parametrize("kind", [{}, {"gated": True, "tied": False}])
+def test_checkpoint_gives_back_experts_frozen_counts_and_statistics(tmp_path, kind):
     torch.manual_seed(0)
-    model = T5(SHAPE)
+    model = T5(replace(SHAPE, **kind))
     add_mixture(model, MixConfig(layers=2, rank=3, lora_in_site="pre_act"))
     grown, kept = mixed_layers(model)
     for layer in (grown, kept):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -19,22 +20,52 @@ DATA = Path(os.environ.get("MIXLORA_DATA") or Path(t5.__file__).parent.parent / 
 # V, D, Dh, H, F, encoder and decoder blocks, by the names of T5Config and of transformers' T5Config
 OURS = ("vocab", "width", "head_width", "heads", "feed_forward", "encoder_blocks", "decoder_blocks")
 THEIRS = ("vocab_size", "d_model", "d_kv", "num_heads", "d_ff", "num_layers", "num_decoder_layers")
-SMALL = (32128, 512, 64, 8, 2048, 6, 6)
-BASE = (1000, 768, 64, 12, 3072, 12, 12)  # t5-base but for its vocabulary, to save memory
 TINY = (30, 12, 5, 3, 20, 2, 3)
+V1_1 = {"gated": True, "tied": False}
+SHAPES = {  # the published networks, and the number of their parameters
+    "t5-small": ((32128, 512, 64, 8, 2048, 6, 6), {}, 60_506_624),
+    "t5-base": ((32128, 768, 64, 12, 3072, 12, 12), {}, 222_903_552),
+    "t5-large": ((32128, 1024, 64, 16, 4096, 24, 24), {}, 737_668_096),
+    "t5-3b": ((32128, 1024, 128, 32, 16384, 24, 24), {}, 2_851_598_336),
+    "t5-v1_1-small": ((32128, 512, 64, 6, 1024, 8, 8), V1_1, 76_961_152),
+    "t5-v1_1-base": ((32128, 768, 64, 12, 2048, 12, 12), V1_1, 247_577_856),
+    "t5-v1_1-large": ((32128, 1024, 64, 16, 2816, 24, 24), V1_1, 783_150_080),
+    "t5-v1_1-xl": ((32128, 2048, 64, 32, 5120, 24, 24), V1_1, 2_849_757_184),
+}
+PADDING = 32_128 - 32_100  # rows of a published table that belong to no piece
 
 
 def shape(sizes: tuple, codebooks: int = 4, centroids: int = 6, **changes) -> T5Config:
-    return T5Config(**dict(zip(OURS, sizes)), codebooks=codebooks, centroids=centroids, **changes)
+    sizes = dict(zip(OURS, sizes))
+    vocab = t5.our_rows(sizes.pop("vocab"))
+    return T5Config(vocab=vocab, **sizes, codebooks=codebooks, centroids=centroids, **changes)
 
 
-def reference(sizes: tuple = TINY):
-    """A transformers T5 with random weights everywhere, norms and position biases too, in evaluation mode."""
+def on_meta(sizes: tuple, gated: bool = False, tied: bool = True):
+    """A transformers T5 without memory for its weights: v1.0, or v1.1 where gated and untied."""
     transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(
+        **dict(zip(THEIRS, sizes)),
+        feed_forward_proj="gated-gelu" if gated else "relu",
+        tie_word_embeddings=tied,
+    )
     with torch.device("meta"):  # skips transformers' own, slower initialisation
-        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**dict(zip(THEIRS, sizes))))
-    model = model.to_empty(device="cpu").eval()
+        model = transformers.T5ForConditionalGeneration(config)
+    untie(model)
+    return model
+
+
+def untie(model) -> None:
+    """Gives the model a head of its own where its config wants one: transformers 5 shares the word table."""
+    if not model.config.scale_decoder_outputs:
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
+
+
+def reference(sizes: tuple = TINY, **kind):
+    """A transformers T5 with random weights everywhere, norms and position biases too, in evaluation mode."""
+    model = on_meta(sizes, **kind).to_empty(device="cpu").eval()
     model.tie_weights()
+    untie(model)
     torch.manual_seed(0)
     with torch.no_grad():
         for key, weight in model.named_parameters():
@@ -50,10 +81,10 @@ def reference(sizes: tuple = TINY):
     return model
 
 
-def blank(sizes: tuple = TINY) -> T5:
+def blank(sizes: tuple = TINY, **kind) -> T5:
     """Our T5 with nan in all tensors, so that a tensor that is never loaded shows."""
     with torch.device("meta"):
-        model = T5(shape(sizes))
+        model = T5(shape(sizes, **kind))
     model = model.to_empty(device="cpu").eval()
     with torch.no_grad():
         for weight in model.parameters():
@@ -61,13 +92,20 @@ def blank(sizes: tuple = TINY) -> T5:
     return model
 
 
-@pytest.fixture(scope="module", params=[SMALL, BASE], ids=["t5-small", "t5-base"])
+@pytest.fixture(scope="module", params=["t5-small", "t5-base", "t5-v1_1-small"])
 def pair(request):
     """A transformers T5 and ours with the same weights, loaded by name."""
-    hf = reference(request.param)
-    ours = blank(request.param)
+    sizes, kind, _ = SHAPES[request.param]
+    if request.param != "t5-small":
+        sizes = (1000, *sizes[1:])  # saves memory
+    hf, ours = reference(sizes, **kind), blank(sizes, **kind)
     load_published(ours, hf.state_dict())
     return hf, ours
+
+
+def logits_of(hf, *args, **kwargs):
+    """Logits by transformers, without those of the words that are none."""
+    return hf(*args, **kwargs).logits[..., : t5.our_rows(hf.config.vocab_size)]
 
 
 @pytest.fixture
@@ -90,7 +128,7 @@ def batch(vocab: int, lengths: list[int], seed: int = 0) -> torch.Tensor:
 @torch.no_grad()
 def test_states_and_logits_equal_transformers_with_padding(pair):
     hf, ours = pair
-    ids = batch(1000, [1, 9, 140] if hf.config.num_layers == 6 else [1, 9, 36])
+    ids = batch(1000, [1, 9, 140] if hf.config.num_layers < 12 else [1, 9, 36])
     words = batch(1000, [25, 25, 25], seed=1)  # past the offsets where the two directions share their buckets
     want = hf(ids, attention_mask=ids != 0, decoder_input_ids=words, output_hidden_states=True)
 
@@ -98,15 +136,16 @@ def test_states_and_logits_equal_transformers_with_padding(pair):
     hidden, _, routes = ours.decode(ours.word[words], ours.cross_keys_values(source), padding)
     assert (source - want.encoder_last_hidden_state).abs().max() < 1e-5
     assert (hidden - want.decoder_hidden_states[-1]).abs().max() < 1e-5
-    assert (ours.word_logits(hidden) - want.logits).abs().max() < 1e-5
-    assert want.logits.std() > 0.5 and routes == []  # the logits compared are not all near zero
+    want = want.logits[..., : ours.config.vocab]
+    assert (ours.word_logits(hidden) - want).abs().max() < 1e-5
+    assert want.std() > 0.5 and routes == []  # the logits compared are not all near zero
 
 
 @torch.no_grad()
 def test_cached_decoding_equals_transformers_with_and_without_its_cache(pair):
     hf, ours = pair
     ids, words = batch(1000, [12, 5]), batch(1000, [6, 6], seed=1)
-    at_once = hf(ids, attention_mask=ids != 0, decoder_input_ids=words).logits
+    at_once = logits_of(hf, ids, attention_mask=ids != 0, decoder_input_ids=words)
     encoded, cache, theirs = hf.encoder(ids, attention_mask=ids != 0), None, []
     for t in range(6):
         step = hf(
@@ -114,7 +153,7 @@ def test_cached_decoding_equals_transformers_with_and_without_its_cache(pair):
             past_key_values=cache, use_cache=True,
         )  # fmt: skip
         cache = step.past_key_values
-        theirs.append(step.logits)
+        theirs.append(step.logits[..., : ours.config.vocab])
 
     source, padding = ours.encode(ids)
     cross = ours.cross_keys_values(source)
@@ -134,6 +173,36 @@ def test_embed_is_the_first_decoder_state_of_transformers(pair):
     start = torch.zeros(2, 1, dtype=torch.long)
     want = hf(ids, attention_mask=ids != 0, decoder_input_ids=start, output_hidden_states=True)
     assert (ours.embed(ids) - want.decoder_hidden_states[-1][:, 0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_published_shape_has_as_many_parameters_as_transformers(name):
+    sizes, kind, published = SHAPES[name]
+    with torch.device("meta"):
+        ours = T5(shape(sizes, **kind))
+    theirs = on_meta(sizes, **kind)
+    tables = 1 if ours.head is None else 2
+    count = sum(w.numel() for w in ours.parameters()) - ours.rq.numel() + tables * PADDING * ours.config.width
+    assert count == sum(w.numel() for w in theirs.parameters()) == published
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_published_width_gives_the_logits_of_transformers(name, tmp_path):
+    """One block a stack at full width, by way of the files that transformers writes and we read."""
+    (_, *widths, _, _), kind, _ = SHAPES[name]
+    hf = reference((512, *widths, 1, 1), **kind)
+    hf.save_pretrained(tmp_path)
+    ours = read_published(tmp_path, codebooks=1, centroids=2).eval()
+    (tmp_path / "model.safetensors").unlink()
+    ids, words = batch(512, [1, 9, 40]), batch(512, [7, 7, 7], seed=1)
+    want = hf(ids, attention_mask=ids != 0, decoder_input_ids=words).logits
+    source, padding = ours.encode(ids)
+    hidden, _, _ = ours.decode(ours.word[words], ours.cross_keys_values(source), padding)
+    # Weights are drawn so that logits are of the order 1 at every width; float32 sums of 16,384 terms differ
+    # by some 1e-6 with the order of the terms.
+    assert 0.5 < want.std() < 2
+    assert (ours.word_logits(hidden) - want).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -158,16 +227,20 @@ def test_relative_bucket_on_hand_worked_offsets():
 # -------------------------------------------------------------------------------------------- published files
 
 
-def test_to_published_gives_back_every_tensor_of_transformers_bit_equal():
-    hf = reference()
-    ours = blank()
+KINDS = [{"gated": gated, "tied": tied} for gated in (False, True) for tied in (True, False)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_to_published_gives_back_every_tensor_of_transformers_bit_equal(kind):
+    hf, ours = reference(**kind), blank(**kind)
     load_published(ours, hf.state_dict())
     back = to_published(ours)
-    assert set(hf.state_dict()) - set(back) == t5.COPIES and not set(back) - set(hf.state_dict())
+    copies = t5.COPIES if kind["tied"] else t5.COPIES - {"lm_head.weight"}
+    assert set(hf.state_dict()) - set(back) == copies and not set(back) - set(hf.state_dict())
     assert all(torch.equal(back[name], hf.state_dict()[name]) for name in back)
     assert ours.rq.isnan().all() and all(not w.isnan().any() for n, w in ours.named_parameters() if n != "rq")
 
-    other = reference()
+    other = reference(**kind)
     with torch.no_grad():
         for weight in other.parameters():
             weight.zero_()
@@ -176,16 +249,19 @@ def test_to_published_gives_back_every_tensor_of_transformers_bit_equal():
     assert torch.equal(other(ids, decoder_input_ids=words).logits, hf(ids, decoder_input_ids=words).logits)
 
 
-def test_read_published_reads_what_transformers_wrote(tmp_path):
-    hf = reference()
+@pytest.mark.parametrize("zipped", [True, False])  # torch.save's format, and the one before 2020's 1.6
+@pytest.mark.parametrize("kind", KINDS)
+def test_read_published_reads_what_transformers_wrote(tmp_path, kind, zipped):
+    hf = reference(**kind)
     hf.save_pretrained(tmp_path)
     from_safetensors = read_published(tmp_path, codebooks=4, centroids=6)
     (tmp_path / "model.safetensors").unlink()
-    torch.save(hf.state_dict(), tmp_path / "pytorch_model.bin")
+    weights = tmp_path / "pytorch_model.bin"
+    torch.save(hf.state_dict(), weights, _use_new_zipfile_serialization=zipped)
     from_bin = read_published(tmp_path, codebooks=4, centroids=6, dropout=0.25)
 
     for model, dropout in ((from_safetensors, 0.1), (from_bin, 0.25)):
-        assert model.config == shape(TINY, dropout=dropout)
+        assert model.config == shape(TINY, dropout=dropout, **kind)
         published = to_published(model)
         assert all(torch.equal(published[name], hf.state_dict()[name]) for name in published)
 
@@ -259,13 +335,111 @@ def test_a_word_table_of_another_size_is_refused():
         load_published(blank(), tensors | {"shared.weight": tensors["shared.weight"][:29]})
 
 
-@pytest.mark.parametrize("edit", [{"feed_forward_proj": "gated-gelu"}, {"tie_word_embeddings": False}])
-def test_a_config_of_t5_v1_1_is_refused(tmp_path, edit):
+# What the files of the hub hold of the keys that tell v1.0 from v1.1; transformers has changed them over time.
+TOLD = ("feed_forward_proj", "dense_act_fn", "is_gated_act", "tie_word_embeddings", "scale_decoder_outputs")
+GATED = {"feed_forward_proj": "gated-gelu"}
+
+
+@pytest.mark.parametrize(
+    "told, kind",
+    [
+        ({}, {}),  # t5-base
+        ({"feed_forward_proj": "relu", "dense_act_fn": "relu", "tie_word_embeddings": True}, {}),
+        (GATED | {"tie_word_embeddings": False}, V1_1),  # t5-v1_1-base
+        (GATED | {"dense_act_fn": "gelu_new", "is_gated_act": True, "tie_word_embeddings": False}, V1_1),
+        (GATED | {"tie_word_embeddings": True, "scale_decoder_outputs": False}, V1_1),  # transformers 5
+        (GATED, {"gated": True}),
+    ],
+)
+def test_config_keys_of_all_ages_tell_the_network(tmp_path, told, kind):
+    hf = reference(**kind)
+    hf.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rest = {key: value for key, value in config.items() if key not in TOLD}
+    (tmp_path / "config.json").write_text(json.dumps(rest | told))
+    model = read_published(tmp_path, 4, 6)
+    assert model.config == shape(TINY, **kind)
+    assert all(torch.equal(value, hf.state_dict()[name]) for name, value in to_published(model).items())
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj='gated-silu'"),
+        ({"feed_forward_proj": "gelu"}, "feed_forward_proj='gelu'"),
+        ({"dense_act_fn": "silu"}, "dense_act_fn='silu'"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no'"),
+        ({"tie_word_embeddings": False, "scale_decoder_outputs": True}, "scale_decoder_outputs=True"),
+    ],
+)
+def test_a_config_of_another_network_is_refused(tmp_path, edit, message):
     reference().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | edit))
-    with pytest.raises(ValueError, match=r"\(v1\.1\)"):
+    with pytest.raises(ValueError, match=f"config.json: not the config of a T5 v1.0 or v1.1 .*{message}"):
         read_published(tmp_path, 2, 3)
+
+
+def test_a_shared_table_without_the_scale_becomes_a_head_equal_to_it(tmp_path):
+    """What transformers 5 writes for a v1.1 that it never untied."""
+    hf = reference(**V1_1)
+    hf.lm_head.weight = hf.shared.weight
+    hf.save_pretrained(tmp_path)
+    ours = read_published(tmp_path, 4, 6).eval()
+    assert not ours.config.tied and torch.equal(ours.head, ours.word)
+    ids, words = batch(30, [5, 3]), batch(30, [4, 4], seed=1)
+    with torch.no_grad():
+        source, padding = ours.encode(ids)
+        hidden, _, _ = ours.decode(ours.word[words], ours.cross_keys_values(source), padding)
+        want = hf(ids, attention_mask=ids != 0, decoder_input_ids=words).logits
+        torch.testing.assert_close(ours.word_logits(hidden), want, atol=1e-4, rtol=1e-5)
+
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="missing .*lm_head.weight"):
+        read_published(tmp_path, 4, 6)
+
+
+@pytest.mark.parametrize("rows, kept", [(32_128, 32_100), (32_100, 32_100), (32_000, 32_000), (30, 30)])
+def test_only_a_table_of_32128_rows_loses_its_padding(rows, kept):
+    assert t5.our_rows(rows) == kept
+    assert t5.published_rows(kept) == (32_128 if kept == 32_100 else kept)
+
+
+def test_padding_rows_are_cut_from_both_tables_and_come_back_as_zeros():
+    sizes = (32_128, *TINY[1:])
+    hf = reference(sizes, **V1_1)
+    ours = blank(sizes, **V1_1)
+    load_published(ours, hf.state_dict())
+    back = to_published(ours)
+    for table, name in ((ours.word, "shared.weight"), (ours.head, "lm_head.weight")):
+        assert torch.equal(table, hf.state_dict()[name][:32_100])
+        assert torch.equal(back[name][:32_100], table) and back[name].shape == (32_128, 12)
+        assert not back[name][32_100:].any()
+    hf.load_state_dict(back, strict=False)
+    ids, words = batch(32_100, [5, 3]), batch(32_100, [4, 4], seed=1)
+    with torch.no_grad():
+        source, padding = ours.eval().encode(ids)
+        hidden, _, _ = ours.decode(ours.word[words], ours.cross_keys_values(source), padding)
+        want = logits_of(hf, ids, attention_mask=ids != 0, decoder_input_ids=words)
+    assert (ours.word_logits(hidden) - want).abs().max() < 1e-5
+
+
+def test_safetensors_are_mapped_and_writes_stay_out_of_the_file(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    save_file({"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3).half()}, tmp_path / "x")
+    before = (tmp_path / "x").read_bytes()
+    tensors = t5.read_safetensors(tmp_path / "x")
+    assert torch.equal(tensors["a"], torch.arange(6.0).reshape(2, 3)) and tensors["b"].dtype == torch.float16
+    tensors["a"].zero_()
+    assert not tensors["a"].any() and (tmp_path / "x").read_bytes() == before
+
+    save_file({"w": torch.zeros(2**24)}, tmp_path / "large")  # 64 MB
+    tracemalloc.start()
+    large = t5.read_safetensors(tmp_path / "large")["w"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(large) == 2**24 and peak < 2**20
 
 
 def test_a_missing_config_or_weight_file_is_named(tmp_path):
@@ -285,6 +459,19 @@ def test_a_safetensors_file_cut_anywhere_is_refused(tmp_path):
     for size in (0, 1, 8, 9, header // 2, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"model.safetensors: not a whole safetensors file"):
+            read_published(tmp_path, 2, 3)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pytorch_bin_cut_anywhere_is_refused(tmp_path, zipped):
+    reference().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(reference().state_dict(), path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"pytorch_model.bin: cannot be read .*fetch it again"):
             read_published(tmp_path, 2, 3)
 
 
@@ -349,11 +536,50 @@ def test_docid_inputs_are_the_start_row_and_all_codes_but_the_last(tiny):
 def test_t5_base_with_the_papers_docid_table_has_235_million_parameters():
     with torch.device("meta"):
         model = T5(T5Config())
-    word, rq, total = model.word.numel(), model.rq.numel(), sum(w.numel() for w in model.parameters())
-    assert rq == 12_582_912
-    assert total - rq == 222_903_552  # published t5-base
-    paper = total - word + 32_100 * 768  # 28 of the 32,128 word rows belong to no piece
-    assert paper == 235_464_960 and paper // 100_000 == 2354  # the paper's 235.4 M, cut and not rounded
+    total = sum(w.numel() for w in model.parameters())
+    assert (len(model.word), model.rq.numel()) == (32_100, 12_582_912)
+    assert len(model.word) + 8 * 2048 == 48_484  # the rows of the released code's one table
+    assert total == 235_464_960 and total // 100_000 == 2354  # the paper's 235.4 M, cut and not rounded
+
+
+def test_gated_feed_forward_by_hand():
+    layer = t5.FeedForward(shape((30, 2, 1, 1, 2, 1, 1), gated=True)).eval()
+    with torch.no_grad():
+        layer.w_in.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        layer.w_linear.copy_(torch.tensor([[2.0, 0.0], [0.0, 3.0]]))
+        layer.w_out.copy_(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    x, y = 0.5, -1.5
+
+    def gelu(v: float) -> float:
+        return v / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+
+    u = [gelu(x) * 2 * x, gelu(y) * 3 * y]
+    want = torch.tensor([[[u[0], u[0] + u[1]]]])
+    torch.testing.assert_close(layer(torch.tensor([[[x, y]]]))[0], want)
+    before = torch.tensor([[[1.0, 0.0]]])
+    u[0] = gelu(x + 1) * 2 * x  # what is added goes into the GELU, not into the linear branch
+    torch.testing.assert_close(layer.hidden(torch.tensor([[[x, y]]]), before), torch.tensor([[u]]))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_dropout_zeroes_hidden_units_and_rescales_the_others(gated):
+    torch.manual_seed(0)
+    layer = t5.FeedForward(shape((30, 8, 2, 2, 50, 1, 1), gated=gated, dropout=0.5))
+    x = torch.randn(4, 5, 8)
+    plain, dropped = layer.eval().hidden(x), layer.train().hidden(x)
+    kept = (dropped - 2 * plain).abs() < 1e-5
+    assert (kept | (dropped == 0)).all() and 0.4 < dropped[
+        plain != 0
+    ].count_nonzero() / plain.count_nonzero() < 0.6
+
+
+@torch.no_grad()
+def test_word_logits_are_scaled_only_where_the_head_is_tied(tiny):
+    hidden = torch.randn(2, 3, 12)
+    torch.testing.assert_close(tiny.word_logits(hidden), hidden @ tiny.word.T / math.sqrt(12))
+    untied = T5(shape(TINY, tied=False)).eval()
+    torch.testing.assert_close(untied.word_logits(hidden), hidden @ untied.head.T)
+    assert {n for n, _ in untied.named_parameters()} - {n for n, _ in tiny.named_parameters()} == {"head"}
 
 
 @pytest.mark.parametrize(
@@ -365,6 +591,9 @@ def test_t5_base_with_the_papers_docid_table_has_235_million_parameters():
         {"codebooks": 0},
         {"dropout": 1.0},
         {"dropout": -0.1},
+        {"gated": 1},
+        {"tied": None},
+        {"heads": True},
     ],
 )
 def test_config_names_the_field_that_is_no_shape(edit):
@@ -509,8 +738,9 @@ def test_lsa_start_answers_real_questions_at_step_0():
     from data import load_tokenizer, read_beir, tokenize
 
     collection, tokenizer = read_beir(folder), load_tokenizer(tokenizer_file)
-    rows = {doc_id: row for row, doc_id in enumerate(collection.documents)}
-    passages = [f"{title}. {text}" for title, text in collection.documents.values()]
+    read = collection.documents
+    rows = {doc_id: row for row, doc_id in enumerate(read.ids)}
+    passages = [f"{title}. {text}" for title, text in zip(read.titles, read.texts)]
     documents = tokenize(tokenizer, passages, 128)
     queries = tokenize(tokenizer, list(collection.test.values()), 32)
     relevant = torch.tensor([rows[next(iter(collection.qrels[query_id]))] for query_id in collection.test])
