@@ -7,6 +7,10 @@ Next     dense.py trains on its negatives; train.py prints it beside the method
 Differs  whole lower-case words in place of Pyserini's stemmer and stop list
 """
 
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+
 import numpy as np
 
 from data import words
@@ -15,31 +19,35 @@ K1, B = 0.9, 0.4
 
 
 class BM25:
-    """An inverted index: for each word the documents that hold it and its weight in them."""
+    """An inverted index: for each word the documents that hold it and its weight in them, in flat arrays."""
 
-    def __init__(self, passages: list[str]):
-        self.n_documents = len(passages)
-        postings: dict[str, dict[int, int]] = {}
-        lengths = np.zeros(self.n_documents)
-        for row, passage in enumerate(passages):
-            terms = [word.lower() for word in words(passage)]
-            lengths[row] = len(terms)
-            for term in terms:
-                counts = postings.setdefault(term, {})
-                counts[row] = counts.get(row, 0) + 1
-        length_norm = K1 * (1 - B + B * lengths / max(lengths.mean(), 1))
-        self.postings = {}
-        for term, counts in postings.items():
-            rows, tf = np.fromiter(counts, int), np.fromiter(counts.values(), float)
-            idf = np.log(1 + (self.n_documents - len(rows) + 0.5) / (len(rows) + 0.5))
-            self.postings[term] = rows, idf * tf / (tf + length_norm[rows])
+    def __init__(self, passages: Iterable[str]):
+        self.vocabulary: dict[str, int] = {}
+        terms, counts, distinct, lengths = array("i"), array("i"), array("i"), array("i")
+        for passage in passages:
+            found = Counter(word.lower() for word in words(passage))
+            terms.extend(self.vocabulary.setdefault(word, len(self.vocabulary)) for word in found)
+            counts.extend(found.values())
+            distinct.append(len(found))
+            lengths.append(found.total())
+        self.n_documents = len(lengths)
+        lengths, term = np.array(lengths, float), np.array(terms, np.int32)
+        length_norm = K1 * (1 - B + B * lengths / max(lengths.mean() if len(lengths) else 0, 1))
+        order = np.argsort(term, kind="stable")  # postings of one word side by side, rows ascending
+        self.rows = np.repeat(np.arange(self.n_documents, dtype=np.int32), distinct)[order]
+        self.starts = np.searchsorted(term[order], np.arange(len(self.vocabulary) + 1))
+        n, tf = np.diff(self.starts), np.array(counts, float)[order]
+        idf = np.log(1 + (self.n_documents - n + 0.5) / (n + 0.5))
+        self.weights = np.repeat(idf, n) * tf / (tf + length_norm[self.rows])
 
     def scores(self, query: str) -> np.ndarray:
         """BM25 of the query with every document, (N,) float64; repeated query words count repeatedly."""
         scores = np.zeros(self.n_documents)
         for word in words(query):
-            if posting := self.postings.get(word.lower()):
-                scores[posting[0]] += posting[1]
+            term = self.vocabulary.get(word.lower())
+            if term is not None:
+                posting = slice(self.starts[term], self.starts[term + 1])
+                scores[self.rows[posting]] += self.weights[posting]
         return scores
 
     def top(self, query: str, k: int) -> list[tuple[int, float]]:
@@ -47,5 +55,7 @@ class BM25:
         left out.
         """
         scores = self.scores(query)
-        best = np.lexsort((np.arange(self.n_documents), -scores))[:k]
-        return [(int(row), float(scores[row])) for row in best if scores[row] > 0]
+        least = np.partition(scores, -k)[-k] if k < len(scores) else 0.0
+        candidates = np.flatnonzero(scores >= max(least, np.nextafter(0, 1)))
+        best = candidates[np.lexsort((candidates, -scores[candidates]))[:k]]
+        return [(int(row), float(scores[row])) for row in best]

@@ -22,14 +22,21 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from array import array
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 import torch
 from torch import Tensor
+
+from mapped import Chain, Documents, Lookup, Strings, StringsWriter, Tokens, digest, digests, save_array
 
 PAD, EOS, UNK = 0, 1, 2  # T5's ids; PAD is also the decoder's start token
 
@@ -46,9 +53,9 @@ class Corpus:
     """Documents that arrive together, with their queries. Rows count documents over the whole stream."""
 
     first_row: int
-    ids: list[str]
-    titles: list[str]
-    texts: list[str]
+    ids: Sequence[str]  # these three are lists or stores on disk (mapped.Strings)
+    titles: Sequence[str]
+    texts: Sequence[str]
     train: list[tuple[int, str]] = field(default_factory=list)  # (row, annotated query); empty for t >= 1
     train_ids: list[str] = field(default_factory=list)  # their query ids, in the same order
     test: dict[str, str] = field(default_factory=dict)  # query id -> text
@@ -58,20 +65,25 @@ class Corpus:
     def rows(self) -> range:
         return range(self.first_row, self.first_row + len(self.ids))
 
-    def passages(self) -> list[str]:
+    def passages(self) -> Iterator[str]:
         """Title and text in one string, one per document: what is embedded and indexed."""
-        return [f"{title}. {text}" if title else text for title, text in zip(self.titles, self.texts)]
+        for title, text in zip(self.titles, self.texts):
+            yield f"{title}. {text}" if title else text
 
 
 @dataclass
 class Collection:
     """Everything that a source holds, before it is split into corpora."""
 
-    documents: dict[str, tuple[str, str]]  # id -> (title, text), in file order
+    documents: Documents  # in file order
     train: list[tuple[str, str, str]]  # (document id, query, query id)
     test: dict[str, str]
     qrels: dict[str, dict[str, int]]
     order: list[str] | None = None  # document ids by arrival, where the source knows it
+    pseudo: Iterable[tuple[str, str, str]] | None = (
+        None  # (place, document id, pseudo-query), where it has them
+    )
+    notes: dict = field(default_factory=dict)  # what a manifest of the source says
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -117,7 +129,7 @@ def fetch_boolq(cache: Path = CACHE) -> bytes:
     return lines
 
 
-def read_boolq(seed: int, cache: Path = CACHE) -> Collection:
+def read_boolq(seed: int, cache: Path = CACHE, store: Path | None = None) -> Collection:
     """One document per Wikipedia page with two questions or more; a seeded draw makes one of them the test
     query.
     """
@@ -131,26 +143,25 @@ def read_boolq(seed: int, cache: Path = CACHE) -> Collection:
         questions.setdefault(title, []).append(row["question"])
 
     rng = random.Random(f"{seed} boolq test queries")
-    collection = Collection({}, [], {}, {})
+    collection = Collection(Documents(store), [], {}, {})
     for page, title in enumerate(passages):
         if len(questions[title]) < 2:
             continue
         doc_id, drawn = f"p{page}", rng.sample(questions[title], len(questions[title]))
-        collection.documents[doc_id] = (title, " ".join(passages[title]))
+        collection.documents.add(doc_id, title, " ".join(passages[title]))
         collection.test[f"q{page}"] = drawn[0]
         collection.qrels[f"q{page}"] = {doc_id: 1}
         collection.train += [
             (doc_id, query, f"q{page}.{i}") for i, query in enumerate(drawn[1 : 1 + BOOLQ_QUERIES_PER_PAGE])
         ]
+    collection.documents.close()
     return collection
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     """(place, line) of every non-blank line; place is `file:number`. Raises ValueError where it is not UTF-8."""
     if not path.is_file():
-        raise ValueError(
-            f"found no file {path}; a BEIR folder holds corpus.jsonl, queries.jsonl and qrels/*.tsv"
-        )
+        raise ValueError(f"found no file {path}; README lists the files of each layout")
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             try:
@@ -187,19 +198,20 @@ def read_qrels(path: Path) -> Iterator[tuple[str, str, str, int]]:
         yield place, cells[0], cells[1], int(cells[2])
 
 
-def read_beir(folder: Path, skip_invalid: bool = False) -> Collection:
+def read_beir(folder: Path, skip_invalid: bool = False, store: Path | None = None) -> Collection:
     """A folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv, and, if present, qrels/train.tsv
     and order.
 
     Raises ValueError with file, line and count: malformed lines, duplicate ids, empty documents, labels that
-    name a missing document or query. `skip_invalid` leaves the last two kinds out instead.
+    name a missing document or query. `skip_invalid` leaves the last two kinds out instead. The documents are kept
+    in the folder `store`, or in a temporary one.
     """
     problems: dict[str, list[str]] = {}
 
     def invalid(kind: str, where: str) -> None:
         problems.setdefault(kind, []).append(where)
 
-    documents: dict[str, tuple[str, str]] = {}
+    documents = Documents(store)
     empty: set[str] = set()
     for place, row in read_jsonl(folder / "corpus.jsonl", ("_id", "text")):
         title, text = " ".join(str(row.get("title") or "").split()), row["text"].strip()
@@ -209,7 +221,8 @@ def read_beir(folder: Path, skip_invalid: bool = False) -> Collection:
             invalid("documents without title and text", place)
             empty.add(row["_id"])
         else:
-            documents[row["_id"]] = (title, text)
+            documents.add(row["_id"], title, text)
+    documents.close()
     queries: dict[str, str] = {}
     for place, row in read_jsonl(folder / "queries.jsonl", ("_id", "text")):
         if row["_id"] in queries:
@@ -222,7 +235,7 @@ def read_beir(folder: Path, skip_invalid: bool = False) -> Collection:
         if name == "train" and not path.exists():
             continue
         for place, query_id, doc_id, relevance in read_qrels(path):
-            if doc_id not in documents:
+            if documents.row(doc_id) is None:
                 invalid("labels that name a missing document", f"{place} ({doc_id})")
             elif not queries.get(query_id):
                 invalid("labels that name a missing or empty query", f"{place} ({query_id})")
@@ -236,7 +249,7 @@ def read_beir(folder: Path, skip_invalid: bool = False) -> Collection:
         raise ValueError(
             f"{folder}: found {found}. Repair the files, or leave these lines out with --skip_invalid"
         )
-    if not documents:
+    if not len(documents):
         raise ValueError(f"{folder / 'corpus.jsonl'}: found no document")
     if not collection.test:
         raise ValueError(
@@ -245,7 +258,7 @@ def read_beir(folder: Path, skip_invalid: bool = False) -> Collection:
     if (folder / "order").exists():
         order = [line.strip() for _, line in read_lines(folder / "order")]
         collection.order = [doc_id for doc_id in order if doc_id not in empty]
-        if sorted(collection.order) != sorted(documents):
+        if sorted(collection.order) != sorted(documents.ids):
             raise ValueError(
                 f"{folder / 'order'}: found {len(collection.order)} lines that do not name each of the "
                 f"{len(documents)} documents once; write one document id per line, by arrival"
@@ -287,9 +300,10 @@ def normalise(query: str) -> str:
 
 
 def split(
-    collection: Collection, splits: str, split_by: str, seed: int
+    collection: Collection, splits: str, split_by: str, seed: int, spare: int = 0
 ) -> tuple[list[Corpus], dict[str, int]]:
-    """Cuts a collection into corpora D_0..D_T by arrival (`order`) or at random.
+    """Cuts a collection into corpora D_0..D_T by arrival (`order`) or at random; the last `spare` documents of
+    that order are left out.
 
     A test query belongs to the last corpus that holds one of its relevant documents: before that it could not
     be answered in full. Annotated queries are kept for D_0 only. One whose text is also a test query is left
@@ -298,32 +312,48 @@ def split(
     Returns:
         the corpora, and counts of what was left out.
     """
-    ids = list(collection.order or collection.documents)
+    documents = collection.documents
+    if collection.order:
+        order = [documents.row(doc_id) for doc_id in collection.order]
+    else:
+        order = list(range(len(documents)))
     if split_by == "random" or (split_by == "auto" and not collection.order):
-        random.Random(f"{seed} split").shuffle(ids)
+        random.Random(f"{seed} split").shuffle(order)
     elif split_by == "order" and not collection.order:
         raise ValueError(
             "--split_by order: the folder has no file `order` with one document id per line, by arrival"
         )
-    corpora, corpus_of, row_of = [], {}, {doc_id: row for row, doc_id in enumerate(ids)}
-    for size in split_sizes(splits, len(ids)):
+    order = np.array(order[: len(order) - spare])
+    row_of = np.full(len(documents), -1)  # row in file -> row in the stream
+    row_of[order] = np.arange(len(order))
+    corpora = []
+    for size in split_sizes(splits, len(order)):
         first = sum(len(corpus.ids) for corpus in corpora)
-        members = ids[first : first + size]
-        corpus_of.update(dict.fromkeys(members, len(corpora)))
-        titles, texts = zip(*(collection.documents[doc_id] for doc_id in members))
-        corpora.append(Corpus(first, members, list(titles), list(texts)))
-    for query_id, relevant in collection.qrels.items():
-        corpus = corpora[max(corpus_of[doc_id] for doc_id in relevant)]
+        rows = order[first : first + size]
+        corpora.append(Corpus(first, documents.ids[rows], documents.titles[rows], documents.texts[rows]))
+    left_out = Counter()
+    if spare:
+        left_out["documents beyond the sizes of the split"] = spare
+
+    def place(doc_id: str) -> int:
+        return int(row_of[documents.row(doc_id)])
+
+    starts = [corpus.first_row for corpus in corpora]
+    for query_id, labels in collection.qrels.items():
+        relevant = {doc_id: label for doc_id, label in labels.items() if place(doc_id) >= 0}
+        if not relevant:
+            left_out["test queries of documents left out"] += 1
+            continue
+        corpus = corpora[bisect_right(starts, max(map(place, relevant))) - 1]
         corpus.test[query_id], corpus.qrels[query_id] = collection.test[query_id], relevant
     test_texts = {normalise(text) for text in collection.test.values()}
-    left_out = Counter()
     for doc_id, query, query_id in collection.train:
-        if corpus_of[doc_id] > 0:
-            left_out["annotated queries of later corpora"] += 1
+        if place(doc_id) not in corpora[0].rows:
+            left_out["annotated queries of documents outside D0"] += 1
         elif normalise(query) in test_texts:
             left_out["annotated queries that are also test queries"] += 1
         else:
-            corpora[0].train.append((row_of[doc_id], query))
+            corpora[0].train.append((place(doc_id), query))
             corpora[0].train_ids.append(query_id)
     return corpora, dict(left_out)
 
@@ -334,11 +364,12 @@ def check_no_leak(t: int, corpora: list[Corpus], queries: list[tuple[int, str]])
     Raises ValueError that names the first offender: a document of another corpus, an id in two corpora, a
     test query.
     """
-    owner = {}
+    owned = [digests(corpus.ids) for corpus in corpora]
     for i, corpus in enumerate(corpora):
-        for doc_id in corpus.ids:
-            if owner.setdefault(doc_id, i) != i:
-                raise ValueError(f"leak: document {doc_id!r} is in D_{owner[doc_id]} and in D_{i}")
+        for j in range(i):
+            if len(shared := np.intersect1d(owned[i], owned[j])):
+                doc_id = next(one for one in corpus.ids if digest(one) == shared[0])
+                raise ValueError(f"leak: document {doc_id!r} is in D_{j} and in D_{i}")
         if i > 0 and corpus.train:
             raise ValueError(f"leak: D_{i} carries {len(corpus.train)} annotated queries; only D_0 may")
     test_texts = {normalise(text): i for i, corpus in enumerate(corpora) for text in corpus.test.values()}
@@ -357,7 +388,7 @@ def check_no_leak(t: int, corpora: list[Corpus], queries: list[tuple[int, str]])
 # -------------------------------------------------------------------------------------------------- tokenizer
 
 
-def train_tokenizer(passages: list[str], vocab_size: int) -> bytes:
+def train_tokenizer(passages: Iterable[str], vocab_size: int) -> bytes:
     """A unigram SentencePiece model with T5's special ids and case folding, from D_0's passages alone."""
     model = io.BytesIO()
     lines = (passage[i : i + 4000] for passage in passages for i in range(0, len(passage), 4000))
@@ -415,6 +446,30 @@ def tokenize(tokenizer, texts: list[str], max_length: int) -> Tensor:
     return batch
 
 
+def tokenize_passages(tokenizer, corpora: list[Corpus], max_length: int, path: Path) -> list[Tokens]:
+    """Token ids of every document, one store for each corpus beside `path`, written once."""
+    stores, vocabulary = [], tokenizer.vocab_size()
+    for t, corpus in enumerate(corpora):
+        place = path.with_name(f"{path.name}_D{t}.bin")
+        if place.with_suffix(".npy").exists():
+            stores.append(Tokens.open(place, vocabulary))
+            continue
+        pieces = (
+            ids[: max_length - 1] + [EOS]
+            for part in chunks(corpus.passages(), 4096)
+            for ids in tokenizer.encode(part)
+        )
+        stores.append(Tokens.write(place, pieces, vocabulary))
+    return stores
+
+
+def chunks(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size` items; the last may be shorter."""
+    items = iter(items)
+    while part := list(islice(items, size)):
+        yield part
+
+
 # --------------------------------------------------------------------------------------------- pseudo-queries
 
 
@@ -432,9 +487,11 @@ class Idf:
     1/2.
     """
 
-    def __init__(self, passages: list[str]):
-        self.n_documents = len(passages)
-        self.counts = Counter(word for passage in passages for word in {w.lower() for w in words(passage)})
+    def __init__(self, passages: Iterable[str]):
+        self.n_documents, self.counts = 0, Counter()
+        for passage in passages:
+            self.n_documents += 1
+            self.counts.update({word.lower() for word in words(passage)})
 
     def __call__(self, word: str) -> float:
         return math.log1p(self.n_documents / (self.counts.get(word.lower()) or 0.5))
@@ -449,40 +506,46 @@ class PseudoQuerySampler:
     """
 
     def __init__(self, corpus: Corpus, idf: Idf, exclude: set[str]):
-        self.first_row, self.exclude = corpus.first_row, exclude
-        self.titles = [words(title) for title in corpus.titles]
-        self.words = [words(text) or title for text, title in zip(corpus.texts, self.titles)]
-        self.weights = [[idf(word) for word in document] for document in self.words]
-        self.sentences = [
-            [s for s in map(words, re.split(r"(?<=[.!?])\s+", text)) if len(s) >= 5] or [document]
-            for text, document in zip(corpus.texts, self.words)
-        ]
+        self.corpus, self.idf, self.exclude = corpus, idf, exclude
+        self._document = lru_cache(maxsize=32_768)(self._document)
+
+    def _document(self, row: int) -> tuple[list[str], list[str], list[float], list[list[str]]]:
+        """A document's title words, words, their weights, and its sentences as words."""
+        i = row - self.corpus.first_row
+        title, text = words(self.corpus.titles[i]), self.corpus.texts[i]
+        document = words(text) or title
+        sentences = [s for s in map(words, re.split(r"(?<=[.!?])\s+", text)) if len(s) >= 5] or [document]
+        return title, document, [self.idf(word) for word in document], sentences
 
     def draw(self, row: int, rng: random.Random) -> str:
         """One pseudo-query of the document in this row of the stream."""
-        i = row - self.first_row
-        if not 0 <= i < len(self.words):
-            raise ValueError(
-                f"document row {row} is outside this corpus, {self.first_row}..{self.first_row + len(self.words) - 1}"
-            )
-        for _ in range(20 if self.words[i] else 0):
-            query = " ".join(self._crop(i, rng) if rng.random() < 0.25 else self._keywords(i, rng))
+        if row not in self.corpus.rows:
+            first, last = self.corpus.rows.start, self.corpus.rows.stop - 1
+            raise ValueError(f"document row {row} is outside this corpus, {first}..{last}")
+        title, document, weights, sentences = self._document(row)
+        for _ in range(20 if document else 0):
+            if rng.random() < 0.25:
+                query = " ".join(self._crop(sentences, rng))
+            else:
+                query = " ".join(self._keywords(title, document, weights, rng))
             if normalise(query) not in self.exclude:
                 return query
         raise ValueError(f"document row {row} is too short for a pseudo-query that is not also a test query")
 
-    def _crop(self, i: int, rng: random.Random) -> list[str]:
-        sentence = rng.choice(self.sentences[i])
+    @staticmethod
+    def _crop(sentences: list[list[str]], rng: random.Random) -> list[str]:
+        sentence = rng.choice(sentences)
         length = rng.randint(5, 14)
         start = rng.randint(0, max(0, len(sentence) - length))
         return sentence[start : start + length]
 
-    def _keywords(self, i: int, rng: random.Random) -> list[str]:
-        document, title = self.words[i], self.titles[i]
+    @staticmethod
+    def _keywords(
+        title: list[str], document: list[str], weights: list[float], rng: random.Random
+    ) -> list[str]:
         start = rng.randint(0, max(0, len(document) - 20))
         window = range(start, min(start + 40, len(document)))
-        weights = self.weights[i][window.start : window.stop]
-        chosen = sorted(set(rng.choices(window, weights, k=rng.randint(2, 7))))
+        chosen = sorted(set(rng.choices(window, weights[window.start : window.stop], k=rng.randint(2, 7))))
         query = [document[j] for j in chosen]
         if title and rng.random() < 0.7:
             keep = rng.choice((0.5, 0.8, 1.0))
@@ -495,16 +558,23 @@ class PseudoQuerySampler:
 
 
 class ListedPseudoQueries:
-    """Pseudo-queries that were read from a file, drawn as PseudoQuerySampler draws them."""
+    """Pseudo-queries of the whole stream that came from a file, on disk, sorted by document."""
 
-    def __init__(self, pairs: list[tuple[int, str]]):
-        self.queries: dict[int, list[str]] = {}
-        for row, query in pairs:
-            self.queries.setdefault(row, []).append(query)
+    def __init__(self, folder: Path):
+        self.queries = Strings.open(folder / "queries.bin")
+        self.starts = np.load(folder / "starts.npy", allow_pickle=False)  # (N + 1,)
 
     def draw(self, row: int, rng: random.Random) -> str:
         """One of the document's pseudo-queries."""
-        return rng.choice(self.queries[row])
+        return self.queries[rng.randrange(int(self.starts[row]), int(self.starts[row + 1]))]
+
+    def pairs(self, rows: range) -> list[tuple[int, str]]:
+        """(row, query), all of these rows."""
+        return [
+            (row, query)
+            for row in rows
+            for query in self.queries[int(self.starts[row]) : int(self.starts[row + 1])]
+        ]
 
 
 def fragments(corpus: Corpus, per_document: int, rng: random.Random) -> Corpus:
@@ -531,29 +601,67 @@ def draw_pseudo_queries(
     return [(row, sampler.draw(row, rng)) for row in rows for _ in range(per_document)]
 
 
-def read_pseudo_queries(
-    path: Path, corpora: list[Corpus], exclude: set[str]
-) -> tuple[list[list[tuple[int, str]]], int]:
-    """JSON lines {"doc_id", "query"} as one list of (row, query) per corpus, and how many were test queries.
-
-    Raises ValueError where a document is unknown, or where a corpus is left without a pseudo-query for some
-    document.
-    """
-    row_of = {doc_id: row for corpus in corpora for row, doc_id in zip(corpus.rows, corpus.ids)}
-    pairs, dropped = [], 0
+def read_pseudo_queries(path: Path) -> Iterator[tuple[str, str, str]]:
+    """(place, document id, query) of JSON lines {"doc_id", "query"}, as doc2query.py writes them."""
     for place, row in read_jsonl(path, ("doc_id", "query")):
-        if row["doc_id"] not in row_of:
-            raise ValueError(f"{place}: pseudo-query of the unknown document {row['doc_id']!r}")
-        if not words(row["query"]):
+        yield place, row["doc_id"], row["query"]
+
+
+def store_pseudo_queries(
+    queries: Iterable[tuple[str, str, str]],
+    folder: Path,
+    corpora: list[Corpus],
+    exclude: set[str],
+    strict: bool,
+) -> Counter:
+    """Keeps (place, document id, query) triples in `folder` for ListedPseudoQueries, sorted by document.
+
+    Args:
+        exclude: test queries in their normal form; they are left out.
+        strict: unknown documents, empty queries and documents without a query are errors. Otherwise, as published
+            files have some, they are left out, and a document without a query gets its own first words.
+
+    Returns:
+        counts of what was kept, left out and made up.
+    Raises ValueError (strict) with the place of a bad line, or with the number of documents without a query.
+    """
+    ids = Chain([corpus.ids for corpus in corpora])
+    row_of, writer, rows, counts = Lookup(ids), StringsWriter(folder / "queries.bin"), array("q"), Counter()
+    (folder / "starts.npy").unlink(missing_ok=True)  # written last: without it the store does not count
+    last, row, place = None, None, "pseudo-queries"
+    for place, doc_id, query in queries:
+        if doc_id != last:
+            last, row = doc_id, row_of(doc_id)
+        if row is None and strict:
+            raise ValueError(f"{place}: pseudo-query of the unknown document {doc_id!r}")
+        if not words(query) and strict:
             raise ValueError(f"{place}: the pseudo-query has no word; remove the line")
-        if normalise(row["query"]) in exclude:
-            dropped += 1
+        if row is None or not words(query):
+            counts["left out: without a word, or of documents left out"] += 1
+        elif normalise(query) in exclude:
+            counts["left out as test queries"] += 1
         else:
-            pairs.append((row_of[row["doc_id"]], row["query"]))
-    covered = {row for row, _ in pairs}
-    if missing := [doc_id for doc_id, row in row_of.items() if row not in covered]:
+            writer.add(query)
+            rows.append(row)
+            counts["kept"] += 1
+    missing = np.flatnonzero(np.bincount(np.array(rows, np.int64), minlength=len(ids)) == 0)
+    if len(missing) and strict:
         raise ValueError(
-            f"{path}: {len(missing)} documents have no pseudo-query, first {missing[0]!r}; a document that no query "
-            "trains can hardly be retrieved, so add at least one for each"
+            f"{place.rpartition(':')[0] or place}: {len(missing)} documents have no pseudo-query, first "
+            f"{ids[int(missing[0])]!r}; a document that no query trains can hardly be retrieved, so add at least one "
+            "for each"
         )
-    return [[pair for pair in pairs if pair[0] in corpus.rows] for corpus in corpora], dropped
+    for corpus in corpora if len(missing) else []:
+        for row in missing[(missing >= corpus.rows.start) & (missing < corpus.rows.stop)].tolist():
+            title, text = corpus.titles[row - corpus.first_row], corpus.texts[row - corpus.first_row]
+            first = words(f"{title} {text}")[:12]
+            while first and normalise(" ".join(first)) in exclude:
+                first.pop()
+            writer.add(" ".join(first))
+            rows.append(row)
+            counts["made of a document's first words, where it had none"] += 1
+    by_row = np.array(rows, np.int64)
+    order = np.argsort(by_row, kind="stable")
+    writer.close(order)
+    save_array(folder / "starts.npy", np.searchsorted(by_row[order], np.arange(len(ids) + 1)))
+    return counts

@@ -11,7 +11,7 @@ Differs  where T5 starts from nothing, an in-batch contrastive warm-up comes fir
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bm25 import BM25
-from data import EOS, PAD, Corpus, PseudoQuerySampler, read_lines, tokenize
+from data import EOS, Corpus, PseudoQuerySampler, read_lines, tokenize
+from mapped import Lookup, StreamedFile, Tokens
 from optim import fit, parameter_groups
 from t5 import T5
+
+CHUNK = 65_536  # documents that are embedded or ranked together
 
 
 @dataclass
@@ -38,30 +41,61 @@ class Examples:
 
 
 @torch.no_grad()
-def embed(model: T5, ids: Tensor, batch: int = 64) -> Tensor:
-    """Token ids (N, S) -> embeddings (N, D) float32 on the CPU, in batches of like length."""
+def embed(model: T5, texts: Tensor | Tokens, batch: int = 64, out: Tensor | None = None) -> Tensor:
+    """Token ids, padded (N, S) or a store, -> embeddings (N, D) float32 on the CPU, in batches of like length.
+
+    `out` (N, D) receives them where they are to lie on disk.
+    """
     device = next(model.parameters()).device
     model.eval()
-    lengths = (ids != PAD).sum(1)
-    out = torch.empty(len(ids), model.config.width)
-    for rows in lengths.argsort().split(batch):
-        out[rows] = model.embed(ids[rows, : lengths[rows].max()].to(device)).float().cpu()
+    texts = texts if isinstance(texts, Tokens) else Tokens.of(texts)
+    out = torch.empty(len(texts), model.config.width) if out is None else out
+    for part in torch.arange(len(texts)).split(CHUNK):
+        for rows in part[texts.lengths[part].argsort()].split(batch):
+            out[rows] = model.embed(texts.batch(rows).to(device)).float().cpu()
     return out
 
 
-def rank(queries: Tensor, documents: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Exact inner-product search: (Q, D), (N, D) -> scores and rows (Q, k), score descending, then row
-    ascending.
+def rank(
+    queries: Tensor, documents: Tensor | Iterable[Tensor], k: int, device="cpu"
+) -> tuple[Tensor, Tensor]:
+    """Exact inner-product search: (Q, D), (N, D) -> scores and rows (Q, k), score descending, then row ascending.
+
+    The documents may come in chunks, so that neither they nor Q * N scores need fit into memory.
     """
-    scores, order = (queries @ documents.T).sort(dim=1, descending=True, stable=True)
-    return scores[:, :k], order[:, :k]
+    chunks = documents.split(CHUNK) if isinstance(documents, Tensor) else documents
+    best = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
+    first = 0
+    for chunk in chunks:
+        chunk = chunk.to(device)
+        parts = [_best(q.to(device) @ chunk.T, k) for q in queries.split(1024)]
+        scores, rows = (torch.cat(values) for values in zip(*parts))
+        scores, rows = torch.cat([best[0], scores], 1), torch.cat([best[1], rows + first], 1)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)  # earlier rows stand first already
+        best = scores[:, :k], rows.gather(1, order)[:, :k]
+        first += len(chunk)
+    return best
 
 
-def recall(queries: Tensor, relevant: list[set[int]], documents: Tensor, k: int = 10) -> float:
+def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row (Q, N), ties by column: values and columns, on the CPU."""
+    k = min(k, scores.shape[1])
+    least = scores.topk(k, dim=1).values[:, -1:]
+    query, column = (scores >= least).nonzero(as_tuple=True)  # few more than k of each, and columns ascending
+    query, column, value = query.cpu(), column.cpu(), scores[query, column].cpu()
+    order = torch.from_numpy(np.lexsort((column, -value, query)))
+    starts = torch.searchsorted(query, torch.arange(len(scores)))
+    chosen = order[starts[:, None] + torch.arange(k)]
+    return value[chosen], column[chosen]
+
+
+def recall(
+    queries: Tensor, relevant: list[set[int]], documents: Tensor | Iterable[Tensor], k: int = 10, device="cpu"
+) -> float:
     """Share of the queries' relevant rows among the k nearest documents, averaged over queries."""
     if not relevant:
         return math.nan
-    top = rank(queries, documents, k)[1].tolist()
+    top = rank(queries, documents, k, device)[1].tolist()
     return sum(len(rows & set(found)) / len(rows) for rows, found in zip(relevant, top)) / len(relevant)
 
 
@@ -71,29 +105,29 @@ def negatives_from_bm25(bm25: BM25, queries: list[tuple[int, str]], k: int) -> E
     positives = _positives(queries)
     for i, (_, query) in enumerate(queries):
         scores = bm25.scores(query)
-        scores[positives[query]] = -1.0
+        scores[list(positives[query])] = -1.0
         chosen[i] = torch.from_numpy(np.argpartition(-scores, k)[:k].copy())
     return _teach(bm25, queries, chosen)
 
 
 def negatives_from_model(
-    bm25: BM25, queries: list[tuple[int, str]], embedded: Tensor, documents: Tensor, k: int
-):
+    bm25: BM25, queries: list[tuple[int, str]], embedded: Tensor, documents: Tensor, k: int, device="cpu"
+) -> Examples:
     """The second round: the k best wrong documents by the first round's own index, scored by BM25."""
-    chosen, positives = torch.empty(len(queries), k, dtype=torch.long), _positives(queries)
-    for start in range(0, len(queries), 1024):
-        scores = embedded[start : start + 1024] @ documents.T
-        for i, (_, query) in enumerate(queries[start : start + 1024]):
-            scores[i, positives[query]] = -torch.inf
-        chosen[start : start + 1024] = scores.topk(k, dim=1).indices
-    return _teach(bm25, queries, chosen)
+    positives = _positives(queries)
+    found = rank(embedded, documents, k + max(map(len, positives.values())), device)[1]
+    wrong = [
+        [row for row in rows if row not in positives[query]]
+        for rows, (_, query) in zip(found.tolist(), queries)
+    ]
+    return _teach(bm25, queries, torch.from_numpy(np.stack([np.resize(rows, k) for rows in wrong])))
 
 
-def _positives(queries: list[tuple[int, str]]) -> dict[str, list[int]]:
+def _positives(queries: list[tuple[int, str]]) -> dict[str, set[int]]:
     """All documents that a query text belongs to: none of them is a negative of it."""
-    rows: dict[str, list[int]] = {}
+    rows: dict[str, set[int]] = {}
     for row, query in queries:
-        rows.setdefault(query, []).append(row)
+        rows.setdefault(query, set()).add(row)
     return rows
 
 
@@ -107,40 +141,67 @@ def _teach(bm25: BM25, queries: list[tuple[int, str]], negatives: Tensor) -> Exa
     return Examples([query for _, query in queries], positives, negatives, scores[:, 0], scores[:, 1:])
 
 
-def read_teacher(path: Path, corpus: Corpus) -> Examples:
+def read_teacher(path: Path, corpus: Corpus, most: int = 200) -> Examples:
     """Teacher scores from JSON lines {"qid", "docids": [positive, negatives..], "scores": [..]} for D_0's
     queries.
 
-    Negatives outside D_0 are dropped, as the paper does; all lines are cut to the fewest negatives that are
-    left.
-    Raises ValueError with the line's number where a line is malformed, or a query or its positive is unknown.
+    Negatives outside D_0 are dropped and at most `most` kept, as the paper does; a line with fewer than the
+    longest repeats its own. Raises ValueError with the line's number where a line is malformed, or a query or its
+    positive is unknown.
     """
     text_of = dict(zip(corpus.train_ids, (query for _, query in corpus.train)))
-    row_of = dict(zip(corpus.ids, corpus.rows))
-    queries, rows, scores = [], [], []
+    lookup, queries, rows, scores = Lookup(corpus.ids), [], [], []
     for place, line in read_lines(path):
         try:
             item = json.loads(line)
+            json.dumps(item, ensure_ascii=False).encode()  # half surrogates
             pairs = list(zip(item["docids"], map(float, item["scores"]), strict=True))
             known, first = item["qid"] in text_of, pairs[0][0]
             if not all(isinstance(doc_id, str) and math.isfinite(score) for doc_id, score in pairs):
                 raise ValueError("document ids must be strings and scores finite")
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise ValueError(f"{place}: wanted qid, docids and as many scores ({error})") from None
-        if not known or first not in row_of:
+        if not known or lookup(first) is None:
             raise ValueError(
                 f"{place}: query {item['qid']!r} or its positive {first!r} is not in D_0's training set"
             )
-        kept = [(row_of[doc_id], score) for doc_id, score in pairs if doc_id in row_of]
-        if len(kept) > 1:
+        found = [(row, score) for doc_id, score in pairs if (row := lookup(doc_id)) is not None][: most + 1]
+        if len(found) > 1:
             queries.append(text_of[item["qid"]])
-            rows.append([row for row, _ in kept])
-            scores.append([score for _, score in kept])
+            rows.append(np.array([row for row, _ in found]) + corpus.first_row)
+            scores.append(np.array([score for _, score in found], np.float32))
     if not queries:
         raise ValueError(f"{path}: found no query with a negative in D_0")
-    k = min(map(len, rows))
-    r, s = torch.tensor([row[:k] for row in rows]), torch.tensor([score[:k] for score in scores])
-    return Examples(queries, r[:, 0], r[:, 1:], s[:, 0], s[:, 1:])
+    k = max(map(len, rows)) - 1
+    negatives = torch.from_numpy(np.stack([np.resize(row[1:], k) for row in rows]))
+    negative_scores = torch.from_numpy(np.stack([np.resize(score[1:], k) for score in scores]))
+    positives = torch.tensor([int(row[0]) for row in rows])
+    return Examples(
+        queries, positives, negatives, torch.tensor([s[0].item() for s in scores]), negative_scores
+    )
+
+
+def teacher_of_round(teachers: str, number: int) -> str:
+    """One file serves every round, of `a,b` each serves its own; where there is none, as in `a,`, BM25 teaches."""
+    files = teachers.split(",")
+    return files[min(number, len(files)) - 1]
+
+
+def write_teacher(path: Path, corpus: Corpus, examples: Examples) -> None:
+    """The annotated queries of a round in --teacher's format: what a cross-encoder is to score in BM25's place."""
+    qid_of = {query: query_id for query_id, (_, query) in zip(corpus.train_ids, corpus.train)}
+    with StreamedFile(path) as file:
+        for i, query in enumerate(examples.queries):
+            if query in qid_of:
+                rows = [int(examples.positives[i]), *examples.negatives[i].tolist()]
+                scores = [float(examples.positive_scores[i]), *examples.negative_scores[i].tolist()]
+                docids = [corpus.ids[row - corpus.first_row] for row in rows]
+                line = {
+                    "qid": qid_of[query],
+                    "docids": docids,
+                    "scores": [round(score, 4) for score in scores],
+                }
+                file.write((json.dumps(line) + "\n").encode())
 
 
 def margin_mse(q: Tensor, positive: Tensor, negative: Tensor, teacher_margin: Tensor) -> Tensor:
@@ -167,19 +228,20 @@ def in_batch_contrastive(q: Tensor, documents: Tensor, rows: Tensor, scale: floa
 class Windows:
     """Documents as token ids, of which training sees a window and indexing the whole (up to a length)."""
 
-    def __init__(self, ids: Tensor):
-        self.ids = ids  # (N, S)
-        self.lengths = (ids != PAD).sum(1)
+    def __init__(self, documents: Tokens, length: int):
+        self.documents, self.length = documents, length
 
-    def draw(self, rows: Tensor, length: int, generator: torch.Generator) -> Tensor:
-        """A window of `length` tokens, closed by </s>, of each row: half start at the title, half anywhere."""
-        room = (self.lengths[rows] - length).clamp(min=0)
-        start = (torch.rand(len(rows), generator=generator) * (room + 1)).long()
-        start[torch.rand(len(rows), generator=generator) < 0.5] = 0
-        at = start[:, None] + torch.arange(length)
-        window = self.ids[rows[:, None], at.clamp(max=self.ids.shape[1] - 1)]
-        window = window.masked_fill(at >= self.lengths[rows, None], PAD)
-        last = torch.minimum(self.lengths[rows], torch.tensor(length)) - 1
+    def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """First token (B,) of a window of each row: half start at the title, half anywhere."""
+        room = (self.documents.lengths[rows] - self.length).clamp(min=0)
+        first = (torch.rand(len(rows), generator=generator) * (room + 1)).long()
+        first[torch.rand(len(rows), generator=generator) < 0.5] = 0
+        return first
+
+    def cut(self, rows: Tensor, first: Tensor) -> Tensor:
+        """The windows' token ids (B, length), closed by </s>."""
+        window = self.documents.window(rows, first, self.length)
+        last = torch.minimum(self.documents.lengths[rows], torch.tensor(self.length)) - 1
         window[torch.arange(len(rows)), last] = EOS
         return window
 
@@ -192,84 +254,128 @@ def batches(n: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
         yield from torch.randperm(n, generator=generator).split(batch)
 
 
+class Training:
+    """What the warm-up and the rounds share: texts, windows and the draws of chance. See `train`."""
+
+    def __init__(self, model: T5, tokenizer, corpus: Corpus, documents: Tokens, sampler, config, log):
+        self.model, self.tokenizer, self.corpus, self.sampler = model, tokenizer, corpus, sampler
+        self.config, self.log, self.documents = config, log, documents
+        self.windows = Windows(documents, config.dense_length)
+        self.rng = random.Random(f"{config.seed} dense")
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.device = next(model.parameters()).device
+
+    def tokens(self, queries: list[str]) -> Tensor:
+        return tokenize(self.tokenizer, queries, self.config.query_length)
+
+    def embed_queries(self, queries: list[str]) -> Tensor:
+        return self.model.embed(self.tokens(queries).to(self.device))
+
+    def embed_windows(self, rows: Tensor, first: Tensor) -> Tensor:
+        return self.model.embed(self.windows.cut(rows, first).to(self.device))
+
+    def contrastive(self, q: Tensor, passages: Tensor, rows: Tensor) -> Tensor:
+        return in_batch_contrastive(q, passages, rows.to(self.device), self.config.dense_scale)
+
+    def drawn(self, rows: list[int]) -> list[tuple[int, str]]:
+        """A pseudo-query of each of these documents."""
+        return [(row, self.sampler.draw(row, self.rng)) for row in rows]
+
+    def warmup_batch(self) -> list[tuple[int, str, int]]:
+        """(row, query, first token of the document's window): half annotated queries, where there are some."""
+        train, n = self.corpus.train, self.config.dense_batch
+        batch = self.rng.choices(train, k=n // 2) if train else []
+        batch += self.drawn(self.rng.choices(self.corpus.rows, k=n - len(batch)))
+        first = self.windows.draw(torch.tensor([row for row, _ in batch]), self.generator)
+        return [(*pair, at) for pair, at in zip(batch, first.tolist())]
+
+    def warmup_loss(self, batch: list[tuple[int, str, int]]):
+        rows, queries, first = zip(*batch)
+        q = self.embed_queries(list(queries))
+        loss = self.contrastive(
+            q, self.embed_windows(torch.tensor(rows), torch.tensor(first)), torch.tensor(rows)
+        )
+        return loss, {"contrastive": loss}
+
+    def round_batch(self, examples: Examples, order: Iterator[Tensor]) -> Tensor:
+        """(B, 4): the query's index, which of its negatives, first tokens of the positive's and negative's window."""
+        i = next(order)
+        pick = torch.randint(examples.negatives.shape[1], (len(i),), generator=self.generator)
+        rows = torch.cat([examples.positives[i], examples.negatives[i, pick]])
+        return torch.stack([i, pick, *self.windows.draw(rows, self.generator).chunk(2)], dim=1)
+
+    def round_loss(self, examples: Examples, batch: Tensor):
+        config, (i, pick, *first) = self.config, batch.unbind(1)
+        q = self.embed_queries([examples.queries[j] for j in i.tolist()])
+        rows = torch.cat([examples.positives[i], examples.negatives[i, pick]])
+        passages = self.embed_windows(rows, torch.cat(first))  # (2B, D)
+        teacher = (examples.positive_scores[i] - examples.negative_scores[i, pick]).to(self.device)
+        margin = margin_mse(config.dense_scale * q, passages[: len(i)], passages[len(i) :], teacher)
+        terms = {"margin": config.dense_margin * margin}
+        if config.dense_contrastive:
+            terms["contrastive"] = config.dense_contrastive * self.contrastive(q, passages, rows)
+        return sum(terms.values()), terms
+
+    def examples(self, number: int, bm25: BM25 | None) -> Examples:
+        """The queries of a round with their negatives: from the teacher's file, or from BM25, then self-mined."""
+        config = self.config
+        if path := teacher_of_round(config.teacher, number):
+            return read_teacher(Path(path), self.corpus)
+        queries = list(self.corpus.train)
+        if self.sampler and config.dense_pseudo:
+            queries += self.drawn([row for row in self.corpus.rows for _ in range(config.dense_pseudo)])
+        if not queries:
+            raise ValueError(
+                "D_0 has no annotated query and --dense_pseudo is 0: the bi-encoder has nothing to learn from"
+            )
+        k = min(config.negatives, len(self.documents) - 1)
+        if number == 1:
+            return negatives_from_bm25(bm25, queries, k)
+        embedded = embed(self.model, self.tokens([query for _, query in queries]), 1024)
+        return negatives_from_model(
+            bm25, queries, embedded, embed(self.model, self.documents), k, self.device
+        )
+
+    def fit(self, name: str, steps: int, next_batch, loss_of) -> None:
+        self.model.train()
+        named = [(n, p) for n, p in self.model.named_parameters() if n != "rq"]
+        groups = parameter_groups(named, self.config.dense_lr, 0.0)
+        fit(
+            name, groups, steps, self.config.dense_warmup, self.config.clip, next_batch, loss_of, self.log,
+            self.config.micro_batch, self.config.precision == "bf16",
+        )  # fmt: skip
+
+
 def train(
-    model: T5, tokenizer, corpus: Corpus, documents: Tensor, sampler: PseudoQuerySampler | None, config, log
-) -> None:
+    model: T5, tokenizer, corpus: Corpus, documents: Tokens, sampler: PseudoQuerySampler | None, config, log,
+    folder: Path | None = None,
+) -> None:  # fmt: skip
     """Trains the bi-encoder on D_0, in place: a contrastive warm-up, then MarginMSE in rounds of harder
     negatives.
 
     Args:
-        documents: (N, S) token ids of D_0's passages.
+        documents: token ids of D_0's passages.
         sampler: draws pseudo-queries for warm-up and rounds; None where none are to be used.
         config: the fields of train.Config whose names begin with `dense_`, and a few more.
+        folder: where each round's negatives are written (`--save_negatives`).
     """
-    device, rng = next(model.parameters()).device, random.Random(f"{config.seed} dense")
-    generator = torch.Generator().manual_seed(config.seed)
-    windows, bm25 = Windows(documents), BM25(corpus.passages())
-
-    def embed_windows(rows: Tensor) -> Tensor:
-        return model.embed(windows.draw(rows, config.dense_length, generator).to(device))
-
-    def embed_queries(queries: list[str]) -> Tensor:
-        return model.embed(tokenize(tokenizer, queries, config.query_length).to(device))
-
-    def contrastive(q: Tensor, passages: Tensor, rows: Tensor) -> Tensor:
-        return in_batch_contrastive(q, passages, rows.to(device), config.dense_scale)
-
-    def warmup_loss():
-        batch = rng.choices(corpus.train, k=config.dense_batch // 2) if corpus.train else []
-        batch += [
-            (r, sampler.draw(r, rng)) for r in rng.choices(corpus.rows, k=config.dense_batch - len(batch))
-        ]
-        rows = torch.tensor([row for row, _ in batch])
-        loss = contrastive(embed_queries([query for _, query in batch]), embed_windows(rows), rows)
-        return loss, {"contrastive": loss}, len(batch)
-
-    def round_loss(examples: Examples, order: Iterator[Tensor]):
-        i = next(order)
-        pick = torch.randint(examples.negatives.shape[1], (len(i),), generator=generator)
-        positive, negative = examples.positives[i], examples.negatives[i, pick]
-        q = embed_queries([examples.queries[j] for j in i.tolist()])
-        rows = torch.cat([positive, negative])
-        passages = embed_windows(rows)  # (2B, D)
-        teacher = (examples.positive_scores[i] - examples.negative_scores[i, pick]).to(device)
-        margin = margin_mse(config.dense_scale * q, passages[: len(i)], passages[len(i) :], teacher)
-        terms = {"margin": config.dense_margin * margin}
-        if config.dense_contrastive:
-            terms["contrastive"] = config.dense_contrastive * contrastive(q, passages, rows)
-        return sum(terms.values()), terms, len(i)
-
-    def fit_phase(name: str, steps: int, next_loss) -> None:
-        model.train()
-        named = [(n, p) for n, p in model.named_parameters() if n != "rq"]
-        fit(name, parameter_groups(named, config.dense_lr, 0.0), steps, 0.04, config.clip, next_loss, log)
-
+    job = Training(model, tokenizer, corpus, documents, sampler, config, log)
     if config.dense_warmup_steps:
         if sampler is None:
             raise ValueError(
                 "the contrastive warm-up draws pseudo-queries and has none; pass --dense_warmup_steps 0"
             )
-        fit_phase("dense warm-up", config.dense_warmup_steps, warmup_loss)
-    for number in range(1, config.dense_rounds + 1):
-        queries = list(corpus.train)
-        if sampler and config.dense_pseudo:
-            queries += [
-                (row, sampler.draw(row, rng)) for row in corpus.rows for _ in range(config.dense_pseudo)
-            ]
-        if not queries:
-            raise ValueError(
-                "D_0 has no annotated query and --dense_pseudo is 0: the bi-encoder has nothing to learn from"
-            )
-        k = min(config.negatives, len(documents) - 1)
-        if config.teacher:
-            examples = read_teacher(Path(config.teacher), corpus)
-        elif number == 1:
-            examples = negatives_from_bm25(bm25, queries, k)
-        else:
-            embedded = embed(
-                model, tokenize(tokenizer, [query for _, query in queries], config.query_length), 1024
-            )
-            examples = negatives_from_model(bm25, queries, embedded, embed(model, documents), k)
-        order = batches(len(examples.queries), config.dense_batch, generator)
-        fit_phase(f"dense round {number}", config.dense_steps, lambda e=examples, o=order: round_loss(e, o))
+        job.fit("dense warm-up", config.dense_warmup_steps, job.warmup_batch, job.warmup_loss)
+    rounds = range(1, config.dense_rounds + 1)
+    alone = all(teacher_of_round(config.teacher, number) for number in rounds)
+    bm25 = None if alone else BM25(corpus.passages())
+    for number in rounds:
+        examples = job.examples(number, bm25)
+        if folder and config.save_negatives:
+            write_teacher(folder / f"negatives_{number}.jsonl", corpus, examples)
+        order = batches(len(examples.queries), config.dense_batch, job.generator)
+        job.fit(
+            f"dense round {number}", config.dense_steps,
+            lambda e=examples, o=order: job.round_batch(e, o), lambda batch, e=examples: job.round_loss(e, batch),
+        )  # fmt: skip
     model.eval()

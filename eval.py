@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data import Corpus
+from mapped import Chain
 from search import Ranking, retrieve
 
 METRICS = ("recall@1", "recall@10", "mrr@10", "ndcg@10")
@@ -59,7 +60,7 @@ def evaluate(corpora: list[Corpus], rank) -> Evaluation:
     """Scores a ranker on every corpus. `rank(texts) -> list[Ranking]` answers a list of query texts with row
     numbers.
     """
-    ids = [doc_id for corpus in corpora for doc_id in corpus.ids]
+    ids = Chain([corpus.ids for corpus in corpora])
     rankings, values = [], []
     for corpus in corpora:
         found: list[Ranking] = rank(list(corpus.test.values()))

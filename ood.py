@@ -93,20 +93,35 @@ def merge(old: Stats, new: Stats, weight: float) -> Stats:
     return Stats("calibrated", new.experts, mix(old.mean, new.mean), variance, threshold)
 
 
-def update(stats: Stats, scores: Tensor, gates: Tensor, momentum: float = 0.1) -> None:
-    """paper_code: one training batch moves the averages, in place. scores, gates (B, M, E).
+def sums(scores: Tensor, gates: Tensor) -> Tensor:
+    """paper_code: what `move` needs of a part of a batch, scores and gates (B, M, E) -> (3, E, M) float64.
+
+    Over the tokens routed to expert e at position i: their number, sum E and sum E^2. Parts add up.
+    """
+    e, routed = energy(scores.detach()).double(), (gates.detach() > 0).double()  # (B, M), (B, M, E)
+    return torch.stack([
+        routed.sum(0).T, torch.einsum("bm,bme->em", e, routed), torch.einsum("bm,bme->em", e.pow(2), routed)
+    ])  # fmt: skip
+
+
+def move(stats: Stats, batch: Tensor, momentum: float = 0.1) -> None:
+    """paper_code: one training batch, given by its `sums`, moves the averages, in place.
 
     For expert e at position i, over the n - 1 tokens routed to e: m = sum E / n, v = sum (E - m)^2 / (n - 1); the count
     n = 1 + tokens is the released code's, and biases m towards zero.
     """
-    e, routed = energy(scores.detach()).double(), (gates.detach() > 0).double()  # (B, M), (B, M, E)
-    n = 1 + routed.sum(0).T  # (E, M)
-    mean = torch.einsum("bm,bme->em", e, routed) / n
-    squares = torch.einsum("bm,bme->em", e.pow(2), routed)
-    variance = (squares - 2 * mean * mean * n + mean.pow(2) * (n - 1)) / (n - 1).clamp(min=1)
-    seen, mean, variance = (n > 1).cpu(), mean.float().cpu(), variance.float().cpu()
+    tokens, total, squares = batch.cpu()
+    n = 1 + tokens
+    mean = total / n
+    variance = (squares - 2 * mean * total + mean.pow(2) * tokens) / tokens.clamp(min=1)
+    seen, mean, variance = tokens > 0, mean.float(), variance.float()
     stats.mean = torch.where(seen, momentum * mean + (1 - momentum) * stats.mean, stats.mean)
     stats.variance = torch.where(seen, momentum * variance + (1 - momentum) * stats.variance, stats.variance)
+
+
+def update(stats: Stats, scores: Tensor, gates: Tensor, momentum: float = 0.1) -> None:
+    """paper_code: `move` by a whole batch, scores and gates (B, M, E)."""
+    move(stats, sums(scores, gates), momentum)
 
 
 def remember_base(stats: Stats) -> None:

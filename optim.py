@@ -2,17 +2,19 @@
 
 Paper    appendix E: AdamW, linear warm-up and decay to zero, gradient norm clipped at 1, no decay of RMSNorm
          weights
-In       named parameters that train, a function that gives the loss of the next batch
+In       named parameters that train, a function that draws a batch, one that gives the loss of a part of it
 Out      the parameters, changed in place
 Next     dense.py and train.py call it
 Differs  plain AdamW where the released code has an 8-bit one; frozen tensors are never handed to it
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+import distributed
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float) -> list[dict]:
@@ -40,17 +42,26 @@ def fit(
     steps: int,
     warmup: float,
     clip: float,
-    next_loss: Callable[[], tuple[Tensor, dict[str, Tensor], int]],
+    next_batch: Callable[[], Sequence | Tensor],
+    loss_of: Callable[[Sequence | Tensor], tuple[Tensor, dict[str, Tensor]]],
     log,
+    micro_batch: int = 0,
+    bf16: bool = False,
     before_clip: Callable[[], None] = lambda: None,
     after_step: Callable[[], None] = lambda: None,
 ) -> float:
     """Runs `steps` optimiser steps and reports them.
 
+    A batch is cut into the shares of the processes and those into micro-batches, whose losses, means over their
+    examples, add up to the mean over the batch.
+
     Args:
         what: the stage's name in the log, as "D2".
         warmup: share of the steps.
-        next_loss: draws a batch; returns the loss, its terms by name (as weighted in it), its number of queries.
+        next_batch: draws a batch, a list or tensor of examples, alike in every process.
+        loss_of: of a part of it, the loss and its terms by name (as weighted in it).
+        micro_batch: the most examples computed together; 0: all.
+        bf16: matrix products in bfloat16; norms, softmax, router and losses see to their float32 themselves.
         before_clip, after_step: what else touches gradients (slow learner) or parameters (unit router rows).
 
     Returns:
@@ -59,26 +70,37 @@ def fit(
     optimizer = torch.optim.AdamW(groups, fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    begin, queries, value = time.monotonic(), 0, float("nan")
+    begin, examples, value = time.monotonic(), 0, float("nan")
     for step in range(steps):
         factor = linear_schedule(step, steps, max(1, round(warmup * steps)))
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * factor
-        loss, terms, count = next_loss()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        batch = next_batch()
+        mine, total = distributed.share(batch)
+        sums: dict[str, Tensor] = {}
+        for start in range(0, len(mine), micro_batch or len(mine)):
+            part = mine[start : start + (micro_batch or len(mine))]
+            with torch.autocast(trained[0].device.type, torch.bfloat16, enabled=bf16):
+                loss, terms = loss_of(part)
+            weight = len(part) / total
+            (weight * loss).backward()
+            for name, term in {"loss": loss, **terms}.items():
+                sums[name] = sums.get(name, 0) + weight * term.detach()
+        distributed.add_up_gradients(trained)
         before_clip()
         norm = nn.utils.clip_grad_norm_(trained, clip)
         optimizer.step()
         after_step()
 
-        queries += count
+        examples += len(batch)
         last = step + 1 == steps
         if step % 10 == 0 or last:
-            value, seconds = loss.item(), time.monotonic() - begin
-            numbers = {name: float(term.detach()) for name, term in terms.items()}
+            distributed.add_up(sums.values())
+            numbers = {name: float(term) for name, term in sums.items()}
+            value, seconds = numbers.pop("loss"), time.monotonic() - begin
             parts = " ".join(f"{name} {number:.3f}" for name, number in numbers.items())
-            rate, left = queries / seconds, seconds / (step + 1) * (steps - step - 1)
+            rate, left = examples / seconds, seconds / (step + 1) * (steps - step - 1)
             log.progress(
                 f"{what} step {step + 1}/{steps} | loss {value:.3f} ({parts}) | lr {max(peaks) * factor:.1e} | "
                 f"{rate:.0f} q/s | ETA {left:.0f} s",

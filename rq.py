@@ -19,7 +19,9 @@ from torch import Tensor
 
 ITERATIONS = 25  # Lloyd iterations per level
 POINTS_PER_CENTROID = 256  # of k-means, faiss's default: more are sampled
+CHUNK = 65_536  # embeddings reported on together
 BATCH = 4096  # embeddings encoded together
+MOST_POINTS = 200_000  # of k-means at least; more than these and its sample are not even computed
 
 
 def fit(embeddings: Tensor, codebooks: int, centroids: int, seed: int, beam: int = 5) -> Tensor:
@@ -34,15 +36,19 @@ def fit(embeddings: Tensor, codebooks: int, centroids: int, seed: int, beam: int
         raise ValueError(
             f"found {n} documents in D_0, fewer than K={centroids} centroids; pass --K {suggest(n)[1]}"
         )
-    most = max(POINTS_PER_CENTROID * centroids, 100_000)  # k-means would sample that many anyway
+    most = max(POINTS_PER_CENTROID * centroids, MOST_POINTS)
+    generator = torch.Generator().manual_seed(seed)
     if n > most:
-        chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most]
-        embeddings = embeddings[chosen]
+        embeddings = embeddings[torch.randperm(n, generator=generator)[:most].sort().values]
     books = torch.empty(0, centroids, width)
     for m in range(codebooks):
         partial = torch.cat([_beam_encode(part, books, beam) for part in embeddings.split(BATCH)])
-        residuals = embeddings[:, None] - decode(books, partial)  # (N, beam or 1, D)
-        points = np.ascontiguousarray(residuals.reshape(-1, width).numpy(), dtype=np.float32)
+        partial = partial.flatten(0, 1)  # (N * beam, m), or (N, 0)
+        chosen = torch.arange(len(partial))
+        if len(partial) > most:
+            chosen = torch.randperm(len(partial), generator=generator)[:most].sort().values
+        residuals = embeddings[chosen // (len(partial) // len(embeddings))] - decode(books, partial[chosen])
+        points = np.ascontiguousarray(residuals.numpy(), dtype=np.float32)
         kmeans = faiss.Kmeans(
             width, centroids, niter=ITERATIONS, seed=seed + m, max_points_per_centroid=POINTS_PER_CENTROID,
             min_points_per_centroid=1,
@@ -52,18 +58,38 @@ def fit(embeddings: Tensor, codebooks: int, centroids: int, seed: int, beam: int
     return books
 
 
-def encode(embeddings: Tensor, books: Tensor, beam: int = 5, batch: int = BATCH) -> Tensor:
+def fit_to_docids(embeddings: Tensor, codes: Tensor, centroids: int, sweeps: int = 6) -> Tensor:
+    """Codebooks (M, K, D) of docids (N, M) that came from elsewhere, for the least squared error on embeddings
+    (N, D).
+
+    Codebook by codebook, each centroid becomes the mean, over the documents that have its code, of what the other
+    codebooks leave of them; the sweeps after the first correct the earlier codebooks by the later ones. A code
+    without documents is 0.
+    """
+    books = torch.zeros(codes.shape[1], centroids, embeddings.shape[1])
+    residual = embeddings.clone()
+    for _ in range(sweeps):
+        for book, code in zip(books, codes.T):
+            residual += book[code]
+            book.zero_().index_add_(0, code, residual)
+            book /= torch.bincount(code, minlength=centroids).clamp(min=1)[:, None]
+            residual -= book[code]
+    return books
+
+
+def encode(embeddings: Tensor, books: Tensor, beam: int = 5, batch: int = BATCH, device="cpu") -> Tensor:
     """Docids (N, M) int64 of embeddings (N, D): the best of a beam search for the least squared error.
 
     With beam 1 this is the greedy argmin_k || residual - C^m[k] ||^2, level by level.
     """
-    return torch.cat([_beam_encode(part, books, beam)[:, 0] for part in embeddings.split(batch)])
+    books, parts = books.to(device), embeddings.split(batch)
+    return torch.cat([_beam_encode(part.to(device), books, beam)[:, 0].cpu() for part in parts])
 
 
 def _beam_encode(x: Tensor, books: Tensor, beam: int) -> Tensor:
     """(N, D) -> the `beam` best partial encodings of each row, (N, beam or fewer, m), best first."""
     n, (_, centroids, width) = len(x), books.shape
-    codes = torch.empty(n, 1, 0, dtype=torch.long)
+    codes = torch.empty(n, 1, 0, dtype=torch.long, device=x.device)
     residual = x[:, None]  # (N, b, D)
     for book in books:
         # || r - c ||^2 = || r ||^2 - 2 <r, c> + || c ||^2
@@ -116,8 +142,11 @@ def report(embeddings: Tensor, books: Tensor, codes: Tensor) -> Report:
         p = counts[counts > 0] / n
         used.append(len(p) / centroids)
         entropy.append(max(0.0, float(-(p * p.log2()).sum())))
-    error = (embeddings - decode(books, codes)).pow(2).sum() / (embeddings - embeddings.mean(0)).pow(2).sum()
-    return Report(n, len(torch.unique(codes, dim=0)) / n, used, entropy, float(error))
+    centre, error, spread = embeddings.mean(0), 0.0, 0.0
+    for e, c in zip(embeddings.split(CHUNK), codes.split(CHUNK)):
+        error += float((e - decode(books, c)).pow(2).sum())
+        spread += float((e - centre).pow(2).sum())
+    return Report(n, len(torch.unique(codes, dim=0)) / n, used, entropy, error / spread)
 
 
 def suggest(n: int) -> tuple[int, int]:

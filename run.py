@@ -10,9 +10,8 @@ Every file is written under a temporary name, flushed to disk and renamed. Tenso
 `weights_only=True`.
 """
 
-import io
+import hashlib
 import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from data import Corpus, load_tokenizer
+from mapped import Chain, Documents, StreamedFile
 from mixlora import MixConfig, add_mixture, mixed_layers
 from ood import Stats
 from rq import Trie
@@ -30,12 +30,8 @@ from t5 import T5, T5Config
 
 def write(path: Path, content: bytes) -> None:
     """Writes a file so that it is either whole or absent, also after a power cut."""
-    partial = path.with_name(path.name + ".part")
-    with partial.open("wb") as file:
+    with StreamedFile(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def write_json(path: Path, value) -> None:
@@ -52,9 +48,8 @@ def read_json(path: Path):
 
 
 def write_tensors(path: Path, value) -> None:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    write(path, buffer.getvalue())
+    with StreamedFile(path) as file:
+        torch.save(value, file)
 
 
 def read_tensors(path: Path):
@@ -77,29 +72,57 @@ def read_array(path: Path) -> np.ndarray:
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    write(path, buffer.getvalue())
+    with StreamedFile(path) as file:
+        np.save(file, array, allow_pickle=False)
 
 
 # ---------------------------------------------------------------------------------------------------- corpora
 
 
-def save_corpora(folder: Path, source: str, corpora: list[Corpus], left_out: dict, hash_of) -> None:
-    """Documents, queries and labels by corpus, with a hash of each corpus's document ids."""
-    listed = [asdict(c) | {"ids_sha256": hash_of("\n".join(c.ids).encode())} for c in corpora]
-    write_json(folder / "corpus.json", {"source": source, "left_out": left_out, "corpora": listed})
+def ids_sha256(corpus: Corpus) -> str:
+    """Names the split: sha256 of the corpus's document ids, each followed by a line feed."""
+    found = hashlib.sha256()
+    for doc_id in corpus.ids:
+        found.update(f"{doc_id}\n".encode())
+    return found.hexdigest()
+
+
+def save_corpora(folder: Path, source: str, corpora: list[Corpus], left_out: dict, manifest: dict) -> None:
+    """Documents into stores, in stream order; queries, labels, counts and hashes into corpus.json, written last."""
+    documents = Documents(folder / "documents")
+    with StreamedFile(folder / "doc_ids.txt") as file:
+        for corpus in corpora:
+            for doc_id, title, text in zip(corpus.ids, corpus.titles, corpus.texts):
+                documents.add(doc_id, title, text)
+                file.write(f"{doc_id}\n".encode())
+    documents.close()
+    listed = [
+        {
+            "first_row": c.first_row, "documents": len(c.ids), "ids_sha256": ids_sha256(c), "train": c.train,
+            "train_ids": c.train_ids, "test": c.test, "qrels": c.qrels,
+        }
+        for c in corpora
+    ]  # fmt: skip
+    value = {"source": source, "manifest": manifest, "left_out": left_out, "corpora": listed}
+    write_json(folder / "corpus.json", value)
 
 
 def load_corpora(folder: Path) -> list[Corpus]:
-    corpora, saved = [], read_json(folder / "corpus.json")
+    corpora, listed, saved = [], 0, read_json(folder / "corpus.json")
+    documents = Documents.open(folder / "documents")
     try:
         for item in saved["corpora"]:
+            first, n = item["first_row"], item.pop("documents")
             item.pop("ids_sha256")
             item["train"] = [tuple(pair) for pair in item["train"]]
-            corpora.append(Corpus(**item))
+            rows = slice(first, first + n)
+            texts = dict(ids=documents.ids[rows], titles=documents.titles[rows], texts=documents.texts[rows])
+            listed += n
+            corpora.append(Corpus(**item, **texts))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'corpus.json'}: not the corpora of a run ({error!r})") from None
+    if listed != len(documents):
+        raise ValueError(f"{folder}: documents and corpus.json are of different runs; start it anew")
     return corpora
 
 
@@ -147,8 +170,13 @@ class LoadedRun:
                 f"found no finished corpus (D0.pt ..) in {folder}; go on with train.py --resume {folder}"
             )
         self.docids = torch.from_numpy(read_array(folder / "docids.npy").astype(np.int64))
-        self.ids = [doc_id for corpus in self.corpora for doc_id in corpus.ids]
-        self.titles = [title for corpus in self.corpora for title in corpus.titles]
+        self.ids = Chain([corpus.ids for corpus in self.corpora])
+
+    def headline(self, row: int) -> str:
+        """What to show of a document: its title or, without one, its first words."""
+        corpus = next(corpus for corpus in self.corpora if row in corpus.rows)
+        i = row - corpus.first_row
+        return corpus.titles[i] or " ".join(corpus.texts[i][:400].split()[:12])
 
     def at(self, t: int) -> tuple[T5, Trie]:
         """The model after D_t, and the trie of the documents of D_0..D_t."""
@@ -164,17 +192,19 @@ class Log:
     """Lines for people in log.txt and on the terminal, and for programs in metrics.jsonl.
 
     `progress` rewrites one line of a terminal; elsewhere, and in log.txt, it prints a plain line now and
-    then.
+    then. Of several processes only the first `writes`.
     """
 
-    def __init__(self, folder: Path, quiet: bool = False):
+    def __init__(self, folder: Path, quiet: bool = False, writes: bool = True):
         import sys
 
-        self.folder, self.out, self.quiet = folder, sys.stdout, quiet
+        self.folder, self.out, self.quiet, self.writes = folder, sys.stdout, quiet, writes
         self.open_line, self.next_plain = False, 0.0
 
     def line(self, text: str = "") -> None:
         """One line, for good."""
+        if not self.writes:
+            return
         with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
             file.write(text + "\n")
         if not self.quiet:
@@ -184,6 +214,8 @@ class Log:
 
     def progress(self, text: str, last: bool = False) -> None:
         """A line that the next one replaces; every ten seconds, and at the last, it is kept."""
+        if not self.writes:
+            return
         if last or time.monotonic() >= self.next_plain:
             self.next_plain = time.monotonic() + 10
             self.line(text)
@@ -193,6 +225,8 @@ class Log:
 
     def metrics(self, **values) -> None:
         """One JSON object on a line of metrics.jsonl; tensors become numbers."""
+        if not self.writes:
+            return
         plain = {key: value.item() if isinstance(value, Tensor) else value for key, value in values.items()}
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain) + "\n")

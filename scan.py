@@ -8,6 +8,7 @@ Differs  the released code runs encoder, all 24 blocks and a second model again 
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,25 +16,34 @@ from torch import Tensor
 
 import ood
 from data import PAD
+from mapped import scratch
 from mixlora import mixed_layers
 from t5 import T5
 
 
+def kept_as(device: torch.device) -> torch.dtype:
+    """Precision of cached states: bfloat16 where training computes in it, float32 on the CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 class SourceCache:
-    """Encoder outputs of many queries without their padding, and what the previous model made of them."""
+    """Encoder outputs of many queries without their padding."""
 
     @torch.no_grad()
-    def __init__(self, model: T5, ids: Tensor, batch: int = 512):
+    def __init__(self, model: T5, ids: Tensor, batch: int = 512, folder: Path | None = None):
+        """ids (Q, S). With a folder the outputs lie in a nameless file there (see `mapped.scratch`)."""
         model.eval()
         lengths = (ids != PAD).sum(1)
-        self.start, self.lengths = lengths.cumsum(0) - lengths, lengths
-        self.flat = torch.empty(int(lengths.sum()), model.config.width)  # (tokens, D)
+        self.start, self.lengths, self.folder = lengths.cumsum(0) - lengths, lengths, folder
         device = model.word.device
+        self.flat = scratch(folder, (int(lengths.sum()), model.config.width), kept_as(device))  # (tokens, D)
         for rows in lengths.argsort().split(batch):
             width = int(lengths[rows].max())
             source, _ = model.encode(ids[rows, :width].to(device))
             at = torch.arange(width) < lengths[rows, None]
-            self.flat[(self.start[rows, None] + torch.arange(width))[at]] = source.float().cpu()[at]
+            self.flat[(self.start[rows, None] + torch.arange(width))[at]] = source.to(self.flat.dtype).cpu()[
+                at
+            ]
 
     def get(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Hidden states (B, S, D) and padding bias (B, 1, 1, S), as T5.encode gives them."""
@@ -42,7 +52,7 @@ class SourceCache:
         padded = position >= lengths  # (B, S)
         source = self.flat[(self.start[rows, None] + position).clamp(max=len(self.flat) - 1)]
         padding = torch.zeros(padded.shape).masked_fill(padded, -1e9)
-        return source.to(device), padding[:, None, None, :].to(device)
+        return source.to(device).float(), padding[:, None, None, :].to(device)
 
 
 @dataclass
@@ -59,12 +69,13 @@ def scan(model: T5, cache: SourceCache, codes: Tensor, stats: list[ood.Stats], b
     """Runs the decoder over cached queries with docids (Q, M). Directions need the layers' statistics."""
     model.eval()
     device, layers = model.word.device, len(mixed_layers(model))
-    hidden, scores = torch.empty(*codes.shape, model.config.width), [[] for _ in range(layers)]
+    hidden = scratch(cache.folder, (*codes.shape, model.config.width), kept_as(device))
+    scores = [[] for _ in range(layers)]
     every, flagged = torch.zeros(2, layers, model.config.width)
     by_length = cache.lengths.argsort()
     for rows in by_length.split(batch):
         out, routes = model.docid_hidden(*cache.get(rows, device), codes[rows].to(device))
-        hidden[rows] = out.float().cpu()
+        hidden[rows] = out.to(hidden.dtype).cpu()
         for layer, route in enumerate(routes):
             scores[layer].append(route.scores.cpu())
             inputs = F.normalize(route.x.float().cpu(), dim=-1)

@@ -132,7 +132,7 @@ def main(argv: list[str]) -> None:
         ranking = retrieve(model, trie, run.tokenizer, [query], run.ids, args.k, beam, max_length=length)[0]
         for place, (row, score) in enumerate(ranking, 1):
             docid = "-".join(map(str, run.docids[row].tolist()))
-            print(f"{place:3}  {score:8.3f}  {docid:14}  {run.ids[row]}  {run.titles[row]}")
+            print(f"{place:3}  {score:8.3f}  {docid:14}  {run.ids[row]}  {run.headline(row)}")
 
     if args.query is not None:
         answer(args.query)

@@ -289,9 +289,7 @@ class T5(nn.Module):
         present, routes = [], []
         x = self.drop(x)
         for i, block in enumerate(self.decoder):
-            x, keys_values, route = self.through(
-                block, x, bias, past[i] if past else None, cross[i], padding
-            )
+            x, keys_values, route = self.through(block, x, bias, past[i] if past else None, cross[i], padding)
             present.append(keys_values)
             if route is not None:
                 routes.append(route)

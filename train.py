@@ -16,6 +16,7 @@ import math
 import platform
 import random
 import resource
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -27,16 +28,21 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+import cost
 import data
 import dense
+import distributed
+import download
 import eval as scoring
 import mixlora
 import ood
+import published
 import rq
 import run as store
 from bm25 import BM25
 from data import Corpus
 from losses import docid_cross_entropy, kl_to_previous, router_losses
+from mapped import ArrayWriter, Chain, Lookup, open_array
 from mixlora import MixConfig, mixed_layers
 from optim import fit, parameter_groups
 from scan import Scan, SourceCache, scan
@@ -54,28 +60,34 @@ def flag(default, group: str, text: str):
 class Config:
     """Every setting of a run. Defaults are the paper's for NQ320k; PRESETS and METHODS override them."""
 
-    data: str = flag("boolq", "data", "boolq, or a folder in BEIR layout")
-    preset: str = flag("", "data", "recipe: boolq, beir, nq320k, msmarco (default: boolq for boolq, beir for a folder)")
+    data: str = flag("boolq", "data", "boolq, nq320k, msmarco, or a folder in BEIR layout")
+    data_dir: str = flag("", "data", "folder of the published files of nq320k or msmarco (default data/NAME; fetched where absent)")
+    preset: str = flag("", "data", "recipe: boolq, beir, nq320k, msmarco (default: that of --data, beir for a folder)")
     method: str = flag("mixlora-dsi", "data", "mixlora-dsi, mixlora-dsi-pt, never-expand, always-expand, naive-expansion, base")
     run: str = flag("", "data", "run folder (default runs/<data>)")
     seed: int = flag(42, "data", "of splits, draws and weights (paper: 42)")
     device: str = flag("", "data", "cpu or cuda (default: cuda where present)")
-    splits: str = flag("60,10,10,10,10", "data", "percent of documents in D_0..D_T, or counts (ours; paper: 90,2.5,2.5,2.5,2.5)")
+    splits: str = flag("60,10,10,10,10", "data", "percent of documents in D_0..D_T, counts, or paper: its exact sizes (tables 6-7)")
     split_by: str = flag("auto", "data", "order (the folder's file `order`), random, or auto: order where there is one")
     skip_invalid: bool = flag(False, "data", "leave out empty documents and labels that name missing ones")
-    tokenizer: str = flag("", "data", "a SentencePiece file such as spiece.model (default: trained on D_0)")
+    tokenizer: str = flag("", "data", "a SentencePiece file (default: spiece.model beside --t5's weights, else trained on D_0)")
     vocab: int = flag(8000, "data", "pieces of a tokenizer trained on D_0 (ours)")
     query_length: int = flag(64, "data", "tokens of a query (paper: 256 in training, 64 in evaluation)")
-    pseudo_queries: str = flag("", "data", "JSON lines {doc_id, query}, as doc2query gives (default: drawn from the text)")
+    pseudo_queries: str = flag("", "data", "JSON lines {doc_id, query} of doc2query.py, or drawn: from the text (default: published ones, else drawn)")
     pseudo_per_document: int = flag(15, "data", "pseudo-queries of a new document (paper: up to 15 on NQ320k)")
 
-    t5: str = flag("", "model", "folder of published T5 v1.0 weights (default: from nothing, word rows by LSA)")
+    t5: str = flag("", "model", "folder or hub name of published T5 weights, as google-t5/t5-base (paper); none: from nothing, word rows by LSA")
     width: int = flag(768, "model", "D (T5-base)")
     heads: int = flag(12, "model", "H (T5-base); the head width is D / H")
     feed_forward: int = flag(3072, "model", "F (T5-base)")
     encoder_blocks: int = flag(12, "model", "T5-base")
     decoder_blocks: int = flag(12, "model", "T5-base")
     dropout: float = flag(0.1, "model", "share of units (T5)")
+
+    precision: str = flag("", "model", "float32, or bf16 products under autocast (default: bf16 on CUDA, paper; float32 elsewhere)")
+    micro_batch: int = flag(0, "model", "most examples computed together; a batch adds the gradients of its parts up (0: all; paper: all)")
+    recompute: bool = flag(False, "model", "keep no activations within a block, compute them again for the gradient (ours)")
+    compile: bool = flag(False, "model", "compile every block with torch.compile (ours)")
 
     dense_length: int = flag(128, "dense", "tokens of a document window in training (paper: 128)")
     document_length: int = flag(256, "dense", "tokens of a document when indexed (paper: 256)")
@@ -84,17 +96,20 @@ class Config:
     dense_steps: int = flag(54_000, "dense", "steps of each round (paper: 50 epochs of 276,493 queries at batch 256)")
     dense_batch: int = flag(256, "dense", "queries (paper: 256)")
     dense_lr: float = flag(5e-4, "dense", "peak learning rate (paper)")
+    dense_warmup: float = flag(0.04, "dense", "share of the steps in which the learning rate rises (paper)")
     dense_contrastive: float = flag(0.0, "dense", "weight of the in-batch contrastive term within the rounds (ours)")
     dense_margin: float = flag(1.0, "dense", "weight of MarginMSE (paper: 1)")
     dense_scale: float = flag(1.0, "dense", "inner products are multiplied by it in both losses (ours)")
     dense_pseudo: int = flag(0, "dense", "pseudo-queries of a document among the examples (paper: 0, annotated ones only)")
     negatives: int = flag(100, "dense", "hard negatives kept of each query (paper: 100)")
-    teacher: str = flag("", "dense", "JSON lines {qid, docids, scores} of a cross-encoder (default: BM25 teaches)")
+    teacher: str = flag("", "dense", "JSON lines {qid, docids, scores} of a cross-encoder, one file or one for each round, with commas (default: BM25)")
+    save_negatives: bool = flag(False, "dense", "write each round's negatives, in the format of --teacher, into the run folder (ours)")
 
     M: int = flag(8, "docids", "codebooks (paper)")
     K: int = flag(2048, "docids", "centroids of a codebook (paper)")
     rq_pseudo: int = flag(0, "docids", "pseudo-queries of a document of D_0 whose embeddings fit the codebooks too (paper: 0)")
     rq_beam: int = flag(5, "docids", "partial docids kept while encoding (faiss)")
+    docids: str = flag("", "docids", "docid_to_smtid.json: docids made elsewhere, {docid: [codes]} (default: made here)")
 
     mixture: bool = flag(True, "mixture", "experts and router in the decoder (off: plain T5)")
     d0_mixture: bool = flag(True, "mixture", "the mixture is there on D_0 already (off: it comes with D_1, the paper's -PT)")
@@ -112,11 +127,13 @@ class Config:
     ood_mode: str = flag("calibrated", "growth", "calibrated (ours) or paper_code")
     epsilon: float = flag(0.005, "growth", "calibrated: share of false alarms (ours)")
     ood_merge: float = flag(0.5, "growth", "calibrated: weight of the newest corpus in the statistics (ours)")
+    calibration_queries: int = flag(20_000, "growth", "pseudo-queries of D_0 on which its energies are measured (ours)")
     control_queries: int = flag(2000, "growth", "fresh pseudo-queries of D_{t-1} that the scan of D_t watches for false alarms")
 
     d0_steps: int = flag(20_000, "training", "optimiser steps on D_0 (paper: 20,000 on NQ320k)")
     d0_batch: int = flag(1024, "training", "queries (paper: 1024)")
     d0_lr: float = flag(1e-3, "training", "peak learning rate (paper)")
+    d0_warmup: float = flag(0.1, "training", "share of D_0's steps in which the learning rate rises (paper: 0.1; 0.045 for a plain T5 on MS MARCO)")
     d0_words: bool = flag(False, "training", "word rows train on D_0 with the mixture too (paper: no)")
     d0_fragments: int = flag(0, "training", "fragments of each document of D_0 that are learnt as documents of their own (ours)")
     d0_fragment_share: float = flag(0.5, "training", "share of D_0's batches that asks for fragments (ours)")
@@ -124,7 +141,7 @@ class Config:
     epochs: int = flag(10, "training", "passes over D_t's pseudo-queries (paper: 10; BASE 5)")
     batch: int = flag(32, "training", "queries (paper: 32 on NQ320k)")
     lr: float = flag(1e-3, "training", "peak learning rate on D_t (paper)")
-    warmup: float = flag(0.1, "training", "share of the steps (paper)")
+    warmup: float = flag(0.1, "training", "share of D_t's steps in which the learning rate rises (paper)")
     weight_decay: float = flag(0.01, "training", "of AdamW (paper)")
     clip: float = flag(1.0, "training", "largest gradient norm (paper)")
     mask: str = flag("segment", "training", "logits in the loss: segment (paper), docid_vocab, full_vocab (no mask)")
@@ -142,7 +159,8 @@ class Config:
     slow_factor: float = flag(0.01, "training", "its gradient or learning rate is multiplied by it (paper)")
 
     beam: int = flag(10, "search", "partial docids kept (paper)")
-    eval_batch: int = flag(128, "search", "queries decoded together")
+    eval_batch: int = flag(128, "search", "queries decoded together (paper: 128 to 512)")
+    baselines: bool = flag(True, "search", "score BM25 and the bi-encoder too")
 # fmt: on
 
 
@@ -152,15 +170,17 @@ SMALL = dict(  # a T5 from nothing, on two cores
     dense_warmup_steps=160, dense_rounds=2, dense_steps=40, dense_batch=128, dense_lr=7e-4,
     dense_contrastive=1.0, dense_margin=0.01, dense_scale=0.1, dense_pseudo=8, negatives=50, d0_steps=700,
     d0_fragment_share=0.4, d0_batch=256, d0_lr=2e-3, steps=300, batch=256, lr=5e-3, rank=32, alpha=64.0, warmup=0.03,
+    d0_warmup=0.03,
     router_row="ood_mean", d0_fragments=16, kl_coef=0.25, kl_old_coef=0.3,
 )  # fmt: skip
+PAPER = dict(splits="paper", t5="google-t5/t5-base")  # and the defaults of Config
 PRESETS = {
     "boolq": SMALL,
     "beir": SMALL,
-    "nq320k": dict(splits="98743,2743,2743,2743,2743"),
-    "msmarco": dict(
-        splits="7957640,221045,221045,221045,221048", pseudo_per_document=10, d0_steps=250_000, batch=512,
-        epochs=5, delta=0.01,
+    "nq320k": PAPER,
+    "msmarco": PAPER | dict(
+        pseudo_per_document=10, dense_steps=88_400, d0_steps=250_000, batch=512, epochs=5, delta=0.01,
+        baselines=False,  # BM25 over 8.8 million passages takes hours here; the paper's row is Pyserini's
     ),
 }  # fmt: skip
 PLAIN_START = dict(d0_mixture=False)
@@ -175,104 +195,151 @@ METHODS = {
     ),
     "base": PLAIN_START | dict(mixture=False, kl_coef=0.0, kl_old_coef=0.0, slow="none", lr=1e-3),
 }  # fmt: skip
-# Where the paper's recipe of a method differs from its own preset's (appendix E).
+# Where the paper's recipe of a method differs from its own preset's (appendix E and the released scripts): methods
+# that start from the plain T5 take larger batches on NQ320k and BASE fewer epochs; on MS MARCO they warm D_0 up less.
 METHOD_RECIPES = {
     ("nq320k", "mixlora-dsi-pt"): dict(batch=128),
     ("nq320k", "naive-expansion"): dict(batch=128),
     ("nq320k", "base"): dict(batch=128, epochs=5),
+    ("msmarco", "mixlora-dsi-pt"): dict(d0_warmup=0.045),
+    ("msmarco", "naive-expansion"): dict(d0_warmup=0.045),
+    ("msmarco", "base"): dict(d0_warmup=0.045),
 }
 
-
-CALIBRATION_QUERIES = 20_000  # of D_0, on which its energies are measured (ours)
 
 # ----------------------------------------------------------------------------------------------------- stages
 
 
 class Job:
     """What all stages share: the config, the run folder, the corpora, the tokenizer and the pseudo-query
-    samplers.
+    samplers. The first process reads and writes; the others find the files.
     """
 
     def __init__(self, config: Config, folder: Path, log: store.Log):
         self.config, self.folder, self.log = config, folder, log
         self.device = torch.device(config.device)
-        if (folder / "corpus.json").exists():
-            self.corpora = store.load_corpora(folder)
-        else:
-            self.corpora = self._read()
-        if not (folder / "tokenizer.model").exists():
-            if config.tokenizer:
-                data.load_tokenizer(Path(config.tokenizer))
-                model = Path(config.tokenizer).read_bytes()
-            else:
-                model = data.train_tokenizer(self.corpora[0].passages(), config.vocab)
-            store.write(folder / "tokenizer.model", model)
+        self.t5 = None  # folder of published weights; a run that has its bi-encoder needs them no more
+        if config.t5 and not (folder / "dense.pt").exists():
+            if distributed.first():
+                download.find_t5(config.t5, log=log.line)
+            distributed.wait()
+            self.t5 = download.find_t5(config.t5, log=log.line)
+        if distributed.first() and not (folder / "corpus.json").exists():
+            self._read()
+        distributed.wait()
+        self.corpora = store.load_corpora(folder)
+        if distributed.first() and not (folder / "tokenizer.model").exists():
+            store.write(folder / "tokenizer.model", self._tokenizer())
+        distributed.wait()
         self.tokenizer = data.load_tokenizer(folder / "tokenizer.model")
-        self.ids = [doc_id for corpus in self.corpora for doc_id in corpus.ids]
-        self.exclude = {data.normalise(text) for corpus in self.corpora for text in corpus.test.values()}
-        self.listed: list[list[tuple[int, str]]] = []  # pseudo-queries from a file, per corpus
-        if config.pseudo_queries:
-            path = Path(config.pseudo_queries)
-            self.listed, dropped = data.read_pseudo_queries(path, self.corpora, self.exclude)
-            self.samplers = [data.ListedPseudoQueries(pairs) for pairs in self.listed]
-            log.line(
-                f"pseudo-queries from {path}: {sum(map(len, self.listed))}, and {dropped} left out as test queries"
-            )
+        self.ids = Chain([corpus.ids for corpus in self.corpora])
+        self.listed = None  # pseudo-queries from a file
+        if (folder / "pseudo_queries" / "starts.npy").exists():
+            self.listed = data.ListedPseudoQueries(folder / "pseudo_queries")
+            self.samplers = [self.listed] * len(self.corpora)
         else:
-            idf = data.Idf(self.corpora[0].passages())
-            self.samplers = [data.PseudoQuerySampler(corpus, idf, self.exclude) for corpus in self.corpora]
+            idf, exclude = data.Idf(self.corpora[0].passages()), self.exclude(self.corpora)
+            self.samplers = [data.PseudoQuerySampler(corpus, idf, exclude) for corpus in self.corpora]
 
-    def _read(self) -> list[Corpus]:
+    @staticmethod
+    def exclude(corpora: list[Corpus]) -> set[str]:
+        """Test queries in their normal form: no pseudo-query may be one."""
+        return {data.normalise(text) for corpus in corpora for text in corpus.test.values()}
+
+    def _tokenizer(self) -> bytes:
+        """The SentencePiece model that --tokenizer names, that comes with the weights, or that D_0 trains."""
         config = self.config
+        path = Path(config.tokenizer) if config.tokenizer else self.t5 and self.t5 / "spiece.model"
+        if not path:
+            return data.train_tokenizer(self.corpora[0].passages(), config.vocab)
+        data.load_tokenizer(path)
+        return path.read_bytes()
+
+    def _read(self) -> None:
+        """Reads and splits the corpora into the run folder; corpus.json, written last, says that all is there."""
+        config, log = self.config, self.log
+        reading = self.folder / "reading"  # documents before they are split
+        shutil.rmtree(self.folder / "pseudo_queries", ignore_errors=True)  # of a reading that was stopped
         if config.data == "boolq":
-            self.log.line("reading BoolQ (downloaded once, about 20 MB)")
-            collection = data.read_boolq(config.seed)
+            log.line("reading BoolQ (downloaded once, about 20 MB)")
+            collection = data.read_boolq(config.seed, store=reading)
+        elif config.data in published.BENCHMARKS:
+            collection = published.read(config.data, Path(config.data_dir), log.line, reading)
         else:
-            collection = data.read_beir(Path(config.data), config.skip_invalid)
-        corpora, left_out = data.split(collection, config.splits, config.split_by, config.seed)
+            collection = data.read_beir(Path(config.data), config.skip_invalid, reading)
+        splits, spare = config.splits, 0
+        if splits == "paper":
+            splits, spare = published.paper_split(config.data, collection)
+        corpora, left_out = data.split(collection, splits, config.split_by, config.seed, spare)
         for t, corpus in enumerate(corpora):
             if not corpus.test:
                 raise ValueError(f"D_{t} got no test query; choose fewer or larger corpora with --splits")
         for reason, count in left_out.items():
-            self.log.line(f"left out: {count} {reason}")
-        store.save_corpora(self.folder, config.data, corpora, left_out, data.sha256)
-        return corpora
+            log.line(f"left out: {count} {reason}")
+        manifest = published.manifest(config.data, collection, corpora)
+        pseudo, strict = collection.pseudo, False
+        if config.pseudo_queries not in ("", "drawn"):
+            pseudo, strict = data.read_pseudo_queries(Path(config.pseudo_queries)), True
+        if pseudo and config.pseudo_queries != "drawn":
+            where = self.folder / "pseudo_queries"
+            counts = data.store_pseudo_queries(pseudo, where, corpora, self.exclude(corpora), strict)
+            manifest["pseudo-queries"] = dict(counts)
+        for name, value in manifest.items():
+            log.line(f"{name}: {value}")
+        store.save_corpora(self.folder, config.data, corpora, left_out, manifest)
+        shutil.rmtree(reading)
 
     def pseudo_queries(self, t: int, per_document: int, purpose: str) -> list[tuple[int, str]]:
         """A fixed list of D_t's (row, pseudo-query) pairs, the same at every call; checked for leaks."""
-        if self.listed:
-            pairs = self.listed[t]
-        else:
-            seed = f"{self.config.seed} D{t} {purpose}"
-            pairs = data.draw_pseudo_queries(self.samplers[t], self.corpora[t].rows, per_document, seed)
+        seed = f"{self.config.seed} {purpose} {t}"
+        pairs = data.draw_pseudo_queries(self.samplers[t], self.corpora[t].rows, per_document, seed)
+        data.check_no_leak(t, self.corpora, pairs)
+        return pairs
+
+    def training_queries(self, t: int) -> list[tuple[int, str]]:
+        """What D_t, t >= 1, trains on: all of its pseudo-queries from the file, or a drawn list."""
+        if not self.listed:
+            return self.pseudo_queries(t, self.config.pseudo_per_document, "training")
+        pairs = self.listed.pairs(self.corpora[t].rows)
+        data.check_no_leak(t, self.corpora, pairs)
+        return pairs
+
+    def sample(self, t: int, count: int, purpose: str) -> list[tuple[int, str]]:
+        """Some `count` pairs of D_t, as evenly over its documents as that goes."""
+        rows, rng = self.corpora[t].rows, random.Random(f"{self.config.seed} {purpose} {t}")
+        chosen = list(rows) * (count // len(rows)) or rng.sample(rows, count)
+        pairs = [(row, self.samplers[t].draw(row, rng)) for row in chosen]
         data.check_no_leak(t, self.corpora, pairs)
         return pairs
 
     def tokens(self, queries: list[tuple[int, str]]) -> Tensor:
         return data.tokenize(self.tokenizer, [query for _, query in queries], self.config.query_length)
 
-    def autocast(self):
-        """bfloat16 matrix products on CUDA; float32 elsewhere."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+    def ready(self, model: T5) -> T5:
+        """The model on this process's device, with the first process's weights, as the flags want it to compute."""
+        model.to(self.device)
+        distributed.copy_from_first(model)
+        model.recompute = self.config.recompute
+        if self.config.compile:
+            for block in [*model.encoder, *model.decoder]:
+                block.compile(dynamic=True)
+        return model
 
 
 def dense_stage(job: Job) -> tuple[T5, Tensor]:
-    """The bi-encoder trained on D_0, and the embeddings (N, D) of every corpus's documents by it."""
+    """The bi-encoder trained on D_0, and the embeddings (N, D) of every corpus's documents by it, on disk."""
     config, path = job.config, job.folder / "dense.pt"
-    passages = [
-        data.tokenize(job.tokenizer, corpus.passages(), config.document_length) for corpus in job.corpora
-    ]
     if path.exists():
-        model = store.load_model(path, config.device)[0]
-        return model, store.read_tensors(job.folder / "embeddings.pt")
+        return job.ready(store.load_model(path)[0]), open_array(job.folder / "embeddings.npy")
+    place = job.folder / "cache" / f"documents_{config.document_length}"
+    if distributed.first():
+        data.tokenize_passages(job.tokenizer, job.corpora, config.document_length, place)
+    distributed.wait()
+    passages = data.tokenize_passages(job.tokenizer, job.corpora, config.document_length, place)
     torch.manual_seed(config.seed)
-    if config.t5:
-        model = read_published(Path(config.t5), config.M, config.K, config.dropout)
-        if model.config.vocab < job.tokenizer.vocab_size():
-            raise ValueError(
-                f"the tokenizer has {job.tokenizer.vocab_size()} pieces, {config.t5} only {model.config.vocab} word "
-                "rows; pass the --tokenizer that belongs to the weights"
-            )
+    if job.t5:
+        model = read_published(job.t5, config.M, config.K, config.dropout)
+        check_vocabulary(job.tokenizer.vocab_size(), model.config.vocab, config.t5)
     else:
         shape = dict(width=config.width, heads=config.heads, head_width=config.width // config.heads)
         shape |= dict(encoder_blocks=config.encoder_blocks, decoder_blocks=config.decoder_blocks)
@@ -280,49 +347,76 @@ def dense_stage(job: Job) -> tuple[T5, Tensor]:
             vocab=job.tokenizer.vocab_size(), feed_forward=config.feed_forward, dropout=config.dropout,
             codebooks=config.M, centroids=config.K, **shape,
         ))  # fmt: skip
-        start_from_lsa(model, passages[0])
-    model.to(job.device)
+        start_from_lsa(model, passages[0].batch(torch.arange(len(passages[0]))))
+    job.ready(model)
     data.check_no_leak(0, job.corpora, job.corpora[0].train)
-    with job.autocast():
-        dense.train(model, job.tokenizer, job.corpora[0], passages[0], job.samplers[0], config, job.log)
-    embeddings = torch.cat([dense.embed(model, ids) for ids in passages])
-    store.write_tensors(job.folder / "embeddings.pt", embeddings)
-    store.save_model(path, model, [])
-    return model, embeddings
+    dense.train(
+        model, job.tokenizer, job.corpora[0], passages[0], job.samplers[0], config, job.log,
+        job.folder if distributed.first() else None,
+    )  # fmt: skip
+    if distributed.first():
+        embeddings = ArrayWriter(job.folder / "embeddings.npy", (len(job.ids), model.config.width))
+        for corpus, ids in zip(job.corpora, passages):
+            dense.embed(model, ids, out=embeddings.values[corpus.rows.start : corpus.rows.stop])
+        embeddings.close()
+        store.save_model(path, model, [])
+    distributed.wait()
+    return model, open_array(job.folder / "embeddings.npy")
+
+
+def check_vocabulary(pieces: int, rows: int, weights: str) -> None:
+    """T5's word table has 100 rows more than its tokenizer has pieces (some other checkpoints up to 128)."""
+    if not 0 <= rows - pieces <= 128:
+        raise ValueError(
+            f"the tokenizer has {pieces} pieces, {weights} has {rows} word rows; pass the --tokenizer that belongs to "
+            "the weights"
+        )
 
 
 def rq_stage(job: Job, bi_encoder: T5, embeddings: Tensor) -> tuple[Tensor, Tensor]:
     """Codebooks (M, K, D) fitted on D_0, and the docids (N, M) of every corpus by them."""
-    config, path = job.config, job.folder / "rq.pt"
-    d0 = embeddings[: len(job.corpora[0].ids)]
-    if path.exists():
-        books = store.read_tensors(path)
+    path = job.folder / "rq.pt"
+    if distributed.first() and not path.exists():
+        books, codes = make_docids(job, bi_encoder, embeddings)
+        store.write_array(job.folder / "docids.npy", codes.numpy().astype(np.int16))
+        store.write_tensors(path, books)
+    distributed.wait()
+    codes = torch.from_numpy(store.read_array(job.folder / "docids.npy").astype(np.int64))
+    return store.read_tensors(path), codes
+
+
+def make_docids(job: Job, bi_encoder: T5, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    """Fits the codebooks, encodes all documents, and reports what quantisation costs the bi-encoder."""
+    config, d0 = job.config, embeddings[: len(job.corpora[0].ids)]
+    if config.docids:
+        codes = torch.tensor(published.read_docids(Path(config.docids), job.ids, config.M, config.K))
+        books = rq.fit_to_docids(d0, codes[: len(d0)], config.K)
     else:
         points = d0
         if config.rq_pseudo:
             drawn = job.tokens(job.pseudo_queries(0, config.rq_pseudo, "quantiser"))
             points = torch.cat([d0, dense.embed(bi_encoder, drawn, 1024)])
         books = rq.fit(points, config.M, config.K, config.seed, config.rq_beam)
-    codes = rq.encode(embeddings, books, config.rq_beam)
+        codes = rq.encode(embeddings, books, config.rq_beam, device=job.device)
     found = rq.report(d0, books, codes[: len(d0)])
     job.log.line(f"docids of D0: {found}")
     rq.require_distinct(found)
-    queries = [query for corpus in job.corpora for query in corpus.test.values()]
-    row_of = {doc_id: row for row, doc_id in enumerate(job.ids)}
+    row_of, queries = Lookup(job.ids), [q for corpus in job.corpora for q in corpus.test.values()]
     labels = [found for corpus in job.corpora for found in corpus.qrels.values()]
-    relevant = [{row_of[doc_id] for doc_id in found} for found in labels]
+    relevant = [{row_of(doc_id) for doc_id in found} for found in labels]
     embedded = dense.embed(bi_encoder, data.tokenize(job.tokenizer, queries, config.query_length))
     first = len(job.corpora[0].test)
-    quantised = rq.decode(books, codes)
-    for name, documents in (("before", embeddings), ("after", quantised)):
-        in_d0 = dense.recall(embedded[:first], relevant[:first], documents[: len(d0)])
-        later = dense.recall(embedded[first:], relevant[first:], documents)
+    for name in ("before", "after"):
+
+        def chunks(n: int, quantised: bool = name == "after"):
+            for rows in torch.arange(n).split(dense.CHUNK):
+                yield rq.decode(books, codes[rows]) if quantised else embeddings[rows]
+
+        in_d0 = dense.recall(embedded[:first], relevant[:first], chunks(len(d0)), device=job.device)
+        later = dense.recall(embedded[first:], relevant[first:], chunks(len(embeddings)), device=job.device)
         job.log.line(
             f"dense Recall@10 {name} quantisation: {in_d0:.3f} on D0 alone, {later:.3f} on later queries among all"
         )
-    store.write_array(job.folder / "docids.npy", codes.numpy().astype(np.int16))
-    store.write(job.folder / "doc_ids.txt", ("\n".join(job.ids) + "\n").encode())
-    store.write_tensors(path, books)
     return books, codes
 
 
@@ -343,53 +437,76 @@ def d0_stage(job: Job, bi_encoder: T5, books: Tensor, codes: Tensor) -> tuple[T5
     model.load_state_dict(bi_encoder.state_dict() | {"rq": books})
     if config.mixture and config.d0_mixture:
         mixlora.add_mixture(model, mix_config(config))
-        model.to(job.device)
         model.word.requires_grad_(config.d0_words)
+    job.ready(model)
     layers = mixed_layers(model)
     stats = [ood.new_stats(config.ood_mode, len(layer), config.M) for layer in layers]
-    books, codes = books.to(job.device), codes.to(job.device)
     rng = random.Random(f"{config.seed} D0")
-    n_fragments, fragment_share = len(corpus.ids) * config.d0_fragments, config.d0_fragment_share
-    if config.d0_fragments:
-        fragments = data.fragments(corpus, config.d0_fragments, rng)
-        sampler = data.PseudoQuerySampler(fragments, data.Idf(corpus.passages()), job.exclude)
-        tokens = data.tokenize(job.tokenizer, fragments.passages(), config.document_length)
-        fragment_codes = rq.encode(dense.embed(bi_encoder, tokens, 256), books.cpu(), config.rq_beam).to(
-            job.device
-        )
+    targets, n_fragments = codes.to(job.device), len(corpus.ids) * config.d0_fragments
+    if n_fragments:  # their docids follow those of the documents
+        spans = data.fragments(corpus, config.d0_fragments, rng)
+        sampler = data.PseudoQuerySampler(spans, data.Idf(corpus.passages()), job.exclude(job.corpora))
+        tokens = data.tokenize(job.tokenizer, list(spans.passages()), config.document_length)
+        found = rq.encode(dense.embed(bi_encoder, tokens, 256), books, config.rq_beam, device=job.device)
+        targets = torch.cat([targets, found.to(job.device)])
 
-    def next_loss():
+    def next_batch() -> list[tuple[int, str]]:
+        """(row of `targets`, pseudo-query)"""
         rows = rng.choices(corpus.rows, k=config.d0_batch)
         batch = [(row, job.samplers[0].draw(row, rng)) for row in rows]
-        docids = codes[[row for row, _ in batch]]
-        if config.d0_fragments:
-            rows = rng.choices(range(n_fragments), k=int(fragment_share * config.d0_batch))
-            batch[: len(rows)] = [(row, sampler.draw(row, rng)) for row in rows]
-            docids[: len(rows)] = fragment_codes[rows]
-        ids = job.tokens(batch).to(job.device)
-        with job.autocast():
-            source, padding = model.encode(ids)
-            hidden, routes = model.docid_hidden(source, padding, docids)
-            terms = {"ce": docid_cross_entropy(model, hidden, docids, config.mask)}
-            terms |= router_losses(routes, config)
-        if config.ood_mode == "paper_code":
-            for stat, route in zip(stats, routes):
-                ood.update(stat, route.scores, route.gates)
-        return sum(terms.values()), terms, len(batch)
+        if n_fragments:
+            rows = rng.choices(range(n_fragments), k=int(config.d0_fragment_share * config.d0_batch))
+            batch[: len(rows)] = [(len(codes) + row, sampler.draw(row, rng)) for row in rows]
+        return batch
+
+    averages = MovingEnergies(config, stats)
+
+    def loss_of(batch: list[tuple[int, str]]):
+        docids, ids = targets[[row for row, _ in batch]], job.tokens(batch).to(job.device)
+        source, padding = model.encode(ids)
+        hidden, routes = model.docid_hidden(source, padding, docids)
+        terms = {"ce": docid_cross_entropy(model, hidden, docids, config.mask)}
+        terms |= router_losses(routes, config)
+        averages.see(routes)
+        return sum(terms.values()), terms
+
+    def after_step() -> None:
+        averages.step()
+        for layer in layers:
+            layer.normalise_rows()
 
     model.train()
     groups = parameter_groups(model.named_parameters(), config.d0_lr, config.weight_decay)
     fit(
-        "D0", groups, config.d0_steps, config.warmup, config.clip, next_loss, job.log,
-        after_step=lambda: [layer.normalise_rows() for layer in layers],
+        "D0", groups, config.d0_steps, config.d0_warmup, config.clip, next_batch, loss_of, job.log,
+        config.micro_batch, config.precision == "bf16", after_step=after_step,
     )  # fmt: skip
     if layers:
-        pairs = job.pseudo_queries(0, max(1, CALIBRATION_QUERIES // len(corpus.ids)), "calibration")
-        pairs = rng.sample(pairs, min(len(pairs), CALIBRATION_QUERIES))
-        docids = codes.cpu()[[row for row, _ in pairs]]
+        pairs = job.sample(0, config.calibration_queries, "calibration")
+        docids = codes[[row for row, _ in pairs]]
         found = scan(model, SourceCache(model, job.tokens(pairs)), docids, [])
         stats = settle(config, stats, found, first=True)
     return model.eval(), stats
+
+
+class MovingEnergies:
+    """paper_code's statistics, moved once a step by the batch of all processes; without that mode, nothing."""
+
+    def __init__(self, config: Config, stats: list[ood.Stats], only_new: bool = False):
+        self.stats = stats if config.ood_mode == "paper_code" else []
+        self.only_new, self.sums = only_new, {}
+
+    def see(self, routes: list[mixlora.Route]) -> None:
+        """One part of the batch; after D_0 only layers that grew take part (`only_new`)."""
+        for number, (_, route) in enumerate(zip(self.stats, routes)):
+            if route.newest or not self.only_new:
+                self.sums[number] = self.sums.get(number, 0) + ood.sums(route.scores, route.gates)
+
+    def step(self) -> None:
+        distributed.add_up(self.sums.values())
+        for number, batch in self.sums.items():
+            ood.move(self.stats[number], batch)
+        self.sums = {}
 
 
 def settle(config: Config, stats: list[ood.Stats], found: Scan, first: bool) -> list[ood.Stats]:
@@ -410,12 +527,13 @@ def continual_stage(job: Job, t: int, codes: Tensor, previous: tuple[T5, list[oo
     """
     config, (model, stats) = job.config, previous
     torch.manual_seed(config.seed + 1 + t)
-    pairs = job.pseudo_queries(t, config.pseudo_per_document, "training")
+    job.ready(model)
+    pairs = job.training_queries(t)
     ids, docids = job.tokens(pairs), codes[[row for row, _ in pairs]]
     record = {"decisions": []}
     first_mixture = config.mixture and not mixed_layers(model)
     if config.mixture:
-        cache = SourceCache(model, ids)
+        cache = SourceCache(model, ids, folder=job.folder / "cache")
         before = scan(model, cache, docids, stats)
         rq_before = model.rq.detach().clone()
         if config.kl_old_coef:  # an old docid for each query: what the model says where new documents are not
@@ -424,40 +542,41 @@ def continual_stage(job: Job, t: int, codes: Tensor, previous: tuple[T5, list[oo
             before_old = scan(model, cache, old, [])
         if first_mixture:
             mixlora.add_mixture(model, mix_config(config))
-            model.to(job.device)
             stats = [ood.new_stats(config.ood_mode, len(layer), config.M) for layer in mixed_layers(model)]
         else:
-            record["decisions"] = grow(job, t, model, stats, before)
+            record["decisions"] = grow(job, t, codes, model, stats, before)
         freeze_old(model)
+        job.ready(model)
     layers = mixed_layers(model)
+    averages = MovingEnergies(config, stats, only_new=True)
     order = dense.batches(len(pairs), config.batch, torch.Generator().manual_seed(config.seed + t))
 
     def kl(hidden: Tensor, teacher: Scan, rows: Tensor) -> Tensor:
-        hidden_before = teacher.hidden[rows].to(job.device)
+        hidden_before = teacher.hidden[rows].to(job.device).float()
         return kl_to_previous(hidden, model.rq, hidden_before, rq_before, config.kl_reduction)
 
-    def next_loss():
-        rows = next(order)
-        with job.autocast():
-            target = docids[rows].to(job.device)
-            source = cache.get(rows, job.device) if config.mixture else model.encode(ids[rows].to(job.device))
-            hidden, routes = model.docid_hidden(*source, target)
-            terms = {"ce": docid_cross_entropy(model, hidden, target, config.mask)}
-            if config.kl_coef:
-                terms["kl"] = config.kl_coef * kl(hidden, before, rows)
-            if config.kl_old_coef:
-                hidden_old, _ = model.docid_hidden(*source, old[rows].to(job.device))
-                terms["kl_old"] = config.kl_old_coef * kl(hidden_old, before_old, rows)
-            terms |= router_losses(routes, config)
-        if config.ood_mode == "paper_code":
-            for stat, route in zip(stats, routes):
-                if route.newest:
-                    ood.update(stat, route.scores, route.gates)
-        return sum(terms.values()), terms, len(rows)
+    def loss_of(rows: Tensor):
+        target = docids[rows].to(job.device)
+        source = cache.get(rows, job.device) if config.mixture else model.encode(ids[rows].to(job.device))
+        hidden, routes = model.docid_hidden(*source, target)
+        terms = {"ce": docid_cross_entropy(model, hidden, target, config.mask)}
+        if config.kl_coef:
+            terms["kl"] = config.kl_coef * kl(hidden, before, rows)
+        if config.kl_old_coef:
+            hidden_old, _ = model.docid_hidden(*source, old[rows].to(job.device))
+            terms["kl_old"] = config.kl_old_coef * kl(hidden_old, before_old, rows)
+        terms |= router_losses(routes, config)
+        averages.see(routes)
+        return sum(terms.values()), terms
 
     def before_clip() -> None:
         if config.slow == "grad":
             model.rq.grad *= config.slow_factor
+
+    def after_step() -> None:
+        averages.step()
+        for layer in layers:
+            layer.normalise_rows()
 
     model.train()
     slow = config.slow_factor if config.slow == "lr" else 1.0
@@ -467,8 +586,8 @@ def continual_stage(job: Job, t: int, codes: Tensor, previous: tuple[T5, list[oo
     record["trainable_parameters"] = sum(p.numel() for group in groups for p in group["params"])
     steps = config.steps or math.ceil(config.epochs * len(pairs) / config.batch)
     fit(
-        f"D{t}", groups, steps, config.warmup, config.clip, next_loss, job.log, before_clip,
-        after_step=lambda: [layer.normalise_rows() for layer in layers],
+        f"D{t}", groups, steps, config.warmup, config.clip, lambda: next(order), loss_of, job.log,
+        config.micro_batch, config.precision == "bf16", before_clip, after_step,
     )  # fmt: skip
     if layers:
         after = scan(model, cache, docids, [])
@@ -479,13 +598,14 @@ def continual_stage(job: Job, t: int, codes: Tensor, previous: tuple[T5, list[oo
     return model.eval(), stats, record
 
 
-def grow(job: Job, t: int, model: T5, stats: list[ood.Stats], before: Scan) -> list[dict]:
+def grow(job: Job, t: int, codes: Tensor, model: T5, stats: list[ood.Stats], before: Scan) -> list[dict]:
     """Decides for every mixed layer whether D_t makes it expand, and adds the experts. Returns the numbers."""
     config, records = job.config, []
-    control = control_scan(job, t, model)
+    control = control_scan(job, t, codes, model)
     for number, (layer, stat, scores) in enumerate(zip(mixed_layers(model), stats, before.scores)):
         decision = ood.decide(scores, stat, config.delta, config.epsilon)
         expand = {"ood": decision.expand, "always": True, "never": False}[config.expand]
+        expand = distributed.say(expand)  # processes may differ in a last bit, and must not in their experts
         false_alarms = ood.decide(control.scores[number], stat, config.delta, config.epsilon)
         experts = len(layer)
         if expand:
@@ -502,14 +622,11 @@ def grow(job: Job, t: int, model: T5, stats: list[ood.Stats], before: Scan) -> l
     return records
 
 
-def control_scan(job: Job, t: int, model: T5) -> Scan:
+def control_scan(job: Job, t: int, codes: Tensor, model: T5) -> Scan:
     """What the detector says where nothing is new: fresh pseudo-queries of D_{t-1}, which no training saw; where
     they come from a file, those of the file.
     """
-    corpus = job.corpora[t - 1]
-    pairs = job.pseudo_queries(t - 1, max(1, job.config.control_queries // len(corpus.ids)), "control")
-    pairs = pairs[:: max(1, len(pairs) // job.config.control_queries)]
-    codes = torch.from_numpy(np.load(job.folder / "docids.npy", allow_pickle=False).astype(np.int64))
+    pairs = job.sample(t - 1, job.config.control_queries, "control")
     return scan(model, SourceCache(model, job.tokens(pairs)), codes[[row for row, _ in pairs]], [])
 
 
@@ -518,8 +635,9 @@ def freeze_old(model: T5) -> None:
     model.requires_grad_(False)
     model.rq.requires_grad_(True)
     for layer in mixed_layers(model):
-        layer.new.requires_grad_(True)
-        layer.router_new.requires_grad_(True)
+        grew = len(layer.new) > 0  # an empty tensor that trains would cost the old experts' gradients
+        layer.new.requires_grad_(grew)
+        layer.router_new.requires_grad_(grew)
 
 
 def evaluate_stage(job: Job, t: int, model: T5, codes: Tensor) -> scoring.Evaluation:
@@ -547,14 +665,14 @@ def baselines(job: Job, bi_encoder: T5, embeddings: Tensor) -> dict[str, dict]:
     rows: dict[str, list] = {"bm25": [], "dense": []}
     for t in range(len(job.corpora)):
         corpora = job.corpora[: t + 1]
-        index = BM25([passage for corpus in corpora for passage in corpus.passages()])
+        index = BM25(passage for corpus in corpora for passage in corpus.passages())
         rows["bm25"].append(
             scoring.evaluate(corpora, lambda queries, i=index: [i.top(q, 10) for q in queries])
         )
 
         def rank(queries: list[str], n=corpora[-1].rows.stop) -> list[Ranking]:
             ids = data.tokenize(job.tokenizer, queries, job.config.query_length)
-            scores, found = dense.rank(dense.embed(bi_encoder, ids), embeddings[:n], 10)
+            scores, found = dense.rank(dense.embed(bi_encoder, ids), embeddings[:n], 10, job.device)
             return [list(zip(*pair)) for pair in zip(found.tolist(), scores.tolist())]
 
         rows["dense"].append(scoring.evaluate(corpora, rank))
@@ -570,13 +688,16 @@ def train(config: Config, folder: Path, log: store.Log) -> dict:
 
     def finish(stage: str, begin: float, **record) -> None:
         done[stage] = {"seconds": time.monotonic() - begin} | record
-        store.write_json(folder / "stages.json", done)
+        if distributed.first():
+            store.write_json(folder / "stages.json", done)
+        distributed.wait()
 
     begin = time.monotonic()
     job = Job(config, folder, log)
     for t, corpus in enumerate(job.corpora):
         log.line(
-            f"D{t}: {len(corpus.ids)} documents, {len(corpus.train)} annotated and {len(corpus.test)} test queries"
+            f"D{t}: {len(corpus.ids)} documents, {len(corpus.train)} annotated and {len(corpus.test)} test queries, "
+            f"ids sha256 {store.ids_sha256(corpus)[:16]}"
         )
     if "data" not in done:
         finish("data", begin)
@@ -602,27 +723,30 @@ def train(config: Config, folder: Path, log: store.Log) -> dict:
             model, stats = d0_stage(job, bi_encoder, books, codes)
             record = {}
         else:
-            state = state or store.load_model(folder / f"D{t - 1}.pt", config.device)
+            state = state or store.load_model(folder / f"D{t - 1}.pt")
             model, stats, record = continual_stage(job, t, codes, state)
         state = model, stats
-        store.save_model(checkpoint, model, stats)
-        trained = time.monotonic()
-        evaluations.append(evaluate_stage(job, t, model, codes))
-        store.write_json(folder / f"evaluation_D{t}.json", asdict(evaluations[-1]))
         record |= {
             "experts": [len(layer) for layer in mixed_layers(model)],
-            "training_seconds": trained - begin,
+            "training_seconds": time.monotonic() - begin,
         }
+        if distributed.first():
+            store.save_model(checkpoint, model, stats)
+            evaluations.append(evaluate_stage(job, t, model, codes))
+            store.write_json(folder / f"evaluation_D{t}.json", asdict(evaluations[-1]))
         finish(stage, begin, **record)
-        store.write_json(
-            folder / "ood.json", {s: done[s]["decisions"] for s in done if "decisions" in done[s]}
-        )
+        if distributed.first():
+            found = {s: done[s]["decisions"] for s in done if "decisions" in done[s]}
+            store.write_json(folder / "ood.json", found)
 
-    begin = time.monotonic()
-    rows = baselines(job, bi_encoder, embeddings)
-    finish("baselines", begin)
-    results = assemble(config, job, done, scoring.summarise(evaluations, config.seed), rows)
-    store.write_json(folder / "results.json", results)
+    results = {}
+    if distributed.first():
+        begin = time.monotonic()
+        rows = baselines(job, bi_encoder, embeddings) if config.baselines else {}
+        done["baselines"] = {"seconds": time.monotonic() - begin}
+        results = assemble(config, job, done, scoring.summarise(evaluations, config.seed), rows)
+        store.write_json(folder / "results.json", results)
+    distributed.wait()
     return results
 
 
@@ -652,15 +776,14 @@ def assemble(config: Config, job: Job, done: dict, metrics: dict, rows: dict) ->
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
             "faiss": faiss.__version__, "sentencepiece": sentencepiece.__version__, "threads":
-            torch.get_num_threads(),
+            torch.get_num_threads(), "processes": distributed.size(),
         },
     }  # fmt: skip
 
 
 def show(results: dict, log: store.Log) -> None:
     """The results table and what grew where."""
-    systems = {results["method"]: results["metrics"], "BM25": results["baselines"]["bm25"]}
-    systems["dense"] = results["baselines"]["dense"]
+    systems = {results["method"]: results["metrics"]} | results["baselines"]
     log.line(scoring.table("Recall@10/MRR@10 in percent after the last corpus", systems))
     for stage, experts in results["experts"].items():
         shares = ", ".join(f"{percent:.1f}%" for percent in results["ood_percent"].get(stage, []))
@@ -674,8 +797,18 @@ def show(results: dict, log: store.Log) -> None:
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def parse(argv: list[str]) -> tuple[Config, bool, bool]:
-    """Flags -> (config, resume, overwrite): defaults < preset < method < flags.
+@dataclass
+class Command:
+    """What a command line asks for."""
+
+    config: Config
+    resume: bool = False
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+def parse(argv: list[str]) -> Command:
+    """Flags -> what to do: defaults < preset < method < flags.
 
     Raises ValueError that names an unknown preset or method and those that exist.
     """
@@ -701,24 +834,23 @@ def parse(argv: list[str]) -> tuple[Config, bool, bool]:
         )
     parser.add_argument("--resume", metavar="RUN", default=argparse.SUPPRESS, help="go on with a stopped run")
     parser.add_argument("--overwrite", action="store_true", help="move a run that is in the way aside")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what the run would cost, and do nothing"
+    )
     given = vars(parser.parse_args(argv))
     overwrite, resume = given.pop("overwrite"), given.pop("resume", None)
+    dry_run = given.pop("dry_run")
     if resume is not None:
         if given:
             raise ValueError(f"--resume takes every setting from the run; remove --{' --'.join(given)}")
         path = Path(resume) / "config.json"
         try:
-            return Config(**store.read_json(path) | {"run": resume}), True, False
+            return Command(Config(**store.read_json(path) | {"run": resume}), resume=True)
         except TypeError as error:
             raise ValueError(f"{path}: written by another version of this program ({error})") from None
 
     source, method = given.get("data", "boolq"), given.get("method", "mixlora-dsi")
-    if source in ("nq320k", "msmarco"):
-        raise ValueError(
-            f"--data {source}: this version reads BoolQ and BEIR folders. Convert {source} to a BEIR folder (corpus.jsonl, "
-            f"queries.jsonl, qrels/) and pass --data DIR --preset {source}"
-        )
-    preset = given.get("preset") or ("boolq" if source == "boolq" else "beir")
+    preset = given.get("preset") or (source if source in PRESETS else "beir")
     if preset not in PRESETS or method not in METHODS:
         raise ValueError(
             f"found preset {preset!r} and method {method!r}, wanted a preset of {', '.join(PRESETS)} and a method of "
@@ -726,10 +858,15 @@ def parse(argv: list[str]) -> tuple[Config, bool, bool]:
         )
     recipe = PRESETS[preset] | METHODS[method] | METHOD_RECIPES.get((preset, method), {})
     config = Config(**(recipe | given | {"data": source, "method": method, "preset": preset}))
+    config.t5 = "" if config.t5 == "none" else config.t5
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config.precision = config.precision or ("bf16" if config.device.startswith("cuda") else "float32")
     config.run = config.run or f"runs/{Path(source).name}"
-    check(config)
-    return config, False, overwrite
+    if source in published.BENCHMARKS:
+        config.data_dir = config.data_dir or str(Path(__file__).parent / "data" / source)
+    if not dry_run:
+        check(config)
+    return Command(config, overwrite=overwrite, dry_run=dry_run)
 
 
 def check(config: Config) -> None:
@@ -738,7 +875,7 @@ def check(config: Config) -> None:
         "split_by": ("auto", "order", "random"), "router_row": ("random", "ood_mean"), "expand": ("ood",
         "always", "never"), "ood_mode": ood.MODES, "mask": ("segment", "docid_vocab", "full_vocab"),
         "repel_reduction": ("mean", "sum"), "aux_layers": ("all", "expanded"), "kl_reduction": ("sum",
-        "mean"), "slow": ("grad", "lr", "none"),
+        "mean"), "slow": ("grad", "lr", "none"), "precision": ("float32", "bf16"),
     }  # fmt: skip
     for name, wanted in choices.items():
         if getattr(config, name) not in wanted:
@@ -758,6 +895,18 @@ def check(config: Config) -> None:
     elif config.kl_coef or config.kl_old_coef:
         raise ValueError(
             "without a mixture the encoder trains too and no teacher is cached: pass --kl_coef 0 --kl_old_coef 0"
+        )
+    given = [config.tokenizer, config.docids, *config.teacher.split(",")]
+    given += [config.pseudo_queries] if config.pseudo_queries != "drawn" else []
+    for path in filter(None, given):
+        if not Path(path).is_file():
+            raise ValueError(f"found no file {path}, which a flag names")
+    if config.data == "msmarco" and not (
+        config.pseudo_queries or published.authors_parts(Path(config.data_dir))
+    ):
+        raise ValueError(
+            "--data msmarco has no pseudo-queries of its own: make them with doc2query.py and pass --pseudo_queries "
+            "FILE, or pass --pseudo_queries drawn to draw them from the passages"
         )
     if config.layers > config.decoder_blocks and not config.t5:
         raise ValueError(
@@ -784,18 +933,35 @@ def open_folder(config: Config, overwrite: bool) -> Path:
 
 
 def main(argv: list[str]) -> None:
-    config, resume, overwrite = parse(argv)
-    folder = Path(config.run) if resume else open_folder(config, overwrite)
-    log = store.Log(folder)
+    command = parse(argv)
+    config = command.config
+    if command.dry_run:
+        if config.data not in cost.WORKLOADS:
+            raise ValueError(
+                f"--dry-run counts --data {' or '.join(cost.WORKLOADS)}, found --data {config.data}"
+            )
+        print(cost.table(config, cost.WORKLOADS[config.data]))
+        return
+    config.device = distributed.start(config.device)
+    if config.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # TF32, as the paper
+    folder = Path(config.run)
+    if distributed.first() and not command.resume:
+        open_folder(config, command.overwrite)
+    distributed.wait()
+    log = store.Log(folder, writes=distributed.first())
     log.line(" ".join(f"{name}={value}" for name, value in asdict(config).items() if value != ""))
-    show(train(config, folder, log), log)
-    log.line(f'python search.py {folder} "a question"')
+    results = train(config, folder, log)
+    if distributed.first():
+        show(results, log)
+        log.line(f'python search.py {folder} "a question"')
+    distributed.stop()
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         sys.exit("\ntrain.py: stopped; finished stages are kept, go on with --resume RUN")

@@ -87,16 +87,22 @@ def test_empty_passages_score_zero():
     assert index.scores("cat")[[0, 2]].tolist() == [0.0, 0.0] and index.top("cat", 3)[0][0] == 1
 
 
+def test_passages_may_come_one_by_one_and_may_be_none():
+    assert (BM25(iter(PASSAGES)).scores("the cat") == BM25(PASSAGES).scores("the cat")).all()
+    nothing = BM25([])
+    assert nothing.scores("cat").shape == (0,) and nothing.top("cat", 3) == []
+
+
 @pytest.mark.skipif(not XQUAD.is_dir(), reason=f"no folder {XQUAD}; set MIXLORA_DATA")
 def test_scores_equal_the_formula_on_xquad_and_find_most_documents():
     collection = read_beir(XQUAD)
-    ids = list(collection.documents)
-    passages = [f"{title}. {text}" for title, text in collection.documents.values()]
+    documents = collection.documents
+    passages = [f"{title}. {text}" for title, text in zip(documents.titles, documents.texts)]
     index = BM25(passages)
     for query in list(collection.test.values())[:2]:
         np.testing.assert_allclose(index.scores(query), formula(passages, query), rtol=1e-9)
     found = Counter(
-        next(iter(collection.qrels[query_id])) in [ids[row] for row, _ in index.top(query, 10)]
+        next(iter(collection.qrels[query_id])) in [documents.ids[row] for row, _ in index.top(query, 10)]
         for query_id, query in collection.test.items()
     )
     assert found[True] / 240 > 0.9

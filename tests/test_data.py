@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
 from data import Collection, Corpus, Idf, PseudoQuerySampler, check_no_leak, read_beir, split, split_sizes
+from mapped import Documents
 
 SHARED = Path(os.environ.get("MIXLORA_DATA") or Path(__file__).parents[1] / "../shared/data")
 XQUAD, SPIECE = SHARED / "xquad_en", SHARED / "t5" / "spiece.model"
@@ -57,9 +59,22 @@ def beir(folder: Path, corpus=CORPUS, queries=QUERIES, test=TEST, train=None, or
     return folder
 
 
-def stream(n: int, later_train: bool = False) -> Collection:
+def contents(documents: Documents) -> dict[str, tuple[str, str]]:
+    """id -> (title, text), in the order in which they lie there."""
+    return dict(zip(documents.ids, zip(documents.titles, documents.texts)))
+
+
+def everything(collection: Collection) -> dict:
+    """All fields of a collection as plain values."""
+    return vars(collection) | {"documents": contents(collection.documents)}
+
+
+def stream(n: int) -> Collection:
     """n documents, each with one test query and two annotated ones."""
-    documents = {f"d{i}": (f"title{i}", f"text number {i}") for i in range(n)}
+    documents = Documents()
+    for i in range(n):
+        documents.add(f"d{i}", f"title{i}", f"text number {i}")
+    documents.close()
     train = [(f"d{i}", f"question {i} {x}", f"t{i}{x}") for i in range(n) for x in "ab"]
     return Collection(
         documents, train, {f"q{i}": f"test {i}" for i in range(n)}, {f"q{i}": {f"d{i}": 1} for i in range(n)}
@@ -71,7 +86,7 @@ def stream(n: int, later_train: bool = False) -> Collection:
 
 def test_beir_folder_is_read_as_written(tmp_path):
     c = read_beir(beir(tmp_path, train="q3\td3\t1\nq3\td1\t0\n"))
-    assert c.documents == {
+    assert contents(c.documents) == {
         "d1": ("Rome", "Rome is the capital of Italy."),
         "d2": ("", "Paris lies on the Seine."),
         "d3": ("Oslo", ""),
@@ -83,18 +98,18 @@ def test_beir_folder_is_read_as_written(tmp_path):
 
 
 def test_byte_order_mark_crlf_and_blank_lines_change_nothing(tmp_path):
-    plain = read_beir(beir(tmp_path / "plain"))
+    plain = everything(read_beir(beir(tmp_path / "plain")))
 
     def windows(text: str) -> bytes:
         return b"\xef\xbb\xbf" + text.replace("\n", "\r\n\r\n").encode()
 
     other = beir(tmp_path / "windows", windows(jsonl(CORPUS)), windows(jsonl(QUERIES)), windows(TEST))
-    assert read_beir(other) == plain
+    assert everything(read_beir(other)) == plain
 
 
 def test_qrels_header_is_optional(tmp_path):
-    with_header, without = read_beir(beir(tmp_path / "a")), beir(tmp_path / "b", test=TEST.split("\n", 1)[1])
-    assert read_beir(without) == with_header
+    with_header, without = beir(tmp_path / "a"), beir(tmp_path / "b", test=TEST.split("\n", 1)[1])
+    assert everything(read_beir(without)) == everything(read_beir(with_header))
 
 
 @pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl", "qrels/test.tsv"])
@@ -157,9 +172,9 @@ def test_labels_of_missing_documents_and_queries_are_counted_with_their_first_pl
 
 
 def test_skip_invalid_leaves_out_just_the_labels_that_name_nothing(tmp_path):
-    good = read_beir(beir(tmp_path / "good"))
+    good = everything(read_beir(beir(tmp_path / "good")))
     bad = beir(tmp_path / "bad", test=TEST + "q1\tgone\t1\nnobody\td1\t1\n", train="q1\tgone\t1\n")
-    assert read_beir(bad, skip_invalid=True) == good
+    assert everything(read_beir(bad, skip_invalid=True)) == good
 
 
 def test_empty_documents_are_refused_with_their_place_or_left_out(tmp_path):
@@ -167,7 +182,7 @@ def test_empty_documents_are_refused_with_their_place_or_left_out(tmp_path):
     folder = beir(tmp_path, corpus)
     with pytest.raises(ValueError, match=r"2 documents without title and text, first at .*corpus.jsonl:4"):
         read_beir(folder)
-    assert list(read_beir(folder, skip_invalid=True).documents) == ["d1", "d2", "d3"]
+    assert read_beir(folder, skip_invalid=True).documents.ids == ["d1", "d2", "d3"]
 
 
 def test_query_without_text_counts_as_missing(tmp_path):
@@ -223,7 +238,7 @@ def test_any_bytes_as_corpus_are_read_or_refused_by_name(content):
         except ValueError as error:
             assert type(error) is ValueError and folder in str(error)
         else:
-            assert all(title or text for title, text in read.documents.values())
+            assert all(title or text for title, text in contents(read.documents).values())
 
 
 cells = st.lists(
@@ -242,14 +257,14 @@ def test_any_bytes_as_qrels_are_read_or_refused_by_name(content):
         except ValueError as error:
             assert type(error) is ValueError and "train.tsv" in str(error)
         else:
-            assert all(doc_id in read.documents for doc_id, _, _ in read.train)
+            assert all(doc_id in read.documents.ids for doc_id, _, _ in read.train)
 
 
 @needs_xquad
 def test_xquad_has_240_documents_each_with_a_test_query():
     c = read_beir(XQUAD)
     assert len(c.documents) == len(c.test) == 240
-    assert sorted(doc_id for labels in c.qrels.values() for doc_id in labels) == sorted(c.documents)
+    assert sorted(doc_id for labels in c.qrels.values() for doc_id in labels) == sorted(c.documents.ids)
     assert len(c.test) + len(c.train) == 1190 == len({*c.test, *(query_id for _, _, query_id in c.train)})
 
 
@@ -318,12 +333,11 @@ def test_corpora_are_disjoint_cover_all_and_number_their_rows_on(n, seed):
     collection = stream(n)
     corpora, _ = split(collection, "40,20,20,20", "random", seed)
     ids = [doc_id for corpus in corpora for doc_id in corpus.ids]
-    assert len(ids) == n and set(ids) == set(collection.documents)
+    assert len(ids) == n and set(ids) == set(collection.documents.ids)
     assert [row for corpus in corpora for row in corpus.rows] == list(range(n))
+    held = contents(collection.documents)
     for corpus in corpora:
-        assert list(zip(corpus.titles, corpus.texts)) == [
-            collection.documents[doc_id] for doc_id in corpus.ids
-        ]
+        assert list(zip(corpus.titles, corpus.texts)) == [held[doc_id] for doc_id in corpus.ids]
         assert set(corpus.test) == set(corpus.qrels) == {"q" + doc_id[1:] for doc_id in corpus.ids}
 
 
@@ -335,12 +349,12 @@ def test_split_is_the_seed_s():
 
 def test_split_by_order_and_by_random():
     collection = stream(20)
-    collection.order = list(collection.documents)[::-1]
+    collection.order = list(collection.documents.ids)[::-1]
     for by in ("auto", "order"):
         corpora, _ = split(collection, "50,50", by, seed=0)
-        assert corpora[0].ids + corpora[1].ids == collection.order
+        assert [*corpora[0].ids, *corpora[1].ids] == collection.order
     shuffled, _ = split(collection, "50,50", "random", seed=0)
-    assert shuffled[0].ids + shuffled[1].ids != collection.order
+    assert [*shuffled[0].ids, *shuffled[1].ids] != collection.order
     collection.order = None
     with pytest.raises(ValueError, match="no file `order`"):
         split(collection, "50,50", "order", seed=0)
@@ -355,11 +369,47 @@ def test_query_of_many_documents_belongs_to_the_last_corpus_that_holds_one():
     assert corpora[2].qrels["q0"] == {"d2": 1, "d0": 2, "d1": 1}
 
 
+@pytest.mark.parametrize("by", ["order", "random"])
+def test_spare_documents_are_left_out_with_their_queries_and_counted(by):
+    collection = stream(12)
+    collection.order = list(collection.documents.ids)[::-1]
+    corpora, left_out = split(collection, "4,3,2", by, seed=5, spare=3)
+    assert [len(corpus.ids) for corpus in corpora] == [4, 3, 2]  # as told, to the document
+    assert [row for corpus in corpora for row in corpus.rows] == list(range(9))
+    whole, _ = split(collection, "4,3,2,3", by, seed=5)
+    assert [corpus.ids for corpus in corpora] == [
+        corpus.ids for corpus in whole[:3]
+    ]  # the last of the order go
+    assert by == "random" or whole[3].ids == ["d2", "d1", "d0"]
+    kept = [doc_id[1:] for corpus in corpora for doc_id in corpus.ids]
+    assert sorted(q for corpus in corpora for q in corpus.test) == sorted(f"q{i}" for i in kept)
+    assert sorted(t[:-1] for t in corpora[0].train_ids) == sorted(f"t{i}" for i in kept[:4] for _ in "ab")
+    assert left_out["documents beyond the sizes of the split"] == 3
+    assert left_out["test queries of documents left out"] == 3
+    assert sum(left_out.values()) == 3 + 3 + 2 * 8  # and all annotated queries but D_0's
+
+
+def test_query_of_kept_and_spare_documents_keeps_the_labels_of_the_kept_ones():
+    collection = stream(4)
+    collection.order = list(collection.documents.ids)
+    collection.qrels["q0"] = {"d3": 2, "d1": 1}
+    collection.qrels["q3"] = {"d3": 1, "d0": 3}
+    corpora, left_out = split(collection, "1,1,1", "order", seed=0, spare=1)
+    assert [list(corpus.test) for corpus in corpora] == [["q3"], ["q0", "q1"], ["q2"]]
+    assert corpora[1].qrels["q0"] == {"d1": 1} and corpora[0].qrels["q3"] == {"d0": 3}
+    assert "test queries of documents left out" not in left_out
+
+
+def test_percentages_are_of_what_the_spare_documents_leave():
+    corpora, _ = split(stream(25), "50,50", "auto", seed=0, spare=5)
+    assert [len(corpus.ids) for corpus in corpora] == [10, 10]
+
+
 def test_annotated_queries_are_d0_s_alone_and_the_rest_is_counted():
     collection = stream(10)
-    collection.order = list(collection.documents)[::-1]
+    collection.order = list(collection.documents.ids)[::-1]
     corpora, left_out = split(collection, "4,6", "order", seed=0)
-    assert left_out == {"annotated queries of later corpora": 12}
+    assert left_out == {"annotated queries of documents outside D0": 12}
     assert corpora[1].train == corpora[1].train_ids == []
     assert len(corpora[0].train) == len(corpora[0].train_ids) == 8
     for (row, query), query_id in zip(corpora[0].train, corpora[0].train_ids):
@@ -369,7 +419,7 @@ def test_annotated_queries_are_d0_s_alone_and_the_rest_is_counted():
 
 def test_annotated_query_that_reads_as_a_test_query_is_left_out():
     collection = stream(4)
-    collection.order = list(collection.documents)
+    collection.order = list(collection.documents.ids)
     collection.train += [
         ("d0", "TEST  3?", "copy of a later corpus"),
         ("d1", "Test 0", "copy"),
@@ -377,7 +427,7 @@ def test_annotated_query_that_reads_as_a_test_query_is_left_out():
     ]
     corpora, left_out = split(collection, "2,2", "order", seed=0)
     assert left_out == {
-        "annotated queries of later corpora": 4,
+        "annotated queries of documents outside D0": 4,
         "annotated queries that are also test queries": 2,
     }
     assert corpora[0].train_ids == ["t0a", "t0b", "t1a", "t1b", "kept"]
@@ -385,7 +435,7 @@ def test_annotated_query_that_reads_as_a_test_query_is_left_out():
 
 def two_corpora() -> list[Corpus]:
     collection = stream(4)
-    collection.order = list(collection.documents)
+    collection.order = list(collection.documents.ids)
     return split(collection, "2,2", "order", seed=0)[0]
 
 
@@ -406,7 +456,7 @@ def test_leak_of_another_corpus_s_document_is_found(t, row):
 
 def test_leak_of_an_id_in_two_corpora_is_found():
     corpora = two_corpora()
-    corpora[1].ids[1] = "d0"
+    corpora[1].ids = ["d2", "d0"]
     with pytest.raises(ValueError, match="leak: document 'd0' is in D_0 and in D_1"):
         check_no_leak(0, corpora, [])
 
@@ -517,7 +567,10 @@ def boolq(monkeypatch, seed: int, questions: dict[str, int]) -> Collection:
 
 def test_boolq_pages_of_one_question_are_left_out_and_passages_are_merged_once(monkeypatch):
     c = boolq(monkeypatch, 0, {"Alpha": 5, "Beta": 1, "Gamma": 2})
-    assert c.documents == {"p0": ("Alpha", "one Alpha two Alpha"), "p2": ("Gamma", "one Gamma two Gamma")}
+    assert contents(c.documents) == {
+        "p0": ("Alpha", "one Alpha two Alpha"),
+        "p2": ("Gamma", "one Gamma two Gamma"),
+    }
     assert c.qrels == {"q0": {"p0": 1}, "q2": {"p2": 1}}
 
 
@@ -532,7 +585,7 @@ def test_boolq_page_gives_one_test_query_and_at_most_eight_others(monkeypatch):
 
 def test_boolq_draw_is_the_seed_s(monkeypatch):
     pages = {f"Page{i}": 6 for i in range(8)}
-    assert boolq(monkeypatch, 1, pages) == boolq(monkeypatch, 1, pages)
+    assert everything(boolq(monkeypatch, 1, pages)) == everything(boolq(monkeypatch, 1, pages))
     assert boolq(monkeypatch, 1, pages).test != boolq(monkeypatch, 2, pages).test
 
 
@@ -545,8 +598,9 @@ def test_boolq_has_2585_pages_with_two_questions_and_splits_as_documented():
     kept = {title: questions for title, questions in pages.items() if len(questions) > 1}
     c = data.read_boolq(42)
     assert len(pages) == 9713 and len(kept) == len(c.documents) == len(c.test) == 2585
+    held = contents(c.documents)
     for query_id, labels in c.qrels.items():
-        assert c.test[query_id] in kept[c.documents[next(iter(labels))][0]]
+        assert c.test[query_id] in kept[held[next(iter(labels))][0]]
     corpora, _ = split(c, "60,10,10,10,10", "auto", 42)
     assert [len(corpus.ids) for corpus in corpora] == [1551, 258, 259, 258, 259]
     check_no_leak(0, corpora, corpora[0].train)
@@ -667,6 +721,53 @@ def test_tokenize_ends_cuts_and_pads_each_text():
     assert data.tokenize(tokenizer, [], 9).shape[0] == 0
 
 
+def test_passages_are_tokenised_as_texts_are_one_store_for_each_corpus(tmp_path):
+    corpora = [
+        Corpus(0, ["a", "b"], ["Cat", ""], [PASSAGES[0], "dog"]),
+        Corpus(2, ["c"], ["Übermut"], [PASSAGES[1]]),
+    ]
+    tokenizer = small_tokenizer()
+    stores = data.tokenize_passages(tokenizer, corpora, 12, tmp_path / "cache" / "documents_12")
+    assert [len(store) for store in stores] == [2, 1]
+    for corpus, store in zip(corpora, stores):
+        wanted = data.tokenize(tokenizer, list(corpus.passages()), 12)
+        found = store.batch(torch.arange(len(store)))
+        assert torch.equal(found, wanted) and found.dtype == wanted.dtype
+    found = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert found == {f"documents_12_D{t}.{kind}" for t in (0, 1) for kind in ("bin", "npy")}
+
+
+def test_passages_of_more_than_one_chunk_are_tokenised_in_order(tmp_path):
+    texts = [("cat", "dog", "the mat")[i % 3] for i in range(4100)]
+    corpus = Corpus(0, list(map(str, range(4100))), [""] * 4100, texts)
+    (store,) = data.tokenize_passages(TOKENIZER, [corpus], 8, tmp_path / "d")
+    assert torch.equal(store.batch(torch.arange(4090, 4100)), data.tokenize(TOKENIZER, texts[4090:], 8))
+    assert len(store) == 4100
+
+
+def test_passages_are_tokenised_once_and_anew_where_the_first_time_was_cut_short(tmp_path):
+    corpora, asked = [Corpus(0, ["a"], [""], [PASSAGES[0]]), Corpus(1, ["b"], [""], ["dog"])], []
+
+    class Counting:
+        vocab_size = TOKENIZER.vocab_size
+
+        def encode(self, texts):
+            asked.append(list(texts))
+            if len(asked) == 2:
+                raise KeyboardInterrupt
+            return TOKENIZER.encode(texts)
+
+    with pytest.raises(KeyboardInterrupt):
+        data.tokenize_passages(Counting(), corpora, 8, tmp_path / "d")
+    first = data.tokenize_passages(Counting(), corpora, 8, tmp_path / "d")
+    again = data.tokenize_passages(Counting(), corpora, 8, tmp_path / "d")
+    assert asked == [[PASSAGES[0]], ["dog"], ["dog"]]  # D_0's store was whole, D_1's was not
+    for one, other, text in zip(first, again, [PASSAGES[0], "dog"]):
+        wanted = data.tokenize(TOKENIZER, [text], 8)
+        assert torch.equal(one.batch(torch.tensor([0])), wanted)
+        assert torch.equal(other.batch(torch.tensor([0])), wanted)
+
+
 @FUZZ
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=30), max_size=4), st.integers(1, 12))
 def test_text_never_reads_as_special_tokens(texts, max_length):
@@ -723,7 +824,8 @@ def test_words_are_drawn_by_inverse_document_frequency():
     """`rare` stands in one of 101 documents, `common` in all: weights ln 102 and ln 2, 6.7 to one."""
     corpus = Corpus(0, [str(i) for i in range(101)], [""] * 101, ["common rare", *["common"] * 100])
     sampler, rng = sampler_of(corpus), random.Random(0)
-    drawn = [sampler._keywords(0, rng) for _ in range(400)]
+    title, document, weights, _ = sampler._document(0)
+    drawn = [sampler._keywords(title, document, weights, rng) for _ in range(400)]
     assert sum("rare" in query for query in drawn) / 400 > 0.97  # 1 - (ln 2 / ln 204)^k, k >= 2
     assert 0.3 < sum("common" in query for query in drawn) / 400 < 0.65
 
@@ -734,7 +836,7 @@ def test_crops_are_contiguous_in_one_sentence_of_the_document():
     sentences = [[data.words(s) for s in text.split(". ")] for text in corpus.texts]
     for i in range(4):
         for _ in range(100):
-            crop = sampler._crop(i, rng)
+            crop = sampler._crop(sampler._document(corpus.first_row + i)[3], rng)
             lengths.add(len(crop))
             assert any(crop == s[k : k + len(crop)] for s in sentences[i] for k in range(12))
     assert lengths == set(range(5, 13))  # a sentence has 12 words, a crop 5 to 14
@@ -745,6 +847,15 @@ def test_same_seed_gives_the_same_list_of_every_row():
     one, same = (data.draw_pseudo_queries(sampler_of(corpus), corpus.rows, 6, "a") for _ in range(2))
     assert one == same != data.draw_pseudo_queries(sampler_of(corpus), corpus.rows, 6, "b")
     assert [row for row, _ in one] == [row for row in corpus.rows for _ in range(6)]
+
+
+def test_draws_of_a_document_are_the_same_whatever_was_drawn_of_others_before():
+    corpus = texts_of_numbers()
+    fresh = [sampler_of(corpus).draw(9, random.Random(i)) for i in range(20)]
+    sampler = sampler_of(corpus)
+    for row in [10, 7, 9, 8, 7]:
+        sampler.draw(row, random.Random(row))
+    assert [sampler.draw(9, random.Random(i)) for i in range(20)] == fresh
 
 
 def test_excluded_queries_are_never_drawn():
@@ -809,35 +920,120 @@ def pseudo(path: Path, lines: list[tuple[str, str]]) -> Path:
 EVERY = [("d3", "three"), ("d0", "zero"), ("d1", "one"), ("d2", "two"), ("d0", "nought")]
 
 
-def test_pseudo_queries_of_a_file_go_to_their_corpus_without_the_test_queries(tmp_path):
+def stored(path: Path, folder: Path, exclude=(), strict: bool = True):
+    """What a file of pseudo-queries becomes for two_corpora(): (row, query) pairs of each corpus, and the counts."""
+    corpora = two_corpora()
+    counts = data.store_pseudo_queries(data.read_pseudo_queries(path), folder, corpora, set(exclude), strict)
+    listed = data.ListedPseudoQueries(folder)
+    return [listed.pairs(corpus.rows) for corpus in corpora], counts
+
+
+def test_pseudo_query_file_is_read_line_by_line_with_its_places(tmp_path):
+    path = pseudo(tmp_path / "p", [("d3", "three"), ("d0", "zero")])
+    path.write_text("\n" + path.read_text())  # a blank line counts as a line
+    assert list(data.read_pseudo_queries(path)) == [(f"{path}:2", "d3", "three"), (f"{path}:3", "d0", "zero")]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_pseudo_queries_of_a_file_go_to_their_corpus_without_the_test_queries(tmp_path, strict):
     path = pseudo(tmp_path / "p", [*EVERY, ("d2", "TEST  1?")])
-    lists, dropped = data.read_pseudo_queries(path, two_corpora(), {"test 0", "test 1"})
-    assert lists == [[(0, "zero"), (1, "one"), (0, "nought")], [(3, "three"), (2, "two")]]
-    assert dropped == 1
+    lists, counts = stored(path, tmp_path / "store", {"test 0", "test 1"}, strict)
+    assert lists == [[(0, "zero"), (0, "nought"), (1, "one")], [(2, "two"), (3, "three")]]  # by document
+    assert counts == {"kept": 5, "left out as test queries": 1}
+
+
+def test_pseudo_queries_of_a_store_are_drawn_evenly_and_by_the_generator(tmp_path):
+    stored(pseudo(tmp_path / "p", EVERY), tmp_path / "store")
+    listed, rng = data.ListedPseudoQueries(tmp_path / "store"), random.Random(0)
+    drawn = Counter(listed.draw(0, rng) for _ in range(400))
+    assert set(drawn) == {"zero", "nought"} and 150 < drawn["zero"] < 250
+    assert {listed.draw(3, rng) for _ in range(20)} == {"three"}
+    one, same = (data.draw_pseudo_queries(listed, range(4), 8, "seed") for _ in range(2))
+    assert one == same
 
 
 def test_pseudo_queries_of_an_unknown_document_are_refused_with_line(tmp_path):
     with pytest.raises(ValueError, match=r"p:6: .* unknown document 'd9'"):
-        data.read_pseudo_queries(pseudo(tmp_path / "p", [*EVERY, ("d9", "nine")]), two_corpora(), set())
+        stored(pseudo(tmp_path / "p", [*EVERY, ("d9", "nine")]), tmp_path / "store")
 
 
 def test_documents_that_no_pseudo_query_covers_are_counted_and_the_first_is_named(tmp_path):
     path = pseudo(tmp_path / "p", [("d0", "zero"), ("d1", "test 1"), ("d3", "three")])
     with pytest.raises(ValueError, match="p: 2 documents have no pseudo-query, first 'd1'"):
-        data.read_pseudo_queries(path, two_corpora(), {"test 1"})
+        stored(path, tmp_path / "store", {"test 1"})
 
 
+@pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("line", ["{", '{"doc_id": "d0"}', '{"doc_id": 0, "query": "a"}', "[]"])
-def test_malformed_pseudo_query_is_refused_with_line(tmp_path, line):
+def test_malformed_pseudo_query_is_refused_with_line(tmp_path, line, strict):
     path = pseudo(tmp_path / "p", EVERY)
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(ValueError, match="p:6: "):
-        data.read_pseudo_queries(path, two_corpora(), set())
+        stored(path, tmp_path / "store", strict=strict)
 
 
 def test_pseudo_query_without_a_word_covers_no_document(tmp_path):
-    with pytest.raises(ValueError):
-        data.read_pseudo_queries(pseudo(tmp_path / "p", [*EVERY[:3], ("d2", " ")]), two_corpora(), set())
+    with pytest.raises(ValueError, match="p:4: the pseudo-query has no word"):
+        stored(pseudo(tmp_path / "p", [*EVERY[:3], ("d2", " ")]), tmp_path / "store")
+
+
+def test_published_pseudo_queries_leave_out_and_count_what_a_strict_file_may_not_hold(tmp_path):
+    lines = [("d9", "nine"), *EVERY[:3], ("d1", " ?! "), ("d9", ""), ("d2", "Test 1"), ("d3", "drei")]
+    lists, counts = stored(pseudo(tmp_path / "p", lines), tmp_path / "store", {"test 1"}, strict=False)
+    assert lists == [[(0, "zero"), (1, "one")], [(2, "title2 text number 2"), (3, "three"), (3, "drei")]]
+    assert counts == {
+        "kept": 4,
+        "left out: without a word, or of documents left out": 3,
+        "left out as test queries": 1,
+        "made of a document's first words, where it had none": 1,
+    }
+
+
+def test_document_without_a_published_query_gets_its_first_twelve_words(tmp_path):
+    text = "One, two; three - four five six. Seven eight nine ten eleven twelve thirteen"
+    corpora = [
+        Corpus(0, ["a", "b"], ["", "It's a"], [text, text]),
+        Corpus(2, ["c"], ["Title only"], [""]),
+    ]
+    counts = data.store_pseudo_queries([("f:1", "a", "asked")], tmp_path, corpora, set(), strict=False)
+    assert data.ListedPseudoQueries(tmp_path).pairs(range(3)) == [
+        (0, "asked"),
+        (1, "It's a One two three four five six Seven eight nine ten"),
+        (2, "Title only"),
+    ]
+    assert counts["made of a document's first words, where it had none"] == 2
+
+
+document_and_query = st.tuples(
+    st.sampled_from(["d0", "d1", "d2", "d3"]), st.sampled_from(["x", "Y z", "test 1"])
+)
+
+
+@FUZZ
+@given(
+    st.lists(document_and_query, max_size=12), st.lists(st.sampled_from(["x", "Y z"]), min_size=4, max_size=4)
+)
+def test_stored_pseudo_queries_are_those_of_the_file_sorted_by_document_in_file_order(lines, last):
+    lines = [*lines, *zip(["d3", "d1", "d0", "d2"], last)]
+    with tempfile.TemporaryDirectory() as folder:
+        places = [(f"f:{i}", *line) for i, line in enumerate(lines, 1)]
+        counts = data.store_pseudo_queries(places, Path(folder), two_corpora(), {"test 1"}, strict=True)
+        pairs = data.ListedPseudoQueries(Path(folder)).pairs(range(4))
+    wanted = [(int(doc_id[1]), query) for doc_id, query in lines if query != "test 1"]
+    assert pairs == sorted(wanted, key=lambda pair: pair[0])
+    assert counts["kept"] == len(pairs) and counts["left out as test queries"] == len(lines) - len(pairs)
+
+
+def test_pseudo_queries_that_stop_midway_leave_no_store_that_counts(tmp_path):
+    def cut_short():
+        yield "f:1", "d0", "zero"
+        raise ValueError("f:2: malformed")
+
+    with pytest.raises(ValueError, match="f:2: malformed"):
+        data.store_pseudo_queries(cut_short(), tmp_path, two_corpora(), set(), strict=True)
+    with pytest.raises(ValueError, match="queries.bin"):
+        data.ListedPseudoQueries(tmp_path)
+    assert not (tmp_path / "starts.npy").exists()
 
 
 # ---------------------------------------------------------------------------- found while writing these tests
@@ -860,3 +1056,35 @@ def test_skip_invalid_leaves_empty_documents_out_of_the_order_too(tmp_path):
     corpus = [*CORPUS, {"_id": "d4", "text": ""}]
     c = read_beir(beir(tmp_path, corpus, order="d4\nd3\nd1\nd2\n"), skip_invalid=True)
     assert c.order == ["d3", "d1", "d2"]
+
+
+def test_file_without_any_pseudo_query_is_named_or_at_least_called_one(tmp_path):
+    (tmp_path / "p").write_text("\n")
+    with pytest.raises(ValueError, match=r"^\S+: 4 documents have no pseudo-query, first 'd0'"):
+        stored(tmp_path / "p", tmp_path / "store")
+
+
+def test_first_words_that_are_a_test_query_become_no_pseudo_query(tmp_path):
+    """A short document whose whole text somebody asked; check_no_leak would stop the run at its stage."""
+    corpora = [Corpus(0, ["a", "b"], ["", ""], ["Who is King?", "second"], test={"q": "who is king"})]
+    exclude = {"who is king"}
+    data.store_pseudo_queries([("f:1", "b", "asked")], tmp_path, corpora, exclude, strict=False)
+    check_no_leak(0, corpora, data.ListedPseudoQueries(tmp_path).pairs(range(2)))
+
+
+def test_store_of_pseudo_queries_that_was_cut_short_does_not_count_beside_an_earlier_one(
+    tmp_path, monkeypatch
+):
+    stored(pseudo(tmp_path / "p", EVERY), tmp_path / "store")
+
+    def full(path, values):
+        if path.name == "starts.npy":
+            raise OSError("No space left on device")
+        save(path, values)
+
+    save = data.save_array
+    monkeypatch.setattr(data, "save_array", full)
+    with pytest.raises(OSError, match="No space"):
+        stored(pseudo(tmp_path / "p", [*EVERY, *EVERY]), tmp_path / "store")
+    with pytest.raises((ValueError, OSError)):
+        data.ListedPseudoQueries(tmp_path / "store")

@@ -15,6 +15,7 @@ import dense
 from bm25 import BM25
 from data import EOS, PAD, Corpus
 from dense import Windows, in_batch_contrastive, margin_mse, rank, recall
+from mapped import Documents, Tokens
 from t5 import T5, T5Config
 
 # ----------------------------------------------------------------------------------------------------- search
@@ -32,6 +33,45 @@ def test_rank_equals_brute_force_with_ties_by_row(seed, n, k):
         exact = [sum(a * b for a, b in zip(query, document)) for document in documents.tolist()]
         assert order == sorted(range(n), key=lambda row: (-exact[row], row))[:k]
         assert found == [exact[row] for row in order]
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(
+    st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 12), st.lists(st.integers(1, 6), min_size=1, max_size=6)
+)  # fmt: skip
+def test_rank_in_chunks_equals_one_stable_sort_of_all_scores(seed, chunk, k, sizes):
+    """Few different scores, so that ties reach over the edges of chunks."""
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randint(-1, 2, (5, 2), generator=generator).float()
+    documents = torch.randint(-1, 2, (sum(sizes), 2), generator=generator).float()
+    scores, rows = (queries @ documents.T).sort(dim=1, descending=True, stable=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dense, "CHUNK", chunk)
+        for found in (
+            rank(queries, documents, k),
+            rank(queries, (part for part in documents.split(sizes)), k),
+        ):
+            assert torch.equal(found[0], scores[:, :k]) and torch.equal(found[1], rows[:, :k])
+            assert found[1].dtype == torch.int64
+
+
+def test_rank_of_more_queries_than_are_scored_together(monkeypatch):
+    monkeypatch.setattr(dense, "CHUNK", 4)
+    queries, documents = torch.arange(-1200.0, 1300)[:, None], torch.arange(11.0)[:, None]
+    _, rows = rank(queries, documents, 3)
+    wanted = {-1.0: [0, 1, 2], 0.0: [0, 1, 2], 1.0: [10, 9, 8]}
+    assert rows.tolist() == [wanted[float(sign)] for sign in queries.sign()[:, 0]]
+
+
+def test_recall_of_documents_in_chunks_is_that_of_all(monkeypatch):
+    torch.manual_seed(0)
+    queries, documents = torch.randn(30, 4), torch.randn(50, 4)
+    relevant = [{i, i + 7} for i in range(30)]
+    wanted = recall(queries, relevant, documents)
+    assert 0 < wanted < 1
+    assert recall(queries, relevant, iter(documents.split(7))) == wanted
+    monkeypatch.setattr(dense, "CHUNK", 9)
+    assert recall(queries, relevant, documents) == wanted
 
 
 def test_recall_by_hand():
@@ -125,7 +165,7 @@ def test_teacher_file_is_read_as_written(tmp_path):
     assert found.positive_scores.tolist() == [9, 4] and found.negative_scores.tolist() == [[1.5, -2], [3, 2]]
 
 
-def test_teacher_s_negatives_outside_d0_are_dropped_and_lines_cut_to_the_fewest(tmp_path):
+def test_teacher_s_negatives_outside_d0_are_dropped_and_short_lines_repeat_their_own(tmp_path):
     lines = (
         line("q1", ["a", "later", "b", "c"], [4, 3, 2, 1]),
         line("q3", ["c", "b", "later", "gone"], [8, 7, 6, 5]),
@@ -133,7 +173,54 @@ def test_teacher_s_negatives_outside_d0_are_dropped_and_lines_cut_to_the_fewest(
     )
     found = dense.read_teacher(teacher(tmp_path / "t", *lines), D0)
     assert found.queries == ["first", "third"]
-    assert found.negatives.tolist() == [[1], [1]] and found.negative_scores.tolist() == [[2], [7]]
+    assert found.negatives.tolist() == [[1, 2], [1, 1]] and found.negative_scores.tolist() == [[2, 1], [7, 7]]
+    assert found.positives.tolist() == [0, 2] and found.positive_scores.tolist() == [4, 8]
+
+
+def test_teacher_s_short_lines_are_repeated_in_a_circle_up_to_the_longest(tmp_path):
+    ids = [f"d{i}" for i in range(8)]
+    corpus = Corpus(100, ids, [""] * 8, ids, [(100, "first"), (101, "second")], ["q1", "q2"])
+    lines = line("q1", ["d0", "d3", "d2", "d1"], [9, 3, 2, 1]), line("q2", ["d1", *ids[2:]], [8, *range(6)])
+    found = dense.read_teacher(teacher(tmp_path / "t", *lines), corpus)
+    assert found.negatives.tolist() == [[103, 102, 101, 103, 102, 101], [102, 103, 104, 105, 106, 107]]
+    assert found.negative_scores.tolist() == [[3, 2, 1, 3, 2, 1], [0, 1, 2, 3, 4, 5]]
+    assert found.positives.tolist() == [100, 101]
+    cut = dense.read_teacher(tmp_path / "t", corpus, most=2)
+    assert cut.negatives.tolist() == [[103, 102], [102, 103]]  # the first of each line
+    for examples in (found, cut):
+        assert examples.negatives.dtype == torch.int64 and examples.negative_scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mined", [False, True])
+def test_negatives_that_are_written_out_are_read_back_as_the_same_examples(tmp_path, mined):
+    """As they come from BM25 and from the model; a corpus whose rows start elsewhere, and drawn queries among them."""
+    train = [(0, "red cat"), (3, "bird sat"), (2, "red dog cat"), (2, "red cat")]
+    corpus = Corpus(0, list("abcdefg"), [""] * 7, TEXTS, train, ["q1", "q2", "q3", "q4"])
+    queries = [train[0], (6, "a drawn query"), *train[1:]]
+    torch.manual_seed(0)
+    examples = dense.negatives_from_bm25(BM25(TEXTS), queries, 3)
+    if mined:
+        examples = dense.negatives_from_model(BM25(TEXTS), queries, torch.randn(5, 4), torch.randn(7, 4), 3)
+    dense.write_teacher(tmp_path / "t", corpus, examples)
+    found, kept = dense.read_teacher(tmp_path / "t", corpus), [0, 2, 3, 4]  # those of the annotated queries
+    assert found.queries == [examples.queries[i] for i in kept]
+    assert torch.equal(found.positives, examples.positives[kept])
+    assert torch.equal(found.negatives, examples.negatives[kept])
+    torch.testing.assert_close(found.positive_scores, examples.positive_scores[kept], rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.negative_scores, examples.negative_scores[kept], rtol=0, atol=1e-4)
+
+
+def test_negatives_of_a_corpus_of_later_rows_are_written_by_document_id(tmp_path):
+    corpus = Corpus(100, ["a", "b", "c"], [""] * 3, ["x"] * 3, [(101, "asked")], ["q7"])
+    examples = dense.Examples(
+        ["asked"],
+        torch.tensor([101]),
+        torch.tensor([[102, 100]]),
+        torch.tensor([2.5]),
+        torch.tensor([[1.0, -3]]),
+    )
+    dense.write_teacher(tmp_path / "t", corpus, examples)
+    assert json.loads((tmp_path / "t").read_text()) == line("q7", ["b", "c", "a"], [2.5, 1.0, -3.0])
 
 
 @pytest.mark.parametrize(
@@ -167,9 +254,10 @@ def test_bad_teacher_line_is_refused_with_file_and_line(tmp_path, bad, message):
         line("q1", ["a", ["b"]], [1, 0]),
         "[" * 100_000,
         line("q1", ["a", "b"], [float("nan"), 0]),
+        line("q1", ["a", "\ud800"], [1, 0]),
     ],
 )
-def test_unhashable_ids_deep_json_and_nan_are_refused_with_file_and_line(tmp_path, bad):
+def test_unhashable_ids_deep_json_nan_and_half_letters_are_refused_with_file_and_line(tmp_path, bad):
     with pytest.raises(ValueError, match=":1: "):
         dense.read_teacher(teacher(tmp_path / "t", bad), D0)
 
@@ -251,35 +339,46 @@ def numbered(lengths: list[int]) -> torch.Tensor:
     return ids
 
 
+def cut_windows(windows: Windows, rows: torch.Tensor, seed: int) -> torch.Tensor:
+    return windows.cut(rows, windows.draw(rows, torch.Generator().manual_seed(seed)))
+
+
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(1, 24), st.integers(0, 99))
 def test_windows_are_contiguous_spans_closed_by_eos(lengths, length, seed):
     ids = numbered(lengths)
-    windows, rows = Windows(ids.clone()), torch.arange(len(lengths)).repeat(3)
-    drawn = windows.draw(rows, length, torch.Generator().manual_seed(seed))
+    documents = Tokens.of(ids)
+    windows, rows, flat = (
+        Windows(documents, length),
+        torch.arange(len(lengths)).repeat(3),
+        documents.flat.copy(),
+    )
+    first = windows.draw(rows, torch.Generator().manual_seed(seed))
+    drawn = windows.cut(rows, first)
     assert drawn.shape == (len(rows), length)
-    for row, window in zip(rows.tolist(), drawn.tolist()):
+    for row, start, window in zip(rows.tolist(), first.tolist(), drawn.tolist()):
         tokens = [token for token in window if token != PAD]
         body = tokens[:-1]
         assert len(tokens) == min(length, lengths[row]) and tokens[-1] == EOS
         assert window[len(tokens) :] == [PAD] * (length - len(tokens))  # padding comes last
-        assert not body or body == list(range(body[0], body[0] + len(body)))
+        assert not body or body == list(range(10 + start, 10 + start + len(body)))
         if lengths[row] <= length:
             assert tokens == ids[row, : lengths[row]].tolist()  # short documents whole
-    assert torch.equal(windows.ids, ids)
+    assert (documents.flat == flat).all()
 
 
 def test_half_of_the_windows_start_at_the_beginning_and_half_anywhere():
     rows = torch.zeros(4000, dtype=torch.long)
-    drawn = Windows(numbered([9])).draw(rows, 4, torch.Generator().manual_seed(0))
-    starts = torch.bincount(drawn[:, 0] - 10, minlength=6)[:6] / 4000  # six places: 0 to 5
-    assert starts[0].item() == pytest.approx(0.5 + 0.5 / 6, abs=0.03)
+    windows = Windows(Tokens.of(numbered([9])), 4)
+    drawn = windows.draw(rows, torch.Generator().manual_seed(0))
+    starts = torch.bincount(drawn, minlength=6) / 4000  # six places: 0 to 5
+    assert len(starts) == 6 and starts[0].item() == pytest.approx(0.5 + 0.5 / 6, abs=0.03)
     assert starts[1:].tolist() == pytest.approx([0.5 / 6] * 5, abs=0.02)
 
 
 def test_windows_are_the_generator_s():
-    windows, rows = Windows(numbered([30] * 8)), torch.arange(8)
-    one, same, other = (windows.draw(rows, 5, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    windows, rows = Windows(Tokens.of(numbered([30] * 8)), 5), torch.arange(8)
+    one, same, other = (cut_windows(windows, rows, seed) for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
@@ -320,6 +419,19 @@ def test_embeddings_do_not_depend_on_batch_size_or_on_padding():
         torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
 
 
+def test_embeddings_of_a_store_in_chunks_are_those_of_the_padded_ids(tmp_path, monkeypatch):
+    """Also where they are written into a part of a larger tensor, which is left alone around it."""
+    model, ids = tiny_t5(50), numbered([1, 7, 3, 12, 5, 2, 9])
+    wanted = dense.embed(model, ids)
+    store = Tokens.write(tmp_path / "d.bin", ([t for t in row if t != PAD] for row in ids.tolist()), 50)
+    monkeypatch.setattr(dense, "CHUNK", 3)
+    torch.testing.assert_close(dense.embed(model, store, 2), wanted, rtol=1e-4, atol=1e-5)
+    whole = torch.full((11, 32), 5.0)
+    found = dense.embed(model, store, 2, out=whole[2:9])
+    torch.testing.assert_close(whole[2:9], wanted, rtol=1e-4, atol=1e-5)
+    assert found.data_ptr() == whole[2:9].data_ptr() and (whole[[0, 1, 9, 10]] == 5).all()
+
+
 class Lines:
     """Stands in for run.Log and keeps what it is told."""
 
@@ -340,8 +452,9 @@ class Lines:
 def config(**changes) -> SimpleNamespace:
     fields = SimpleNamespace(
         seed=0, query_length=16, clip=1.0, negatives=5, teacher="", dense_length=24, dense_warmup_steps=0,
-        dense_rounds=0, dense_steps=0, dense_batch=16, dense_lr=3e-3, dense_contrastive=0.0, dense_margin=1.0,
-        dense_scale=0.1, dense_pseudo=0,
+        dense_rounds=0, dense_steps=0, dense_batch=16, dense_lr=3e-3, dense_warmup=0.04, dense_contrastive=0.0,
+        dense_margin=1.0, dense_scale=0.1, dense_pseudo=0, micro_batch=0, precision="float32",
+        save_negatives=False,
     )  # fmt: skip
     return SimpleNamespace(**(vars(fields) | changes))
 
@@ -365,7 +478,7 @@ def made_up():
     corpus = Corpus(0, [f"d{i}" for i in range(20)], [""] * 20, texts, train, [f"q{i}" for i in range(20)])
     sampler = data.PseudoQuerySampler(corpus, data.Idf(texts), set())
     queries = [" ".join(rng.sample(text.split(), 4)) for text in texts for _ in range(3)]
-    return corpus, WholeWords(), data.tokenize(WholeWords(), texts, 64), sampler, queries
+    return corpus, WholeWords(), Tokens.of(data.tokenize(WholeWords(), texts, 64)), sampler, queries
 
 
 CORPUS, TOKENIZER, IDS, SAMPLER, UNSEEN = made_up()
@@ -435,9 +548,9 @@ def test_negatives_are_mined_with_the_first_round_s_model(monkeypatch):
     """The second round sees the trained model, not of the start, and at most N - 1 negatives."""
     seen = {}
 
-    def spy(bm25, queries, embedded, documents, k):
+    def spy(bm25, queries, embedded, documents, k, device):
         seen.update(queries=queries, documents=documents, k=k)
-        return mine(bm25, queries, embedded, documents, k)
+        return mine(bm25, queries, embedded, documents, k, device)
 
     mine = dense.negatives_from_model
     monkeypatch.setattr(dense, "negatives_from_model", spy)
@@ -447,6 +560,68 @@ def test_negatives_are_mined_with_the_first_round_s_model(monkeypatch):
     dense.train(model, TOKENIZER, CORPUS, IDS, SAMPLER, recipe, Lines())
     assert seen["k"] == 19 and len(seen["queries"]) == 20 + 2 * 20
     assert (seen["documents"] - start).abs().max() > 1e-3
+
+
+def parameters(recipe: SimpleNamespace, corpus: Corpus = CORPUS, folder: Path | None = None) -> torch.Tensor:
+    """All parameters after this recipe."""
+    model = tiny_t5(TOKENIZER.vocab)
+    dense.train(model, TOKENIZER, corpus, IDS, SAMPLER, recipe, Lines(), folder)
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_margin_rounds_in_micro_batches_train_as_whole_batches_do():
+    """MarginMSE is a mean over queries; with weight decay off and no ties, only rounding may differ."""
+    recipe = dict(dense_rounds=2, dense_steps=3, dense_pseudo=1, dense_lr=1e-3)
+    whole, parts = (parameters(config(micro_batch=size, **recipe)) for size in (0, 5))  # 16 = 5 + 5 + 5 + 1
+    torch.testing.assert_close(parts, whole, rtol=0, atol=2e-5)
+    assert not torch.equal(
+        parts, torch.cat([p.detach().flatten() for p in tiny_t5(TOKENIZER.vocab).parameters()])
+    )
+
+
+def test_each_round_s_negatives_are_saved_where_asked_and_train_the_same(tmp_path):
+    recipe = dict(dense_rounds=2, dense_steps=2, dense_pseudo=1, negatives=3)
+    plain = parameters(config(**recipe), folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    saved = parameters(config(save_negatives=True, **recipe), folder=tmp_path)
+    assert torch.equal(saved, plain)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["negatives_1.jsonl", "negatives_2.jsonl"]
+    for number in (1, 2):
+        found = dense.read_teacher(tmp_path / f"negatives_{number}.jsonl", CORPUS)
+        assert found.queries == [query for _, query in CORPUS.train] and found.negatives.shape == (20, 3)
+        assert found.positives.tolist() == list(range(20))
+        assert not (found.negatives == found.positives[:, None]).any()
+
+
+def test_teacher_may_be_one_file_for_each_round_and_the_last_serves_the_rest(tmp_path):
+    job = dense.Training(tiny_t5(200), TOKENIZER, CORPUS, IDS, SAMPLER, config(), Lines())
+    files = [teacher(tmp_path / f"t{i}", line("q0", ["d0", f"d{i}"], [1, 0])) for i in (1, 2)]
+    job.config.teacher = ",".join(map(str, files))
+    assert [job.examples(number, None).negatives.tolist() for number in (1, 2, 3)] == [[[1]], [[2]], [[2]]]
+
+
+def test_round_without_a_teacher_s_file_mines_its_own_negatives(tmp_path):
+    job = dense.Training(tiny_t5(200), TOKENIZER, CORPUS, IDS, SAMPLER, config(), Lines())
+    job.config.teacher = f"{teacher(tmp_path / 't', line('q0', ['d0', 'd3'], [1, 0]))},"
+    assert job.examples(1, None).negatives.tolist() == [[3]]
+    assert len(job.examples(2, BM25(CORPUS.passages())).queries) == len(CORPUS.train)
+
+
+def test_lists_and_stores_of_documents_train_the_same():
+    """Whether the corpus is held in memory or on disk."""
+    documents = Documents()
+    for row in zip(CORPUS.ids, CORPUS.titles, CORPUS.texts):
+        documents.add(*row)
+    documents.close()
+    mapped = Corpus(0, documents.ids, documents.titles, documents.texts, CORPUS.train, CORPUS.train_ids)
+    recipe = config(dense_rounds=1, dense_steps=2, dense_pseudo=1)
+    assert torch.equal(parameters(recipe), parameters(recipe, mapped))
+
+
+def test_bfloat16_products_train_both_rounds():
+    recipe = dict(dense_warmup_steps=1, dense_rounds=2, dense_steps=1, dense_pseudo=1)
+    full, half = (parameters(config(precision=name, **recipe)) for name in ("float32", "bf16"))
+    assert half.isfinite().all() and not torch.equal(full, half)
 
 
 def test_training_with_nothing_to_learn_from_is_refused():

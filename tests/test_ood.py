@@ -16,9 +16,11 @@ from ood import (
     grow,
     is_ood,
     merge,
+    move,
     new_stats,
     query_score,
     remember_base,
+    sums,
     update,
 )
 
@@ -185,6 +187,41 @@ def test_an_expert_without_tokens_keeps_its_numbers():
     update(stats, scores, top_gates(scores, 2))
     assert torch.equal(stats.mean[1], mean[1]) and torch.equal(stats.variance[1], variance[1])
     assert not torch.isclose(stats.mean[[0, 2]], mean[[0, 2]]).any()
+
+
+def test_sums_by_hand():
+    scores = with_energy(torch.tensor([[-1.0, -3.0], [-2.0, -0.5]]))
+    gates = torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[1.0, 0.0], [0.0, 1.0]]])  # (B, M, E)
+    tokens, total, squares = sums(scores, gates)
+    assert tokens.tolist() == [[2, 1], [0, 2]]  # (E, M)
+    assert total.flatten().tolist() == pytest.approx([-1 - 2, -3, 0, -3 - 0.5], abs=1e-6)
+    assert squares.flatten().tolist() == pytest.approx([1 + 4, 9, 0, 9 + 0.25], abs=1e-6)
+
+
+@settings(max_examples=30, deadline=None, database=None, derandomize=True)
+@given(st.integers(2, 5), st.integers(1, 40), st.lists(st.integers(0, 40), max_size=4), st.integers(0, 999))
+def test_sums_of_parts_move_the_averages_as_the_whole_batch_does(experts, batch, cuts, seed):
+    """As micro-batches and processes share a batch; an empty part adds nothing."""
+    scores = draw(batch, experts, mean=0.5, sigma=0.3, seed=seed)
+    gates = top_gates(scores, 2)
+    whole, parts = (new_stats("paper_code", experts, POSITIONS) for _ in range(2))
+    edges = [0, *sorted(min(cut, batch) for cut in cuts), batch]
+    added = sum(sums(scores[a:b], gates[a:b]) for a, b in zip(edges, edges[1:]))
+    assert added.dtype == torch.float64
+    torch.testing.assert_close(added, sums(scores, gates), rtol=1e-12, atol=1e-12)
+    for _ in range(2):
+        update(whole, scores, gates)
+        move(parts, added)
+    torch.testing.assert_close(parts.mean, whole.mean, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(parts.variance, whole.variance, rtol=1e-6, atol=1e-7)
+
+
+def test_sums_hold_on_to_no_gradient_and_moving_leaves_them_alone():
+    scores = draw(6).requires_grad_()
+    batch = sums(scores, top_gates(scores, 2))
+    before = batch.clone()
+    move(new_stats("paper_code", 2, POSITIONS), batch)
+    assert not batch.requires_grad and torch.equal(batch, before)
 
 
 # --------------------------------------------------------------------------------------------------- verdicts

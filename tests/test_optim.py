@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import optim
 from optim import fit, linear_schedule, parameter_groups
 from t5 import T5, T5Config
 
@@ -30,11 +31,11 @@ def group(*parameters: nn.Parameter, lr: float = 0.1, weight_decay: float = 0.0)
 def run(groups: list[dict], steps: int, loss_of, warmup: float = 0.0, clip: float = 1e9, **hooks) -> Lines:
     lines = Lines()
 
-    def next_loss():
+    def whole(batch):
         loss = loss_of()
-        return loss, {"whole": loss}, 3
+        return loss, {"whole": loss}
 
-    fit("stage", groups, steps, warmup, clip, next_loss, lines, **hooks)
+    fit("stage", groups, steps, warmup, clip, lambda: [0] * 3, whole, lines, **hooks)
     return lines
 
 
@@ -205,11 +206,11 @@ def test_log_holds_every_tenth_step_and_the_last():
 def test_log_tells_loss_terms_and_rate_of_the_step():
     w, lines = nn.Parameter(torch.tensor([2.0])), Lines()
 
-    def next_loss():
+    def loss_of(batch):
         terms = {"ce": w.sum(), "kl": 0.5 * w.sum()}
-        return sum(terms.values()), terms, 4
+        return sum(terms.values()), terms
 
-    value = fit("D1", group(w, lr=0.3), 1, 0.0, 10.0, next_loss, lines)
+    value = fit("D1", group(w, lr=0.3), 1, 0.0, 10.0, lambda: [0] * 4, loss_of, lines)
     assert value == 3.0  # taken before the step
     (found,) = lines.measured
     assert (found["stage"], found["loss"], found["ce"], found["kl"]) == ("D1", 3.0, 2.0, 1.0)
@@ -220,16 +221,99 @@ def test_log_tells_loss_terms_and_rate_of_the_step():
 def test_fit_returns_the_last_step_s_loss():
     w, losses = nn.Parameter(torch.tensor([2.0])), []
 
-    def next_loss():
+    def loss_of(batch):
         loss = w.pow(2).sum()
         losses.append(loss.item())
-        return loss, {}, 1
+        return loss, {}
 
-    assert fit("x", group(w), 15, 0.1, 1.0, next_loss, Lines()) == losses[-1] < losses[0]
+    assert fit("x", group(w), 15, 0.1, 1.0, lambda: [0], loss_of, Lines()) == losses[-1] < losses[0]
     assert len(losses) == 15
 
 
 def test_no_step_changes_nothing_and_gives_no_loss():
     w = nn.Parameter(torch.ones(1))
-    assert math.isnan(fit("x", group(w), 0, 0.1, 1.0, lambda: pytest.fail("drew a batch"), Lines()))
+    fail = pytest.fail
+    assert math.isnan(
+        fit("x", group(w), 0, 0.1, 1.0, lambda: fail("drew a batch"), lambda _: fail("computed"), Lines())
+    )
     assert w.item() == 1
+
+
+# ---------------------------------------------------------------------------------------------- micro-batches
+
+
+def regression(n: int, micro_batch: int, as_list: bool = False, steps: int = 6, **hooks):
+    """A small network after some steps on batches of n rows: its parameters, the sizes computed, the log."""
+    torch.manual_seed(0)
+    data, target = torch.randn(40, 5), torch.randn(40)
+    net, lines, sizes = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)), Lines(), []
+    generator = torch.Generator().manual_seed(1)
+
+    def next_batch():
+        rows = torch.randperm(40, generator=generator)[:n]
+        return rows.tolist() if as_list else rows
+
+    def loss_of(rows):
+        sizes.append(len(rows))
+        squared = (net(data[rows])[:, 0] - target[rows]).pow(2)
+        terms = {"near": 0.25 * squared.mean(), "far": 0.75 * squared.mean()}
+        return sum(terms.values()), terms
+
+    value = fit(
+        "x", group(*net.parameters(), lr=0.05, weight_decay=0.01), steps, 0.2, 0.3, next_batch, loss_of, lines,
+        micro_batch, **hooks,
+    )  # fmt: skip
+    return torch.cat([p.detach().flatten() for p in net.parameters()]), sizes, lines, value
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+@pytest.mark.parametrize("micro_batch", [1, 3, 4, 11, 12, 100])
+def test_any_micro_batch_moves_the_parameters_as_the_whole_batch_does(micro_batch, as_list):
+    whole, sizes, lines, value = regression(12, 0, as_list)
+    assert sizes == [12] * 6
+    found, parts, found_lines, found_value = regression(12, micro_batch, as_list)
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
+    per_step = [
+        min(micro_batch, 12 - start) for start in range(0, 12, micro_batch)
+    ]  # 11 leaves a part of one
+    assert parts == per_step * 6
+    assert found_value == pytest.approx(value, abs=1e-6)
+    for one, other in zip(found_lines.measured, lines.measured, strict=True):
+        for name in ("loss", "near", "far", "gradient_norm"):
+            assert float(one[name]) == pytest.approx(float(other[name]), abs=1e-6)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 40), st.integers(1, 45))
+def test_micro_batches_of_any_size_cover_a_batch_of_any_size_once(n, micro_batch):
+    whole, _, _, _ = regression(n, 0, steps=2)
+    found, parts, _, _ = regression(n, micro_batch, steps=2)
+    assert sum(parts) == 2 * n and max(parts) <= micro_batch
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
+
+
+def test_hooks_see_the_gradient_of_all_micro_batches_once_a_step():
+    norms = {}
+    for micro_batch in (0, 5):
+        calls = []
+        *_, lines, _ = regression(12, micro_batch, before_clip=lambda c=calls: c.append("before"),
+                                  after_step=lambda c=calls: c.append("after"))  # fmt: skip
+        assert calls == ["before", "after"] * 6
+        norms[micro_batch] = [float(values["gradient_norm"]) for values in lines.measured]
+    assert norms[5] == pytest.approx(norms[0], abs=1e-6)
+
+
+def test_one_batch_is_drawn_a_step_and_its_examples_are_counted_whole(monkeypatch):
+    drawn, lines, w = [], Lines(), nn.Parameter(torch.ones(1))
+    seconds = iter(
+        range(10)
+    )  # a clock that moves by one at every look: at the start, and when a step is logged
+    monkeypatch.setattr(optim.time, "monotonic", lambda: float(next(seconds)))
+
+    def next_batch():
+        drawn.append(1)
+        return list(range(7))
+
+    fit("x", group(w), 4, 0.0, 1.0, next_batch, lambda part: (w.sum(), {}), lines, 2)
+    assert len(drawn) == 4
+    assert [values["queries_per_second"] for values in lines.measured] == [7 / 1, 4 * 7 / 2]

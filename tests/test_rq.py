@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rq
-from rq import Report, Trie, decode, encode, fit, report, require_distinct
+from rq import Report, Trie, decode, encode, fit, fit_to_docids, report, require_distinct
 
 
 def clustered(n: int, width: int = 16, seed: int = 0) -> torch.Tensor:
@@ -146,6 +146,93 @@ def test_fewer_points_than_centroids_are_refused_with_a_k_that_fits():
         fit(clustered(100), codebooks=2, centroids=128, seed=0)
 
 
+class SpyKmeans:
+    """faiss's k-means, and the points that each level gave it."""
+
+    def __init__(self, faiss, monkeypatch):
+        self.points = []
+        spy, kmeans = self, faiss.Kmeans
+
+        class Recording(kmeans):
+            def train(self, points):
+                spy.points.append(torch.from_numpy(points.copy()))
+                return super().train(points)
+
+        monkeypatch.setattr(faiss, "Kmeans", Recording)
+
+
+@pytest.mark.parametrize("most", [40, 100, 150])
+def test_more_points_than_k_means_would_take_are_sampled_and_are_residuals_still(monkeypatch, most):
+    monkeypatch.setattr(rq, "POINTS_PER_CENTROID", 1)
+    monkeypatch.setattr(rq, "MOST_POINTS", most)
+    spy, x = SpyKmeans(rq.faiss, monkeypatch), clustered(120)
+    books = fit(x, codebooks=2, centroids=8, seed=0, beam=3)
+    first, second = spy.points
+    assert len(first) == min(most, 120) and len(second) == min(most, 3 * min(most, 120))
+    assert len(torch.unique(first, dim=0)) == len(first)  # drawn without putting back
+    assert (torch.cdist(first.double(), x.double()).min(1).values < 1e-4).all()
+    left = (x[:, None] - books[0]).flatten(0, 1)  # of any point by any first centroid
+    assert (torch.cdist(second.double(), left.double()).min(1).values < 1e-4).all()
+
+
+def test_a_sample_is_the_seed_s_and_fits_nearly_as_well(monkeypatch):
+    x = clustered(3000)
+    whole = fit(x, codebooks=2, centroids=16, seed=0)
+    monkeypatch.setattr(rq, "POINTS_PER_CENTROID", 40)
+    monkeypatch.setattr(rq, "MOST_POINTS", 600)
+    one, same, other = (fit(x, codebooks=2, centroids=16, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert mse(x, one, encode(x, one)) < 1.15 * mse(x, whole, encode(x, whole))
+
+
+# --------------------------------------------------------------------------------------- docids from elsewhere
+
+
+def test_codebooks_of_given_docids_are_means_by_hand():
+    x = torch.tensor([[1.0, 0], [3, 0], [10, 4], [0, 8]])
+    codes = torch.tensor([[0, 1], [0, 2], [2, 1], [1, 1]])
+    first = [[2.0, 0], [0, 8], [10, 4], [0, 0]]  # code 3 has no document
+    # what is left: (-1, 0), (1, 0), (0, 0), (0, 0); second codes 1, 2, 1, 1
+    second = [[0.0, 0], [-1 / 3, 0], [1, 0], [0, 0]]
+    books = fit_to_docids(x, codes, 4, sweeps=1)
+    torch.testing.assert_close(books, torch.tensor([first, second]))
+    assert x.tolist() == [[1, 0], [3, 0], [10, 4], [0, 8]]  # the embeddings are left alone
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_codebooks_of_given_docids_equal_a_loop_over_codes(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, codes = torch.randn(60, 5, generator=generator), torch.randint(6, (60, 3), generator=generator)
+    books, left = fit_to_docids(x, codes, 7, sweeps=1), x.double().clone()
+    for m in range(3):
+        for k in range(7):
+            chosen = codes[:, m] == k
+            mean = left[chosen].mean(0) if chosen.any() else torch.zeros(5, dtype=torch.double)
+            torch.testing.assert_close(books[m, k].double(), mean, atol=1e-5, rtol=0)
+            left[chosen] -= mean
+    assert not books[:, 6].any()
+
+
+def test_codebooks_of_given_docids_have_less_error_than_those_that_made_them(fitted):
+    """Each sweep is a least-squares step, so that none raises the error; and no small change lowers it much."""
+    x, original = fitted
+    codes = encode(x, original)
+    errors = [mse(x, fit_to_docids(x, codes, 32, sweeps), codes) for sweeps in (1, 2, 3, 6)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < mse(x, original, codes)
+    books = fit_to_docids(x, codes, 32)
+    for seed in range(5):
+        moved = books + 0.05 * torch.randn(books.shape, generator=torch.Generator().manual_seed(seed))
+        assert mse(x, books, codes) < mse(x, moved, codes)
+
+
+def test_docids_that_tell_all_documents_apart_leave_no_error():
+    x = clustered(16)
+    codes = torch.stack([torch.arange(16), torch.zeros(16, dtype=torch.long)], dim=1)
+    books = fit_to_docids(x, codes, 16)
+    torch.testing.assert_close(decode(books, codes), x, atol=1e-6, rtol=0)
+    assert books[1].abs().max() < 1e-6
+
+
 # ----------------------------------------------------------------------------------------------------- report
 
 
@@ -161,6 +248,18 @@ def test_report_by_hand():
     assert found.entropy == pytest.approx([1.0, 1.5])  # (1/2, 1/2), and (1/2, 1/4, 1/4)
     assert found.error == pytest.approx(9 / 10)
     assert "4 documents, 75.0% distinct" in str(found) and "used 40% 60%, entropy 1.0 1.5 bits" in str(found)
+
+
+def test_report_in_chunks_is_that_of_all(fitted, monkeypatch):
+    x, books = fitted
+    codes = encode(x, books)
+    whole = report(x, books, codes)
+    wanted = (x - decode(books, codes)).double().pow(2).sum() / (x - x.mean(0)).double().pow(2).sum()
+    assert whole.error == pytest.approx(wanted.item(), rel=1e-5)
+    monkeypatch.setattr(rq, "CHUNK", 7)
+    parts = report(x, books, codes)
+    assert vars(parts) | {"error": None} == vars(whole) | {"error": None}
+    assert parts.error == pytest.approx(whole.error, rel=1e-5)
 
 
 def test_one_docid_for_all_has_no_entropy():

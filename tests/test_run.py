@@ -4,7 +4,6 @@ import math
 import os
 import pickle
 import random
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -188,17 +187,91 @@ def corpora() -> list[Corpus]:
     return [first, second]
 
 
+def plain(corpus: Corpus) -> dict:
+    """All fields, with stores read out as lists."""
+    texts = {name: list(getattr(corpus, name)) for name in ("ids", "titles", "texts")}
+    return vars(corpus) | texts
+
+
 def test_corpora_come_back_as_saved_with_a_hash_of_their_ids(tmp_path):
-    run.save_corpora(tmp_path, "boolq", corpora(), {"annotated queries of later corpora": 3}, data.sha256)
+    manifest = {"found": {"documents": [2, 1]}}
+    run.save_corpora(tmp_path, "boolq", corpora(), {"annotated queries of documents outside D0": 3}, manifest)
     loaded = run.load_corpora(tmp_path)
-    assert [asdict(corpus) for corpus in loaded] == [asdict(corpus) for corpus in corpora()]
+    assert [plain(corpus) for corpus in loaded] == [vars(corpus) for corpus in corpora()]
     assert loaded == corpora()  # pairs are tuples again
     saved = run.read_json(tmp_path / "corpus.json")
-    assert (saved["source"], saved["left_out"]) == ("boolq", {"annotated queries of later corpora": 3})
+    assert (saved["source"], saved["left_out"]) == ("boolq", {"annotated queries of documents outside D0": 3})
+    assert saved["manifest"] == manifest and [item["documents"] for item in saved["corpora"]] == [2, 1]
     assert [item["ids_sha256"] for item in saved["corpora"]] == [
-        data.sha256("a\nü".encode()),
-        data.sha256(b"c"),
+        data.sha256("a\nü\n".encode()),
+        data.sha256(b"c\n"),
     ]
+    assert (tmp_path / "doc_ids.txt").read_text(encoding="utf-8") == "a\nü\nc\n"
+
+
+def test_corpora_that_were_loaded_can_be_saved_elsewhere_the_same(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    run.save_corpora(tmp_path / "one", "boolq", corpora(), {}, {})
+    run.save_corpora(tmp_path / "two", "boolq", run.load_corpora(tmp_path / "one"), {}, {})
+    files = [sorted((tmp_path / folder).rglob("*")) for folder in ("one", "two")]
+    contents = [
+        {path.relative_to(tmp_path / folder): path.read_bytes() for path in found if path.is_file()}
+        for folder, found in zip(("one", "two"), files)
+    ]
+    assert (
+        contents[0] == contents[1] and len(contents[0]) == 8
+    )  # three stores of two files, ids and corpus.json
+
+
+@pytest.mark.parametrize("name", ["ids.bin", "titles.npy", "texts.bin", "texts.npy"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_missing_or_cut_documents_are_refused_by_name(tmp_path, name, cut):
+    run.save_corpora(tmp_path, "boolq", corpora(), {}, {})
+    path = tmp_path / "documents" / name
+    content = path.read_bytes()
+    path.unlink()
+    if cut:
+        path.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=path.stem):
+        run.load_corpora(tmp_path)
+
+
+@pytest.mark.parametrize("held", [2, 4])
+def test_documents_of_another_run_are_refused(tmp_path, held):
+    run.save_corpora(tmp_path, "boolq", corpora(), {}, {})
+    documents = run.Documents(tmp_path / "documents")
+    for i in range(held):
+        documents.add(f"other{i}", "", "text")
+    documents.close()
+    with pytest.raises(ValueError, match="documents and corpus.json are of different runs"):
+        run.load_corpora(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["doc_ids.txt.part", "documents/titles.npy.part", "corpus.json.part"])
+def test_corpora_that_meet_a_full_disk_do_not_count_and_can_be_saved_after(tmp_path, monkeypatch, name):
+    """A device that is always full stands where the file is to be written."""
+    full, opened = Path("/dev/full"), Path.open
+    if not full.is_char_device():
+        pytest.skip("no /dev/full here")
+
+    def onto_full(path, mode="r", *rest, **options):
+        return opened(full if path == tmp_path / name else path, mode, *rest, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(Path, "open", onto_full)
+        run.save_corpora(tmp_path, "boolq", corpora(), {}, {})
+    assert not (tmp_path / "corpus.json").exists() and not (tmp_path / name.removesuffix(".part")).exists()
+    run.save_corpora(tmp_path, "boolq", corpora(), {}, {})
+    assert run.load_corpora(tmp_path) == corpora()
+
+
+@pytest.mark.parametrize("value", [[], {}, {"corpora": [{}]}, {"corpora": [7]}, {"corpora": None}])
+def test_json_that_holds_no_corpora_is_refused_by_name(tmp_path, value):
+    run.save_corpora(tmp_path, "boolq", corpora(), {}, {})
+    run.write_json(tmp_path / "corpus.json", value)
+    with pytest.raises(ValueError, match="corpus.json: not the corpora of a run"):
+        run.load_corpora(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -297,7 +370,7 @@ def test_checkpoint_holds_what_else_it_is_given(tmp_path):
 def run_folder(folder: Path, finished: int) -> Path:
     run.write_json(folder / "config.json", {"data": "boolq", "seed": 3})
     run.write(folder / "tokenizer.model", data.train_tokenizer(["a cat sat", "a dog"], 30))
-    run.save_corpora(folder, "boolq", corpora(), {}, data.sha256)
+    run.save_corpora(folder, "boolq", corpora(), {}, {})
     run.write_array(folder / "docids.npy", np.array([[4, 0, 1], [0, 2, 2], [0, 1, 3]], dtype=np.int16))
     for t in range(finished):
         torch.manual_seed(t)
@@ -308,13 +381,24 @@ def run_folder(folder: Path, finished: int) -> Path:
 def test_loaded_run_holds_the_model_and_the_trie_after_each_corpus(tmp_path):
     loaded = run.LoadedRun(run_folder(tmp_path, 2))
     assert (loaded.config["seed"], loaded.finished, loaded.corpora) == (3, [0, 1], corpora())
-    assert (loaded.ids, loaded.titles) == (["a", "ü", "c"], ["Älpha", "", "Gamma"])
+    assert list(loaded.ids) == ["a", "ü", "c"]
+    assert [loaded.headline(row) for row in range(3)] == ["Älpha", 'a "quoted" line', "Gamma"]
     assert loaded.docids.dtype == torch.int64 and loaded.tokenizer.encode("cat")
     model, trie = loaded.at(0)
     assert trie.rows.tolist() == [[0, 2, 2], [4, 0, 1]] and trie.documents.tolist() == [1, 0]  # D_0's alone
     later, both = loaded.at(1)
     assert both.rows.tolist() == [[0, 1, 3], [0, 2, 2], [4, 0, 1]] and both.documents.tolist() == [2, 1, 0]
     assert not torch.equal(model.word, later.word)
+
+
+def test_document_without_a_title_is_shown_by_its_first_words(tmp_path):
+    words = [f"word{i}" for i in range(30)]
+    long = Corpus(0, ["a", "b", "c"], [""] * 3, [" \n ".join(words), "x" * 500, ""], test={"q": "w"})
+    run_folder(tmp_path, 1)
+    run.save_corpora(tmp_path, "boolq", [long], {}, {})
+    loaded = run.LoadedRun(tmp_path)
+    assert loaded.headline(0).split() == words[:12]
+    assert loaded.headline(1) == "x" * 400 and loaded.headline(2) == ""
 
 
 def test_unfinished_run_counts_its_finished_corpora_and_says_what_to_do_without_any(tmp_path):
@@ -328,7 +412,7 @@ def test_unfinished_run_counts_its_finished_corpora_and_says_what_to_do_without_
     assert str(error.value).endswith(str(folder))
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "corpus.json"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "corpus.json", "documents/ids.bin"])
 def test_run_without_a_file_names_it(tmp_path, name):
     (run_folder(tmp_path, 1) / name).unlink()
     with pytest.raises(ValueError, match=name):
@@ -391,6 +475,17 @@ def test_quiet_log_prints_nothing_and_still_keeps_its_files(tmp_path, monkeypatc
     log.line("done")
     assert log.out.getvalue() == ""
     assert (tmp_path / "log.txt").read_text() == "step 0\nstep 2\ndone\n"
+
+
+def test_log_of_another_process_writes_and_prints_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.time, "monotonic", lambda: 1000.0)
+    log = run.Log(tmp_path, writes=False)
+    log.out = Terminal()
+    log.line("a line")
+    for i in range(3):
+        log.progress(f"step {i}", last=i == 2)
+    log.metrics(step=1)
+    assert list(tmp_path.iterdir()) == [] and log.out.getvalue() == ""
 
 
 def test_metrics_are_one_json_object_a_line_with_numbers_for_tensors(tmp_path):

@@ -4,7 +4,9 @@ import builtins
 import itertools
 import re
 import runpy
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 import run as store
 import search
-from data import Corpus, load_tokenizer, sha256, tokenize, train_tokenizer
+from data import Corpus, load_tokenizer, tokenize, train_tokenizer
 from mixlora import MixConfig, add_mixture, mixed_layers
 from rq import Trie
 from search import beam_search, documents, exact_scores, retrieve
@@ -302,7 +304,7 @@ def run_folder(request, tmp_path_factory, tokenizer_model):
     ]
     store.write_json(folder / "config.json", {"method": "base", "beam": 10, "query_length": 64})
     store.write(folder / "tokenizer.model", tokenizer_model)
-    store.save_corpora(folder, "made up", corpora, {}, sha256)
+    store.save_corpora(folder, "made up", corpora, {}, {})
     docids = torch.randint(K, (12, M), generator=torch.Generator().manual_seed(5))
     docids[10] = docids[2]
     store.write_array(folder / "docids.npy", docids.numpy())
@@ -325,7 +327,7 @@ def test_command_prints_rank_score_docid_and_title_as_the_last_model_ranks_them(
     assert sorted(doc for _, _, _, doc, _ in lines) == sorted(run.ids)
     for place, (number, score, docid, doc, title) in enumerate(lines, 1):
         row = run.ids.index(doc)
-        assert int(number) == place and title == run.titles[row]
+        assert int(number) == place and title == run.headline(row) == f"Title {row}"
         assert docid == "-".join(map(str, run.docids[row].tolist()))
         assert float(score) == pytest.approx(scores[row].item(), abs=6e-4)
     printed = [float(score) for _, score, _, _, _ in lines]
@@ -365,16 +367,32 @@ def test_bad_arguments_are_refused_with_what_was_found(run_folder, arguments, me
         search.main([argument.replace("RUN", str(run_folder)) for argument in arguments])
 
 
-def test_a_run_without_a_finished_corpus_says_how_to_go_on(run_folder, tmp_path):
+def copy_without_models(run_folder: Path, folder: Path) -> None:
     for name in ("config.json", "tokenizer.model", "corpus.json", "docids.npy"):
-        (tmp_path / name).write_bytes((run_folder / name).read_bytes())
+        shutil.copy(run_folder / name, folder / name)
+    shutil.copytree(run_folder / "documents", folder / "documents")
+
+
+def test_a_document_without_a_title_is_shown_by_its_first_words(run_folder, tmp_path, capsys):
+    copy_without_models(run_folder, tmp_path)
+    shutil.copy(run_folder / "D1.pt", tmp_path / "D0.pt")
+    texts = [f"The {TEXTS[row]} and so on" for row in range(12)]
+    corpus = Corpus(0, [f"doc{row}" for row in range(12)], [""] * 12, texts)
+    store.save_corpora(tmp_path, "made up", [corpus], {}, {})
+    search.main([str(tmp_path), "red river king", "-k", "3"])
+    for line in capsys.readouterr().out.splitlines():
+        found = re.search(r"doc(\d+)  (.*)$", line)
+        assert found.group(2) == texts[int(found.group(1))]
+
+
+def test_a_run_without_a_finished_corpus_says_how_to_go_on(run_folder, tmp_path):
+    copy_without_models(run_folder, tmp_path)
     with pytest.raises(ValueError, match=r"no finished corpus .* train.py --resume"):
         search.main([str(tmp_path), "king"])
 
 
 def test_a_damaged_checkpoint_is_named(run_folder, tmp_path):
-    for name in ("config.json", "tokenizer.model", "corpus.json", "docids.npy"):
-        (tmp_path / name).write_bytes((run_folder / name).read_bytes())
+    copy_without_models(run_folder, tmp_path)
     (tmp_path / "D0.pt").write_bytes((run_folder / "D0.pt").read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"D0.pt: cannot be read"):
         search.main([str(tmp_path), "king"])

@@ -1,17 +1,21 @@
 """The whole job on a small made-up corpus: every stage, every method, resume, and the command line's messages."""
 
 import json
-import random
+import os
+import socket
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from toy import TOY, toy_folder
 
 import data
 import dense
 import eval as scoring
 import losses
+import mapped
 import mixlora
 import ood
 import rq
@@ -19,39 +23,10 @@ import run as store
 import scan
 import search
 import train
-from t5 import T5, T5Config
+from t5 import T5, T5Config, to_published
 
-# fmt: off
-TOY = [
-    "--vocab", "400", "--width", "32", "--heads", "2", "--feed_forward", "64", "--encoder_blocks", "1", "--M", "3",
-    "--K", "16", "--rq_pseudo", "2", "--dense_warmup_steps", "5", "--dense_steps", "3", "--dense_batch", "16",
-    "--dense_pseudo", "1", "--negatives", "5", "--d0_steps", "30", "--d0_batch", "32", "--d0_fragments", "2",
-    "--steps", "6", "--batch", "16", "--rank", "4", "--pseudo_per_document", "4", "--control_queries", "50",
-]
-# fmt: on
-
-
-def toy_folder(path: Path, documents: int = 50) -> Path:
-    """A BEIR folder whose documents each have words of their own and words that all share."""
-    rng = random.Random(0)
-    shared = [f"common{i}" for i in range(20)]
-    (path / "qrels").mkdir(parents=True)
-    corpus, queries, labels = [], [], {"train": [], "test": []}
-    for i in range(documents):
-        own = [
-            "".join(rng.choices("bcdfglmnprstv", k=2)) + rng.choice("aeiou") + str(i) + letter
-            for letter in "abcdef"
-        ]
-        text = " ".join(rng.sample(own * 2 + rng.sample(shared, 8), 20))
-        corpus.append({"_id": f"d{i}", "title": own[0], "text": text})
-        for split in labels:
-            queries.append({"_id": f"{split}{i}", "text": " ".join(rng.sample(own, 3))})
-            labels[split].append(f"{split}{i}\td{i}\t1")
-    for name, rows in (("corpus", corpus), ("queries", queries)):
-        (path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for split, rows in labels.items():
-        (path / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "\n".join(rows))
-    return path
+SHARED = Path(os.environ.get("MIXLORA_DATA") or Path(__file__).parents[1] / "../shared/data")
+SAMPLE, SPIECE = SHARED / "nq320k_sample", SHARED / "t5" / "spiece.model"
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +103,9 @@ def test_after_each_corpus_all_but_newest_experts_rows_and_docid_table_are_bit_e
 
 def test_docids_never_change_and_codebooks_stay_those_of_d0(finished):
     books, codes = store.read_tensors(finished / "rq.pt"), np.load(finished / "docids.npy")
-    embeddings = store.read_tensors(finished / "embeddings.pt")
+    embeddings = mapped.open_array(finished / "embeddings.npy")
     assert torch.equal(rq.encode(embeddings, books), torch.from_numpy(codes.astype(np.int64)))
-    assert (finished / "doc_ids.txt").read_text().split() == store.LoadedRun(finished).ids
+    assert (finished / "doc_ids.txt").read_text().split() == list(store.LoadedRun(finished).ids)
 
 
 def test_search_and_eval_work_from_the_run_folder_alone(finished, capsys, tmp_path):
@@ -176,6 +151,7 @@ def test_each_method_runs_through_and_grows_as_the_paper_says(toy, tmp_path, met
         ["--ood_mode", "paper_code", "--router_row", "random", "--lora_in_site", "pre_act"],
         ["--kl_coef", "0", "--slow", "none", "--no-d0_mixture", "--aux_layers", "expanded"],
         ["--router", "linear", "--balance_coef", "0.01", "--z_coef", "0.001", "--d0_fragments", "0"],
+        ["--precision", "bf16", "--recompute", "--micro_batch", "7", "--save_negatives", "--no-baselines"],
     ],
 )
 def test_every_part_can_be_switched_on_its_own(toy, tmp_path, flags):
@@ -183,9 +159,178 @@ def test_every_part_can_be_switched_on_its_own(toy, tmp_path, flags):
     assert 0 <= results["metrics"]["recall@10"]["AP"] <= 1 and results["trainable_parameters"]["D1"] > 0
 
 
+def losses_of(run: Path, stages=("dense round 1", "D0", "D1")) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["stage"] in stages]
+
+
+EXACT = [
+    "--lora_dropout",
+    "0",
+    "--dense_warmup_steps",
+    "0",
+    "--dense_contrastive",
+    "0",
+    "--dense_margin",
+    "1",
+]
+
+
+@pytest.fixture(scope="module")
+def exact(toy, tmp_path_factory) -> list[float]:
+    """The losses of a run in which no chance depends on how a batch is cut."""
+    experts_after(toy, tmp_path_factory.mktemp("exact") / "run", *EXACT)
+    return losses_of(next(tmp_path_factory.getbasetemp().glob("exact*/run")))
+
+
+@pytest.mark.parametrize("flags", [["--micro_batch", "5"], ["--recompute"]])
+def test_micro_batches_and_recomputation_train_the_same(toy, tmp_path, exact, flags):
+    experts_after(toy, tmp_path / "run", *EXACT, *flags)
+    assert len(exact) >= 6 and losses_of(tmp_path / "run") == pytest.approx(exact, rel=1e-5, abs=1e-5)
+
+
+def test_bfloat16_keeps_router_norms_softmax_and_losses_in_float32():
+    torch.manual_seed(0)
+    model = T5(T5Config(60, 32, 16, 2, 64, 2, 2, codebooks=3, centroids=8, dropout=0.0))
+    mixlora.add_mixture(model, mixlora.MixConfig(layers=2, rank=2, dropout=0.0))
+    ids, codes = torch.randint(3, 60, (8, 6)), torch.randint(8, (8, 3))
+    types = {}
+
+    def watch(name):
+        def hook(module, inputs, output):
+            types[name] = output.dtype
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.register_forward_hook(watch(name))
+    products = []
+
+    def run():
+        source, padding = model.encode(ids)
+        products.append(model.encoder[0].self_attention.keys_values(source)[0].dtype)
+        hidden, routes = model.docid_hidden(source, padding, codes)
+        ce = losses.docid_cross_entropy(model, hidden, codes, "segment")
+        kl = losses.kl_to_previous(hidden, model.rq, hidden * 0.5, model.rq, "sum")
+        return ce, kl, routes
+
+    ce, kl, routes = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        ce16, kl16, routes16 = run()
+    assert products == [torch.float32, torch.bfloat16]
+    assert ce16.dtype == kl16.dtype == torch.float32 and set(types.values()) == {torch.float32}
+    assert all(route.scores.dtype == route.gates.dtype == torch.float32 for route in routes16)
+    assert ce16.item() == pytest.approx(ce.item(), rel=0.05) and kl16.item() == pytest.approx(
+        kl.item(), rel=0.1
+    )
+    (ce16 + kl16).backward()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_compiled_blocks_give_the_same_gradients(monkeypatch):
+    config = types.SimpleNamespace(recompute=False, compile=True)
+    job = types.SimpleNamespace(device=torch.device("cpu"), config=config)
+    torch.manual_seed(0)
+    model = T5(T5Config(60, 16, 8, 2, 32, 1, 1, codebooks=2, centroids=4, dropout=0.0))
+    mixlora.add_mixture(model, mixlora.MixConfig(layers=1, rank=2, dropout=0.0))
+    ids, codes = torch.randint(3, 60, (4, 6)), torch.randint(4, (4, 2))
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        hidden, routes = model.docid_hidden(*model.encode(ids), codes)
+        (hidden.pow(2).mean() + mixlora.align_loss(routes[0])).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    compile = (
+        torch.nn.Module.compile
+    )  # the code generator takes a minute here; capturing and autograd are what may fail
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda m, **given: compile(m, backend="aot_eager", **given)
+    )
+    torch._dynamo.reset()
+    train.Job.ready(job, model)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled = gradients()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs  # it did compile
+    assert plain.keys() == compiled.keys()
+    for name in plain:
+        torch.testing.assert_close(compiled[name], plain[name], rtol=1e-4, atol=1e-5)
+
+
+def test_negatives_that_a_run_saved_teach_the_next_one(toy, tmp_path, exact):
+    """The file has --teacher's format; with BM25's own scores in it the first round is the same."""
+    experts_after(toy, tmp_path / "a", *EXACT, "--dense_pseudo", "0", "--save_negatives")
+    files = ",".join(str(tmp_path / "a" / f"negatives_{number}.jsonl") for number in (1, 2))
+    experts_after(toy, tmp_path / "b", *EXACT, "--dense_pseudo", "0", "--teacher", files)
+    rounds = ("dense round 1", "dense round 2")
+    assert losses_of(tmp_path / "b", rounds) == pytest.approx(losses_of(tmp_path / "a", rounds), rel=1e-3)
+
+
+@pytest.mark.skipif(
+    not (SAMPLE.is_dir() and SPIECE.is_file()), reason=f"no {SAMPLE} or {SPIECE}; set MIXLORA_DATA"
+)
+def test_the_sample_of_nq320k_runs_through_every_stage_with_t5_s_own_tokenizer(tmp_path, capsys):
+    train.main([
+        "--data", "nq320k", "--data-dir", str(SAMPLE), "--preset", "beir", "--splits", "paper", "--tokenizer", str(SPIECE),
+        "--run", str(tmp_path / "nq"), *TOY[2:], "--K", "32", "--d0_fragments", "1",
+    ])  # fmt: skip
+    manifest = store.read_json(tmp_path / "nq" / "corpus.json")["manifest"]
+    assert (
+        manifest["found"]["documents"] == [537, 15, 15, 15, 15]
+        and sum(manifest["found"]["test queries"]) == 300
+    )
+    assert manifest["paper"]["documents"] == [98_743, 2_743, 2_743, 2_743, 2_743]
+    assert "sample" in manifest["difference"]
+    assert np.load(tmp_path / "nq" / "docids.npy").shape == (597, 3)
+    printed = capsys.readouterr().out
+    assert printed.count("ids sha256") == 5 and "after D4" in printed
+    search.main([str(tmp_path / "nq"), "who sings this song", "-k", "2"])
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 2 and all(len(line.split()) > 6 for line in lines)  # first words in place of a title
+
+
+def test_weights_from_a_folder_bring_their_tokenizer_and_are_checked_against_it(toy, tmp_path):
+    config = T5Config(500, 32, 16, 2, 64, 1, 2, codebooks=3, centroids=16)
+    given = dict(
+        vocab_size=500, d_model=32, d_kv=16, num_heads=2, d_ff=64, num_layers=1, num_decoder_layers=2,
+        relative_attention_num_buckets=32, dropout_rate=0.0,
+    )  # fmt: skip
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text(json.dumps(given))
+    torch.save(to_published(T5(config)), tmp_path / "t5" / "pytorch_model.bin")
+    passages = list(data.split(data.read_beir(toy), "60,40", "random", 0)[0][0].passages())
+    (tmp_path / "t5" / "spiece.model").write_bytes(data.train_tokenizer(passages, 400))
+    flags = ["--data", str(toy), "--splits", "60,40", *TOY[2:], "--t5", str(tmp_path / "t5")]
+    pieces = data.load_tokenizer(tmp_path / "t5" / "spiece.model").vocab_size()
+    if pieces >= 372:
+        train.main([*flags, "--run", str(tmp_path / "run")])
+        saved = (tmp_path / "run" / "tokenizer.model").read_bytes()
+        assert saved == (tmp_path / "t5" / "spiece.model").read_bytes()
+    (tmp_path / "t5" / "spiece.model").write_bytes(data.train_tokenizer(passages, 100))
+    with pytest.raises(ValueError, match="the tokenizer has .* pieces, .* has 500 word rows"):
+        train.main([*flags, "--run", str(tmp_path / "other")])
+
+
+def test_a_full_disk_is_told_and_what_is_half_written_does_not_count(toy, tmp_path):
+    """/dev/full takes no byte, as a full disk does."""
+    run = tmp_path / "run"
+    (run / "documents").mkdir(parents=True)
+    job = ["--data", str(toy), "--run", str(run), *TOY]
+    (run / "doc_ids.txt.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        train.main(job)
+    assert not (run / "corpus.json").exists() and not (run / "doc_ids.txt").exists()
+    (run / "doc_ids.txt.part").unlink()
+    train.main(job)  # nothing that the first attempt left behind is in the way or believed
+    assert len(store.LoadedRun(run).ids) == 50
+
+
 def test_pseudo_queries_from_a_file_are_used_and_test_queries_among_them_left_out(toy, tmp_path):
     collection = data.read_beir(toy)
-    lines = [{"doc_id": doc, "query": text} for doc, (_, text) in collection.documents.items()]
+    texts = zip(collection.documents.ids, collection.documents.texts)
+    lines = [{"doc_id": doc, "query": text} for doc, text in texts]
     leaked = next(iter(collection.test))
     doc = next(iter(collection.qrels[leaked]))
     lines.append({"doc_id": doc, "query": collection.test[leaked].upper()})
@@ -199,8 +344,8 @@ def test_pseudo_queries_from_a_file_are_used_and_test_queries_among_them_left_ou
         "0",
     ]
     experts_after(toy, tmp_path / "run", *flags)
-    assert "pseudo-queries from" in (tmp_path / "run" / "log.txt").read_text()
-    assert "50, and 1 left out as test queries" in (tmp_path / "run" / "log.txt").read_text()
+    manifest = store.read_json(tmp_path / "run" / "corpus.json")["manifest"]
+    assert manifest["pseudo-queries"] == {"kept": 50, "left out as test queries": 1}
 
 
 def test_32_documents_are_learnt_by_heart():
@@ -276,7 +421,12 @@ def test_ood_direction_is_the_mean_direction_of_flagged_queries_only():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--data", "nq320k"], "--preset nq320k"),
+        (["--precision", "fp8"], "float32, bf16"),
+        (["--data", "msmarco"], "doc2query.py .* --pseudo_queries drawn"),
+        (["--teacher", "absent.jsonl"], "found no file absent.jsonl"),
+        (["--docids", "absent.json"], "found no file absent.json"),
+        (["--splits", "paper"], "nq320k or msmarco"),
+        (["--dry-run"], "nq320k or msmarco"),
         (["--method", "magic"], "mixlora-dsi-pt"),
         (["--preset", "magic"], "msmarco"),
         (["--slow", "maybe"], "grad, lr, none"),
@@ -322,20 +472,95 @@ def test_a_folder_that_holds_a_run_is_refused_and_overwrite_moves_it_aside(tmp_p
 def test_a_run_may_be_moved_and_one_of_another_version_is_refused_by_name(tmp_path):
     train.open_folder(train.Config(run=str(tmp_path / "old"), lr=0.5), overwrite=False)
     (tmp_path / "old").rename(tmp_path / "new")
-    config, resume, _ = train.parse(["--resume", str(tmp_path / "new")])
-    assert resume and config.lr == 0.5 and config.run == str(tmp_path / "new")
+    command = train.parse(["--resume", str(tmp_path / "new")])
+    config = command.config
+    assert command.resume and config.lr == 0.5 and config.run == str(tmp_path / "new")
     store.write_json(tmp_path / "new" / "config.json", {"learning_rate": 1})
     with pytest.raises(ValueError, match="config.json: written by another version"):
         train.parse(["--resume", str(tmp_path / "new")])
 
 
 def test_flags_override_the_method_and_the_method_overrides_the_preset():
-    config, _, _ = train.parse(["--method", "naive-expansion"])
+    config = train.parse(["--method", "naive-expansion"]).config
     assert (config.router, config.kl_coef, config.width) == ("linear", 0.0, train.SMALL["width"])
-    config, _, _ = train.parse(["--method", "naive-expansion", "--router", "cosine", "--kl-coef", "0.2"])
+    config = train.parse(["--method", "naive-expansion", "--router", "cosine", "--kl-coef", "0.2"]).config
     assert (config.router, config.kl_coef) == ("cosine", 0.2)
-    config, _, _ = train.parse(["--data", "some/folder", "--preset", "nq320k", "--method", "base"])
+    config = train.parse(["--data", "some/folder", "--preset", "nq320k", "--method", "base"]).config
     assert (config.M, config.K, config.width, config.batch, config.epochs) == (8, 2048, 768, 128, 5)
+
+
+# Method, then batch, epochs or steps, learning rates, warm-up and delta, as the specification's tables of recipes have them.
+NQ = dict(M=8, K=2048, layers=5, experts=2, rank=8, dense_steps=54_000, dense_batch=256, dense_lr=5e-4, dense_warmup=0.04,
+          d0_steps=20_000, d0_batch=1024, d0_lr=1e-3, d0_warmup=0.1, lr=1e-3, warmup=0.1, weight_decay=0.01, clip=1.0,
+          beam=10, splits="paper", t5="google-t5/t5-base", seed=42)  # fmt: skip
+MS = NQ | dict(dense_steps=88_400, d0_steps=250_000, batch=512, epochs=5, pseudo_per_document=10)
+GOOD = dict(
+    align_coef=1.0, repel_coef=1.0, balance_coef=0.0, z_coef=0.0, kl_coef=0.1, slow="grad", router="cosine"
+)
+NAIVE = dict(
+    align_coef=0.0, repel_coef=0.0, balance_coef=0.01, z_coef=0.001, kl_coef=0.0, slow="none", router="linear"
+)
+PLAIN = dict(d0_mixture=False)
+
+
+@pytest.mark.parametrize(
+    "data, method, recipe",
+    [
+        ("nq320k", "mixlora-dsi", NQ | GOOD | dict(batch=32, epochs=10, delta=1.0, expand="ood", d0_mixture=True)),
+        ("nq320k", "never-expand", NQ | GOOD | dict(batch=32, epochs=10, expand="never", d0_mixture=True)),
+        ("nq320k", "always-expand", NQ | GOOD | dict(batch=32, epochs=10, expand="always", d0_mixture=True)),
+        ("nq320k", "mixlora-dsi-pt", NQ | GOOD | PLAIN | dict(batch=128, epochs=10, delta=10.0, expand="ood")),
+        ("nq320k", "naive-expansion", NQ | NAIVE | PLAIN | dict(batch=128, epochs=10, expand="always")),
+        ("nq320k", "base", NQ | PLAIN | dict(batch=128, epochs=5, mixture=False, kl_coef=0.0, slow="none")),
+        ("msmarco", "mixlora-dsi", MS | GOOD | dict(delta=0.01, expand="ood", d0_mixture=True)),
+        ("msmarco", "always-expand", MS | GOOD | dict(expand="always", d0_mixture=True)),
+        ("msmarco", "mixlora-dsi-pt", MS | GOOD | PLAIN | dict(delta=10.0, d0_warmup=0.045)),
+        ("msmarco", "naive-expansion", MS | NAIVE | PLAIN | dict(expand="always", d0_warmup=0.045)),
+        ("msmarco", "base", MS | PLAIN | dict(mixture=False, kl_coef=0.0, slow="none", d0_warmup=0.045)),
+    ],
+)  # fmt: skip
+def test_presets_carry_the_recipe_of_the_paper_for_every_method(data, method, recipe):
+    config = train.parse(["--data", data, "--method", method, "--pseudo_queries", "drawn"]).config
+    assert {name: getattr(config, name) for name in recipe} == recipe
+    assert config.precision == ("bf16" if torch.cuda.is_available() else "float32")
+
+
+@pytest.mark.parametrize("data", ["nq320k", "msmarco"])
+def test_dry_run_prints_the_cost_of_every_stage_and_touches_nothing(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--data", data, "--dry-run"])
+    printed = capsys.readouterr().out
+    for name in (
+        "dense rounds",
+        "document embeddings",
+        "D0 training",
+        "D1..D4 training",
+        "total",
+        "A100",
+        "H100",
+    ):
+        assert name in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_offline_the_benchmark_names_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "create_connection", offline)
+    flags = [
+        "--data",
+        "nq320k",
+        "--data-dir",
+        str(tmp_path / "nq"),
+        "--run",
+        str(tmp_path / "run"),
+        "--t5",
+        "none",
+    ]
+    with pytest.raises(ValueError, match=r"GenRet.*nq320k\.zip") as error:
+        train.main(flags)
+    assert str(tmp_path / "nq" / "nq320k.zip") in str(error.value)
 
 
 def test_the_leak_check_stops_a_stage_whose_queries_are_of_another_corpus(toy, tmp_path, monkeypatch):
@@ -343,7 +568,7 @@ def test_the_leak_check_stops_a_stage_whose_queries_are_of_another_corpus(toy, t
         return [(rows.start - 1, "a query of the corpus before")]
 
     monkeypatch.setattr(data, "draw_pseudo_queries", leaking)
-    config, _, _ = train.parse(["--data", str(toy), "--run", str(tmp_path), *TOY])
+    config = train.parse(["--data", str(toy), "--run", str(tmp_path), *TOY]).config
     job = train.Job(config, tmp_path, store.Log(tmp_path, quiet=True))
     with pytest.raises(ValueError, match="leak: stage D_1"):
         job.pseudo_queries(1, 1, "training")
@@ -352,14 +577,14 @@ def test_the_leak_check_stops_a_stage_whose_queries_are_of_another_corpus(toy, t
 def test_what_d0_learns_from_does_not_depend_on_later_corpora(toy, tmp_path):
     """Tokenizer, idf and quantiser of D_0 are bit-equal when the documents of D_1.. are other ones."""
     other = toy_folder(tmp_path / "other", 50)
-    config, _, _ = train.parse(["--data", str(toy), "--run", str(tmp_path / "a"), *TOY])
+    config = train.parse(["--data", str(toy), "--run", str(tmp_path / "a"), *TOY]).config
     (tmp_path / "a").mkdir()
     first = train.Job(config, tmp_path / "a", store.Log(tmp_path / "a", quiet=True))
     later = set(first.ids) - set(first.corpora[0].ids)
     rows = [json.loads(line) for line in (other / "corpus.jsonl").read_text().splitlines()]
     changed = [row | {"text": "wholly different words"} if row["_id"] in later else row for row in rows]
     (other / "corpus.jsonl").write_text("\n".join(map(json.dumps, changed)))
-    config, _, _ = train.parse(["--data", str(other), "--run", str(tmp_path / "b"), *TOY])
+    config = train.parse(["--data", str(other), "--run", str(tmp_path / "b"), *TOY]).config
     (tmp_path / "b").mkdir()
     second = train.Job(config, tmp_path / "b", store.Log(tmp_path / "b", quiet=True))
     assert first.corpora[1].texts != second.corpora[1].texts

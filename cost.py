@@ -1,0 +1,401 @@
+"""What a run costs before it is started: FLOPs, bytes moved, memory and hours of every stage.
+
+Paper    appendix E (recipes); tables 6-7 (sizes of the corpora, in published.py). The formulas are ours
+In       the Config of the run, a Workload
+Out      one Row per stage, and all of them as text
+Next     train.py prints `table()` for --dry-run; nothing else reads it
+Differs  the paper gives no hours. Matrix products only are counted, two FLOPs per multiply-add, the way this
+         code computes them: K logits per position, a frozen encoder that runs once, cached keys and values
+
+Letters as in t5.py; I = H * Dh is the inner width of an attention. Training makes three products of y = x W:
+itself, and backward dx = dy W^T and dW = x^T dy. Recomputation makes those within a block once more.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from dense import teacher_of_round
+from mixlora import MixConfig, expert_parameters
+from published import BENCHMARKS, Benchmark
+from rq import ITERATIONS, MOST_POINTS, POINTS_PER_CENTROID
+from t5 import T5Config
+
+# Bytes per trained parameter and step: backward writes its gradient (4), the norm reads it (4), clipping does
+# both (8), AdamW reads parameter, gradient and two moments (16) and writes all but the gradient (12).
+OPTIMISER_TRAFFIC = 44
+SCAN_BATCH, EMBED_BATCH = 512, 64  # texts together in scan.scan and dense.embed
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How much there is to index and search: the paper's counts, and lengths in tokens, which we assume."""
+
+    counts: Benchmark
+    document_tokens: int  # mean, before the cut of Config
+    query_tokens: int = 10  # mean: a short question
+    longest_query: int = 20  # of a training batch, to which the others are padded
+
+    def lengths(self, config) -> tuple[int, int, int]:
+        """Tokens of a query, of the longest one of a training batch, and of an indexed document."""
+        query, longest = (min(n, config.query_length) for n in (self.query_tokens, self.longest_query))
+        return query, longest, min(self.document_tokens, config.document_length)
+
+
+WORKLOADS = {
+    "nq320k": Workload(BENCHMARKS["nq320k"], document_tokens=256),  # pages, longer than what is indexed
+    "msmarco": Workload(BENCHMARKS["msmarco"], document_tokens=75),  # passages
+}
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """Peak rates of dense products as its maker states them, and the share of them that we expect."""
+
+    name: str
+    bf16: float  # FLOP/s
+    tf32: float  # FLOP/s, of float32 products
+    memory: float  # bytes
+    bandwidth: float  # bytes/s
+    utilisation: float = 0.35  # an assumption, not a measurement
+
+
+A100 = Accelerator("A100", 312e12, 156e12, 80e9, 2.039e12)
+H100 = Accelerator("H100", 989e12, 494e12, 80e9, 3.35e12)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage of a run."""
+
+    stage: str
+    t: int | None  # of D_t, where it is one corpus's
+    steps: int  # of the optimiser
+    rate: str  # of the products: bf16 or tf32
+    flops: float
+    bytes: float  # read from and written to the accelerator's memory
+    weights: float  # bytes held: parameters, gradients and the optimiser's moments
+    activations: float  # bytes held at the worst moment; logits and caches too
+
+    @property
+    def memory(self) -> float:
+        return self.weights + self.activations
+
+    def hours(self, accelerator: Accelerator) -> float:
+        """The slower of computing and moving bytes."""
+        rate = getattr(accelerator, self.rate) * accelerator.utilisation
+        return max(self.flops / rate, self.bytes / accelerator.bandwidth) / 3600
+
+
+# ------------------------------------------------------------------------------------- network and parameters
+
+
+def network(config) -> T5Config:
+    """Shape of the run's T5, from the flags. Published weights bring their own word rows."""
+    return T5Config(
+        vocab=T5Config().vocab if config.t5 else config.vocab, width=config.width, heads=config.heads,
+        head_width=config.width // config.heads, feed_forward=config.feed_forward, codebooks=config.M,
+        centroids=config.K, encoder_blocks=config.encoder_blocks, decoder_blocks=config.decoder_blocks,
+    )  # fmt: skip
+
+
+def mixture(config, t: int) -> MixConfig | None:
+    """The mixed layers on D_t, None for a plain T5. At most: every layer grows at every corpus but the first."""
+    first = 0 if config.d0_mixture else 1  # the corpus that brings the mixture
+    if not config.mixture or t < first:
+        return None
+    return MixConfig(config.layers, config.experts + (config.expand != "never") * (t - first), config.rank)
+
+
+def block_weights(net: T5Config, attentions: int) -> int:
+    """Entries of a block's matrices: 4 D I per attention; 2 D F, or 3 where gated, of the feed-forward."""
+    attention = 4 * net.width * net.heads * net.head_width
+    return attentions * attention + (3 if net.gated else 2) * net.width * net.feed_forward
+
+
+def parameters(net: T5Config, mix: MixConfig | None = None) -> dict[str, int]:
+    """Parameters of each part. An untied head for words is loaded, but no stage reads or trains it."""
+    words, ends = net.vocab * net.width, net.width + net.buckets * net.heads  # final norm, relative positions
+    expert = expert_parameters(net.width, net.feed_forward, mix.rank) + net.width if mix else 0  # and its row
+    return {
+        "words": words,
+        "head": 0 if net.tied else words,
+        "docids": net.codebooks * net.centroids * net.width,
+        "encoder": net.encoder_blocks * (block_weights(net, 1) + 2 * net.width) + ends,
+        "decoder": net.decoder_blocks * (block_weights(net, 2) + 3 * net.width) + ends,
+        "mixture": mix.layers * mix.experts * expert if mix else 0,
+    }
+
+
+def trained(config, net: T5Config, t: int) -> int:
+    """Parameters that train on D_t. Mixed models: all but words on D_0, then docid table and newest experts."""
+    mix, before = mixture(config, t), mixture(config, t - 1)
+    parts = parameters(net, mix)
+    if t and config.mixture:
+        return parts["docids"] + parts["mixture"] - parameters(net, before)["mixture"]
+    words = 0 if mix and not config.d0_words else parts["words"]
+    return words + parts["docids"] + parts["encoder"] + parts["decoder"] + parts["mixture"]
+
+
+# ------------------------------------------------------------------------------------------------------ FLOPs
+
+
+def products(net: T5Config, mix, batch: int, source: int, target: int, keys: int = 0) -> dict[str, int]:
+    """T5.encode of (B, S) and T5.decode of (B, T), where a position looks at `keys` positions (T if 0).
+
+    In parts, which a backward treats differently. An attention's scores and their use take I each per pair.
+    """
+    inner, tokens, positions = net.heads * net.head_width, 2 * batch * source, 2 * batch * target
+    cross_kv = 2 * net.width * inner
+    return {
+        "encoder": net.encoder_blocks * tokens * (block_weights(net, 1) + 2 * source * inner),
+        "keys_values": net.decoder_blocks * tokens * cross_kv,  # of the source, once for all positions
+        "decoder": net.decoder_blocks * positions * (block_weights(net, 2) - cross_kv),
+        "self": net.decoder_blocks * positions * 2 * (keys or target) * inner,
+        "cross": net.decoder_blocks * positions * 2 * source * inner,
+        "experts": positions * parameters(net, mix)["mixture"],  # 2 r (D + F), and D of the router, each
+    }
+
+
+def embedding(net: T5Config, batch: int, source: int) -> int:
+    """T5.embed of (B, S): the encoder and one decoder position."""
+    return sum(products(net, None, batch, source, 1).values())
+
+
+def logits(net: T5Config, mask: str = "segment") -> int:
+    """Logits of one docid's loss: M positions, each against the rows that the mask leaves."""
+    codes = net.codebooks * net.centroids
+    rows = {"segment": net.centroids, "docid_vocab": codes, "full_vocab": codes + net.vocab}
+    return net.codebooks * rows[mask]
+
+
+def beam_search(net: T5Config, mix: MixConfig | None, batch: int, source: int, beam: int) -> int:
+    """search.beam_search: M steps of cached decoding, with K logits for each live beam."""
+    flops = 0
+    for m in range(net.codebooks):
+        live = min(beam, net.centroids**m)
+        parts = products(net, mix, batch, source, live, m + 1)
+        if m > 0:  # the source is encoded once
+            parts |= {"encoder": 0, "keys_values": 0}
+        flops += sum(parts.values()) + 2 * batch * live * net.centroids * net.width
+    return flops
+
+
+def quantiser(net: T5Config, beam: int, points: int, documents: int) -> int:
+    """rq.fit of `points` and rq.encode of `documents`. Level m compares the residuals of all live beams with
+    K centroids: of the documents once, of the points in the fit of each later level, of k-means' sample often.
+    """
+    flops = 0
+    for m in range(net.codebooks):
+        live = min(beam, net.centroids**m)
+        sample = min(points * live, POINTS_PER_CENTROID * net.centroids)
+        encoded = (documents + (net.codebooks - 1 - m) * points) * live
+        flops += 2 * (encoded + ITERATIONS * sample) * net.centroids * net.width
+    return flops
+
+
+def dense_step(config, net: T5Config, windows: int, query: int, window: int) -> int:
+    """Queries and `windows` documents of each: two in a round (positive, negative), one in the warm-up."""
+    batch, micro = config.dense_batch, min(config.dense_batch, config.micro_batch or config.dense_batch)
+    flops = 0
+    for texts, length in (batch, query), (windows * batch, window):
+        parts = products(net, None, texts, length, 1)
+        flops += (3 + config.recompute) * sum(parts.values()) - config.recompute * parts["keys_values"]
+    contrastive = windows == 1 or config.dense_contrastive > 0  # queries by documents, within a micro-batch
+    return flops + contrastive * 3 * 2 * batch * windows * micro * net.width
+
+
+def docid_terms(config, t: int) -> tuple[int, int]:
+    """Decoder passes of a step of D_t (along its docids, along older ones), and how many of them have a KL."""
+    old = t > 0 and config.kl_old_coef > 0
+    return 1 + old, old + (t > 0 and config.kl_coef > 0)
+
+
+def docid_step(config, net: T5Config, t: int, batch: int, source: int) -> int:
+    """A step of D_t: B queries of S tokens, M docid positions.
+
+    D_0 and BASE train encoder and decoder; words at rest save nothing, since dx must reach the first norm.
+    Later corpora run no encoder. Their docid table feeds the decoder, so dx runs through every block, but
+    frozen weights have no dW: one product backward, not two. Self-attention multiplies x by x and keeps two;
+    the source is constant, so cross-attention keeps one and its keys and values none. Old and new experts are
+    stacked: dW is computed for all of them, unless none is new.
+    """
+    passes, divergences = docid_terms(config, t)
+    # Cross-entropy: forward, backward. A KL: the same, and the previous model's logits.
+    loss = 2 * batch * net.width * (3 * logits(net, config.mask) + divergences * 4 * logits(net))
+    mix, grown = mixture(config, t), mixture(config, t) != mixture(config, t - 1)
+    parts = products(net, mix, batch, source, net.codebooks)
+    if t and config.mixture:
+        parts["encoder"] = 0
+        backward = parts["decoder"] + parts["cross"] + 2 * parts["self"] + (1 + grown) * parts["experts"]
+    else:
+        backward = 2 * sum(parts.values())
+    again = config.recompute * (sum(parts.values()) - parts["keys_values"])
+    return passes * (sum(parts.values()) + backward + again) + loss
+
+
+# ----------------------------------------------------------------------------------------------------- memory
+
+
+def block_bytes(net: T5Config, target: int, source: int = 0, mix: MixConfig | None = None) -> int:
+    """What autograd keeps of (T, D) in a block under bfloat16 autocast; with a source, in a decoder's block.
+
+    Per position 4 bytes of the residual stream and of its normalised copy, 2 of every input of a product (cast
+    anew for each), 1 of a dropout mask; per score 7: its softmax in both precisions, and a mask.
+    """
+    D, F, inner = net.width, net.feed_forward, net.heads * net.head_width
+    position = 15 * D + 8 * inner + (13 * D + 9 * F if net.gated else 11 * D + 5 * F)
+    position += 11 * D + 4 * inner if source else 0  # cross-attention
+    position += 7 * D + 3 * F + 8 * mix.experts * mix.rank if mix else 0
+    return target * position + source * 4 * (D + inner) + 7 * net.heads * target * (target + source)
+
+
+def kept(net, mix, source: int, target: int, encode: bool = True, recompute: bool = False) -> int:
+    """Bytes kept of one text for the backward: S tokens encoded (unless cached) and T decoded. Within 5%, but a
+    frozen decoder keeps less. With `recompute` a block keeps its inputs (in the decoder also the source's keys
+    and values), and one block is whole.
+    """
+    layers = mix.layers if mix else 0
+    blocks = encode * net.encoder_blocks * [block_bytes(net, source)]
+    blocks += layers * [block_bytes(net, target, source, mix)]
+    blocks += (net.decoder_blocks - layers) * [block_bytes(net, target, source)]
+    ends = 14 * net.width * (encode * source + target) + encode * 4 * net.heads * source**2  # and its bias
+    if not recompute:
+        return ends + sum(blocks)
+    streams = encode * net.encoder_blocks * source + net.decoder_blocks * target
+    keys_values = net.decoder_blocks * 2 * source * net.heads * net.head_width
+    return ends + 4 * net.width * streams + 2 * keys_values + max(blocks)
+
+
+# ------------------------------------------------------------------------------------------------- the stages
+
+
+def training(config, stage, t, steps, batch, flops, n, n_trained, made, held) -> Row:
+    """Steps of `flops`; n parameters, some trained; bytes of an example's activations, and those held at once."""
+    micro = min(batch, config.micro_batch or batch)
+    each_pass = batch * made + math.ceil(batch / micro) * 4 * n  # activations, and weights read for each part
+    traffic = OPTIMISER_TRAFFIC * n_trained + (2 + config.recompute) * each_pass  # forward, again, backward
+    weights = (4 + 2) * n + 3 * 4 * n_trained  # parameters and their bfloat16 copies; gradients, two moments
+    return Row(stage, t, steps, "bf16", steps * flops, steps * traffic, weights, micro * held)
+
+
+def inference(stage, t, flops, net, mix, batch, texts, source, target, held=0, rate="tf32") -> Row:
+    """Texts of S tokens and T positions. Without gradients about as much is alive as with recomputation."""
+    weights = 4 * sum(parameters(net, mix).values())
+    traffic = math.ceil(texts / batch) * weights + 2 * texts * kept(net, mix, source, target)
+    activations = batch * kept(net, mix, source, target, recompute=True) + held
+    return Row(stage, t, 0, rate, flops, traffic, weights, activations)
+
+
+def first_rows(config, workload: Workload) -> Iterator[Row]:
+    """What comes once: the bi-encoder, the mining of its negatives, embeddings and docids of documents."""
+    net, counts, (query, longest, document) = network(config), workload.counts, workload.lengths(config)
+    parts, d0, window = parameters(net), counts.documents[0], config.dense_length
+    n, n_trained = sum(parts.values()), parts["words"] + parts["encoder"] + parts["decoder"]
+    rounds = config.dense_rounds * config.dense_steps
+    for stage, steps, windows in ("dense warm-up", config.dense_warmup_steps, 1), ("dense rounds", rounds, 2):
+        batch, flops = config.dense_batch, dense_step(config, net, windows, longest, window)
+        made, held = (
+            kept(net, None, longest, 1, True, again) + windows * kept(net, None, window, 1, True, again)
+            for again in (False, config.recompute)
+        )
+        yield training(config, stage, None, steps, batch, flops, n, n_trained, made, held)
+
+    rounds = range(2, config.dense_rounds + 1)  # that may rank all queries against all of D_0
+    mined = sum(not teacher_of_round(config.teacher, number) for number in rounds)
+    queries, texts = counts.annotated + config.dense_pseudo * d0, mined * d0
+    flops = texts * embedding(net, 1, document)
+    flops += mined * queries * (embedding(net, 1, query) + 2 * d0 * net.width)
+    yield inference("mining", None, flops, net, None, EMBED_BATCH, texts, document, 1, rate="bf16")
+
+    texts = sum(counts.documents) + config.d0_fragments * d0
+    flops = texts * embedding(net, 1, document) + config.rq_pseudo * d0 * embedding(net, 1, query)
+    yield inference("document embeddings", None, flops, net, None, EMBED_BATCH, texts, document, 1)
+
+    D, K, most = net.width, net.centroids, max(POINTS_PER_CENTROID * net.centroids, MOST_POINTS)
+    points = min(d0 * (1 + config.rq_pseudo), most)  # that fit the codebooks
+    flops = 0 if config.docids else quantiser(net, config.rq_beam, points, texts)
+    traffic = flops / (2 * K * D) * 4 * (D + 2 * K)  # a point, and its K distances, written and read
+    held = 4 * D * (points + 3 * min(points * config.rq_beam, most))  # points; residuals and their two terms
+    yield Row("codebooks and docids", None, 0, "tf32", flops, traffic, 0, held)
+
+
+def corpus_rows(config, workload: Workload, t: int) -> Iterator[Row]:
+    """Training on D_t; scans before it (OOD, KL) and after it (calibration); evaluation on D_0..D_t."""
+    net, counts, (query, longest, _) = network(config), workload.counts, workload.lengths(config)
+    mix, before, M, queries = mixture(config, t), mixture(config, t - 1), config.M, counts.pseudo_queries[t]
+    passes, divergences = docid_terms(config, t)
+
+    batch, steps = (config.batch, config.steps) if t else (config.d0_batch, config.d0_steps)
+    steps = steps if steps or t == 0 else math.ceil(config.epochs * queries / batch)
+    n, n_trained = sum(parameters(net, mix).values()), trained(config, net, t)
+    flops = docid_step(config, net, t, batch, longest)
+    encode, n_logits = t == 0 or not config.mixture, logits(net, config.mask) + 2 * divergences * logits(net)
+    made, held = (passes * kept(net, mix, longest, M, encode, again) for again in (False, config.recompute))
+    loss = (2 + 4 + 4 + 4) * n_logits  # bytes: in both precisions, their log-softmax and gradient
+    yield training(config, "training", t, steps, batch, flops, n, n_trained, made + loss, held + loss)
+
+    if mix:
+        control = config.control_queries if before else 0
+        first = passes * queries + control if t else 0  # decoded by the model before D_t
+        last = queries if t else min(queries, config.calibration_queries)  # by the one after it
+        old, new = (products(net, model, 1, query, M) for model in (before, mix))
+        flops = first * sum(old.values()) + last * sum(new.values())
+        flops -= (first - control) * new["encoder"]  # each query is encoded once
+        yield inference("scans", t, flops, net, mix, SCAN_BATCH, first + last, query, M)
+
+    tests, batch, beam = sum(counts.test_queries[: t + 1]), config.eval_batch, config.beam
+    caches = batch * beam * M * net.decoder_blocks * 2 * net.heads * net.head_width * 4  # float32
+    flops = beam_search(net, mix, tests, query, beam)
+    yield inference("evaluation", t, flops, net, mix, batch, tests, query, beam * M, 2 * caches)  # reordered
+
+
+def rows(config, workload: Workload) -> list[Row]:
+    """What each stage of a run costs."""
+    later = (corpus_rows(config, workload, t) for t in range(len(workload.counts.documents)))
+    return [row for row in chain(first_rows(config, workload), *later) if row.flops]
+
+
+# ---------------------------------------------------------------------------------------------------- as text
+
+
+def table(config, workload: Workload, accelerators=(A100, H100)) -> str:
+    """A run's stages, and what the numbers rest on. D_1 to D_T share lines: sums, but the largest memory."""
+    found, groups, last = rows(config, workload), {}, len(workload.counts.documents) - 1
+    for row in found:
+        corpus = "" if row.t is None else "D0 " if row.t == 0 else f"D1..D{last} "
+        groups.setdefault(corpus + row.stage, []).append(row)
+    names = ["PFLOP", "TB moved", "GiB weights", "GiB activ.", *(f"hours {a.name}" for a in accelerators)]
+    lines = [f"{'stage':22}{'steps':>9}{''.join(f'{name:>13}' for name in names)}  fits"]
+    for name, group in [*groups.items(), ("total", found)]:
+        large, steps = max(group, key=lambda row: row.memory), sum(row.steps for row in group)
+        cells = [sum(row.flops for row in group) / 1e15, sum(row.bytes for row in group) / 1e12]
+        cells += [large.weights / 2**30, large.activations / 2**30]
+        cells += [sum(row.hours(a) for row in group) for a in accelerators]
+        fits = ", ".join(a.name for a in accelerators if large.memory <= a.memory) or "none"
+        lines.append(f"{name:22}{steps or '-':>9}{''.join(f'{cell:13.3f}' for cell in cells)}  {fits}")
+    return "\n".join([*lines, "", *assumptions(config, workload, accelerators)])
+
+
+def assumptions(config, workload: Workload, accelerators=(A100, H100)) -> list[str]:
+    """What the numbers rest on, in plain words."""
+    net, (query, longest, document) = network(config), workload.lengths(config)
+    rates = [
+        f"  {a.name}: one, at {a.utilisation:.0%} (assumed, not measured) of {a.bf16 / 1e12:.0f} TFLOP/s in bfloat16, "
+        f"{a.tf32 / 1e12:.0f} in TF32; {a.bandwidth / 1e12:.2f} TB/s, {a.memory / 1e9:.0f} GB"
+        for a in accelerators
+    ]
+    return [
+        "assumptions", *rates,
+        "  hours: the slower of products and traffic; launches, host and disk take none",
+        "  products: of matrices; no tokenisation, BM25, cross-encoder or baselines; k-means as if on the accelerator",
+        "  precision: training and mining in bfloat16 whatever --precision says, the rest in TF32",
+        f"  network: {net.encoder_blocks} + {net.decoder_blocks} blocks of width {net.width}, by the flags, not by --t5",
+        "  growth: every mixed layer at every corpus, an upper bound; none with --expand never",
+        f"  tokens: a query {query} on average, {longest} when padded for training, an indexed document {document} "
+        f"on average, a window of dense training {config.dense_length}",
+        "  traffic: weights once per pass, activations written and read once, the optimiser; about",
+        f"  memory: micro-batch {config.micro_batch or 'as the batch'}, activations "
+        f"{'recomputed' if config.recompute else 'kept'}; about; if none fits: --micro_batch, --recompute",
+    ]  # fmt: skip

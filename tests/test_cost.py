@@ -1,0 +1,445 @@
+"""Closed formulas against torch's count of FLOPs, real modules' parameters and what autograd keeps."""
+
+import inspect
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import cost
+import dense
+import published
+import scan
+import train
+from losses import docid_cross_entropy, kl_to_previous
+from mixlora import MixConfig, add_mixture, mixed_layers
+from rq import Trie, encode
+from search import beam_search
+from t5 import T5, T5Config
+
+NET = T5Config(
+    vocab=60, width=32, head_width=4, heads=4, feed_forward=48, encoder_blocks=3, decoder_blocks=4,
+    codebooks=3, centroids=16,
+)  # fmt: skip
+GATED = replace(NET, gated=True, tied=False)
+MIX = MixConfig(layers=2, experts=3, rank=4)
+B, S, T = 5, 7, 3
+NQ320K, MSMARCO = cost.WORKLOADS["nq320k"], cost.WORKLOADS["msmarco"]
+
+
+def small_model(mix: MixConfig | None = None, net: T5Config = NET) -> T5:
+    torch.manual_seed(0)
+    model = T5(net)
+    if mix:
+        add_mixture(model, mix)
+    return model
+
+
+def queries(length: int = S, batch: int = B) -> torch.Tensor:
+    return torch.randint(1, NET.vocab, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def docids(batch: int = B) -> torch.Tensor:
+    shape = batch, NET.codebooks
+    return torch.randint(NET.centroids, shape, generator=torch.Generator().manual_seed(1))
+
+
+def counted(function) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def settings(preset: str = "nq320k", **changes) -> train.Config:
+    return train.Config(**(train.PRESETS[preset] | changes))
+
+
+def small_settings(**changes) -> train.Config:
+    shape = dict(width=32, heads=8, feed_forward=48, encoder_blocks=3, decoder_blocks=4, vocab=60, M=3, K=16)
+    return train.Config(**(shape | dict(layers=2, experts=2, rank=4) | changes))
+
+
+# ------------------------------------------------------------------------------------------------- parameters
+
+
+def on_meta(net: T5Config, mix: MixConfig | None = None) -> T5:
+    with torch.device("meta"):
+        model = T5(net)
+        if mix:
+            add_mixture(model, mix)
+    return model
+
+
+def count(*parts, training: bool = False) -> int:
+    return sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad or not training)
+
+
+def test_parameters_of_t5_base_are_the_papers():
+    one_expert = MixConfig(layers=1, experts=2)
+    parts = cost.parameters(T5Config(vocab=32_100), one_expert)
+    assert parts["mixture"] == 2 * (61_440 + 768)  # expert, router row
+    assert parts["docids"] == 12_582_912
+    assert sum(parts.values()) - parts["mixture"] == 235_464_960  # "235.4M"
+
+
+@pytest.mark.parametrize("net", [NET, T5Config(), replace(NET, encoder_blocks=1, heads=2, buckets=8), GATED])
+@pytest.mark.parametrize("mix", [None, MIX])
+def test_parameters_are_those_of_a_real_model(net, mix):
+    model, parts = on_meta(net, mix), cost.parameters(net, mix)
+    assert sum(parts.values()) == count(model)
+    assert parts["encoder"] == count(model.encoder, model.encoder_norm, model.encoder_bias)
+    assert parts["decoder"] + parts["mixture"] == count(model.decoder, model.decoder_norm, model.decoder_bias)
+
+
+@pytest.mark.parametrize("expand", ["always", "never"])
+def test_trained_parameters_are_those_that_training_leaves_unfrozen(expand):
+    config = small_settings(expand=expand)
+    net = cost.network(config)
+    model = on_meta(net, MixConfig(layers=2, experts=2, rank=4))
+    model.word.requires_grad_(False)
+    assert cost.trained(config, net, 0) == count(model, training=True)
+    for layer in mixed_layers(model):
+        layer.add_expert() if expand == "always" else layer.freeze_all()
+    train.freeze_old(model)
+    assert cost.trained(config, net, 1) == count(model, training=True)
+
+
+def test_base_trains_everything_and_pt_brings_its_mixture_with_d1():
+    base, pt = settings(**train.METHODS["base"]), settings(**train.METHODS["mixlora-dsi-pt"])
+    net = cost.network(base)
+    assert cost.trained(base, net, 0) == cost.trained(base, net, 1) == sum(cost.parameters(net).values())
+    assert cost.mixture(base, 3) is None and cost.mixture(pt, 0) is None
+    assert [cost.mixture(pt, t).experts for t in (1, 2, 4)] == [2, 3, 5]
+    one = 5 * (61_440 + 768)  # an expert and its router row in each mixed layer
+    assert [cost.trained(pt, net, t) - 12_582_912 for t in (1, 2, 4)] == [2 * one, one, one]
+
+
+def test_an_untied_head_for_words_never_trains():
+    tied = replace(GATED, tied=True)
+    assert sum(cost.parameters(GATED).values()) - sum(cost.parameters(tied).values()) == 60 * 32
+    assert [cost.trained(small_settings(), net, 0) for net in (GATED, tied)] == 2 * [
+        count(on_meta(tied, MixConfig(2, 2, 4))) - 60 * 32
+    ]
+
+
+def test_word_rows_follow_the_weights():
+    assert cost.network(settings(t5="", vocab=500)).vocab == 500
+    assert cost.network(settings(t5="folder")) == T5Config()
+
+
+# ------------------------------------------------------------------------------------------------------ FLOPs
+
+
+def test_encoder_flops_are_those_that_torch_counts():
+    model, ids = small_model(), queries()
+    assert cost.products(NET, None, B, S, T)["encoder"] == counted(lambda: model.encode(ids))
+
+
+@pytest.mark.parametrize("mix", [None, MIX])
+def test_decoder_flops_are_those_that_torch_counts(mix):
+    model, parts = small_model(mix), cost.products(NET, mix, B, S, T)
+    source, padding = model.encode(queries())
+    assert parts.pop("keys_values") == counted(lambda: model.cross_keys_values(source))
+    cross = model.cross_keys_values(source)
+    found = counted(lambda: model.decode(model.docid_inputs(docids()), cross, padding))
+    assert sum(parts.values()) - parts["encoder"] == found
+
+
+def test_dense_embedding_flops_are_those_that_torch_counts():
+    model = small_model()
+    assert cost.embedding(NET, B, S) == counted(lambda: model.embed(queries()))
+
+
+@pytest.mark.parametrize("mask", ["segment", "docid_vocab", "full_vocab"])
+def test_logits_are_those_that_torch_counts(mask):
+    model, hidden = small_model(), torch.randn(B, NET.codebooks, NET.width)
+    found = counted(lambda: docid_cross_entropy(model, hidden, docids(), mask))
+    assert 2 * B * NET.width * cost.logits(NET, mask) == found
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("net, mask", [(NET, "segment"), (NET, "full_vocab"), (GATED, "segment")])
+def test_d0_step_flops_are_those_that_torch_counts(mixed, net, mask, recompute):
+    config = small_settings(mixture=mixed, mask=mask, recompute=recompute, layers=2, experts=3, rank=4)
+    model = small_model(cost.mixture(config, 0), net).train()
+    model.recompute = recompute
+    model.word.requires_grad_(not mixed)
+
+    def step():
+        hidden, _ = model.docid_hidden(*model.encode(queries()), docids())
+        docid_cross_entropy(model, hidden, docids(), mask).backward()
+
+    assert cost.docid_step(config, net, 0, B, S) == counted(step)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_dense_step_flops_are_those_that_torch_counts(recompute):
+    config = small_settings(dense_batch=B, dense_contrastive=1.0, recompute=recompute)
+    net = cost.network(config)
+    model = small_model(net=net).train()
+    model.recompute = recompute
+
+    def step(windows):
+        q, passages = model.embed(queries()), model.embed(queries(11, windows * B))
+        (q @ passages.T).logsumexp(1).sum().backward()
+
+    for windows in (1, 2):  # warm-up, round
+        assert cost.dense_step(config, net, windows, S, 11) == counted(lambda n=windows: step(n))
+
+
+def test_in_batch_scores_are_taken_within_a_micro_batch():
+    whole, parts, none = (
+        cost.dense_step(small_settings(dense_batch=64, dense_contrastive=c, micro_batch=m), NET, 2, S, 11)
+        for c, m in ((1.0, 0), (1.0, 16), (0.0, 16))
+    )
+    assert whole - none == 3 * 2 * 64 * 128 * NET.width == 4 * (parts - none)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("expand", ["always", "never"])
+@pytest.mark.parametrize("kl_old", [0.0, 0.3])
+def test_continual_step_flops_are_those_that_torch_counts(expand, kl_old, recompute):
+    """Everything rests but docid table and newest experts. Router losses, D per token, are left out."""
+    config = small_settings(expand=expand, kl_old_coef=kl_old, recompute=recompute)
+    net = cost.network(config)
+    model = small_model(MixConfig(layers=2, experts=2, rank=4), net).train()
+    for layer in mixed_layers(model):
+        layer.add_expert() if expand == "always" else layer.freeze_all()
+    train.freeze_old(model)
+    model.recompute = recompute
+    with torch.no_grad():
+        source = model.encode(queries())
+    before, rq_before = torch.randn(B, net.codebooks, net.width), model.rq.detach().clone()
+
+    def step():
+        hidden, _ = model.docid_hidden(*source, docids())
+        loss = docid_cross_entropy(model, hidden, docids(), config.mask)
+        loss = loss + kl_to_previous(hidden, model.rq, before, rq_before, "sum")
+        if kl_old:
+            hidden, _ = model.docid_hidden(*source, docids().flip(0))
+            loss = loss + kl_to_previous(hidden, model.rq, before, rq_before, "sum")
+        loss.backward()
+
+    assert cost.docid_step(config, net, 1, B, S) == counted(step)
+
+
+def test_the_first_mixture_of_pt_trains_all_its_experts():
+    """The mixture comes with D_1, so both experts of a layer are new."""
+    config = small_settings(d0_mixture=False, kl_coef=0.0)
+    net = cost.network(config)
+    model = small_model(MixConfig(layers=2, experts=2, rank=4), net)
+    train.freeze_old(model)
+    with torch.no_grad():
+        source = model.encode(queries())
+
+    def step():
+        hidden, _ = model.docid_hidden(*source, docids())
+        docid_cross_entropy(model, hidden, docids(), "segment").backward()
+
+    assert cost.docid_step(config, net, 1, B, S) == counted(step)
+
+
+@pytest.mark.parametrize("beam", [5, 20])  # one below K, one above
+@pytest.mark.parametrize("mix", [None, MIX])
+def test_beam_search_flops_are_those_that_torch_counts(mix, beam):
+    model = small_model(mix).eval().requires_grad_(False)
+    every = torch.cartesian_prod(*[torch.arange(NET.centroids)] * NET.codebooks)  # so that all beams are live
+    trie = Trie(every)
+    assert cost.beam_search(NET, mix, B, S, beam) == counted(
+        lambda: beam_search(model, trie, queries(), beam)
+    )
+
+
+def test_quantiser_flops_by_hand():
+    """N = 1000 points, K = 16, D = 32, M = 3; beams 1, 5, 5 enter the levels, 11 in all."""
+    product = 2 * 16 * 32
+    points = 0 + 1 + 6  # levels before each level, of 1000 points each
+    sample = 1000 + 4096 + 4096  # 256 K of 5000 residuals from the second level on
+    assert cost.quantiser(NET, 5, 1000, 0) == product * (1000 * points + cost.ITERATIONS * sample)
+    assert cost.quantiser(NET, 5, 1000, 70) - cost.quantiser(NET, 5, 1000, 0) == product * 70 * 11
+
+
+def test_quantiser_encoding_flops_are_those_that_torch_counts():
+    books, points = torch.randn(3, 16, 32), torch.randn(40, 32)
+    assert cost.quantiser(NET, 5, 0, 40) == counted(lambda: encode(points, books, 5))
+
+
+# ----------------------------------------------------------------------------------------------------- memory
+
+
+def saved_bytes(model: T5, function) -> int:
+    """Bytes of the tensors that autograd keeps for the backward, parameters and their casts apart.
+
+    The CPU keeps a dropout mask as numbers, 0 or 1 / (1 - p); accelerators keep a byte each, counted so here.
+    """
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {p.shape for p in model.parameters()} | {p.T.shape for p in model.parameters() if p.ndim == 2}
+    kept, held = {}, {}
+
+    def pack(tensor):
+        key = tensor.untyped_storage().data_ptr()
+        if key not in weights and not (tensor.ndim == 2 and tensor.shape in shapes):
+            is_mask = tensor.is_floating_point() and len(tensor.unique()) == 2 and not tensor.min()
+            held[key] = tensor.untyped_storage()  # so that no address is used twice
+            kept[key] = tensor.numel() if is_mask else held[key].nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = function()
+    del out
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("mix, gated", [(None, False), (MIX, False), (MIX, True)])
+def test_activation_bytes_are_what_autograd_keeps(mix, gated):
+    """Within 5%: left out is what has one number per token, counted the bias, which is merely alive."""
+    net = replace(NET, width=64, head_width=16, feed_forward=256, gated=gated)
+    model = small_model(mix, net).train()
+    ids, codes = queries(24, 8), docids(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = saved_bytes(model, lambda: model.docid_hidden(*model.encode(ids), codes))
+        source = [tensor.detach() for tensor in model.encode(ids)]
+        alone = saved_bytes(model, lambda: model.docid_hidden(*source, codes))
+    assert 8 * cost.kept(net, mix, 24, T) == pytest.approx(whole, rel=0.05)
+    assert 8 * cost.kept(net, mix, 24, T, encode=False) == pytest.approx(alone, rel=0.05)
+
+
+def test_recomputation_keeps_the_inputs_of_blocks_and_one_whole_block():
+    """By hand, with D = 768 and S = 20: 12 blocks' inputs in float32, the largest block, what lies around them."""
+    net = replace(T5Config(), decoder_blocks=1)
+    block = 20 * (15 + 8 + 11) * 768 + 20 * 5 * 3072 + 7 * 12 * 20 * 20
+    inputs = 4 * 768 * (12 * 20 + 1 * 1) + 2 * 2 * 20 * 768  # the last: keys and values in bfloat16
+    around = 14 * 768 * (20 + 1) + 4 * 12 * 20 * 20
+    assert cost.kept(net, None, 20, 1, recompute=True) == block + inputs + around
+
+
+@pytest.mark.parametrize("stage", ["dense rounds", "training"])
+def test_micro_batches_and_recomputation_trade_products_and_traffic_for_memory(stage):
+    def row(**changes):
+        return next(row for row in cost.rows(settings(**changes), NQ320K) if row.stage == stage)
+
+    before, parts = row(), row(micro_batch=64)
+    share = 64 / (256 if stage == "dense rounds" else 1024)
+    assert parts.activations == pytest.approx(share * before.activations)
+    assert parts.flops == before.flops and parts.bytes > before.bytes  # weights are read for every part
+    again = row(micro_batch=64, recompute=True)
+    assert again.activations < parts.activations / 4 and again.weights == parts.weights
+    assert again.bytes > parts.bytes  # what is not kept is still written and read
+    assert 1.2 * before.flops < again.flops < 4 / 3 * before.flops  # at most one forward pass more
+
+
+def test_gradients_and_moments_are_of_the_trained_parameters_alone():
+    found = {(row.stage, row.t): row for row in cost.rows(settings(), NQ320K)}
+    trained = 12_582_912 + 5 * (61_440 + 768)  # docid table, one expert and router row per layer
+    whole = 235_464_960 + 5 * 3 * (61_440 + 768)
+    assert found["training", 1].weights == (4 + 2) * whole + 12 * trained  # float32 and bfloat16; three more
+    assert found["scans", 1].weights == 4 * whole
+
+
+# --------------------------------------------------------------------------------------------- rows and table
+
+
+def test_counts_are_the_papers_and_come_from_one_place():
+    assert {name: one.counts for name, one in cost.WORKLOADS.items()} == published.BENCHMARKS
+
+
+def test_lengths_are_cut_by_the_config():
+    assert NQ320K.lengths(settings()) == (10, 20, 256) and MSMARCO.lengths(settings()) == (10, 20, 75)
+    assert NQ320K.lengths(settings(query_length=8, document_length=200)) == (8, 8, 200)
+
+
+def test_steps_are_those_of_the_config():
+    found = {(row.stage, row.t): row.steps for row in cost.rows(settings(), NQ320K)}
+    assert found["dense rounds", None] == 2 * 54_000  # 50 epochs of 276,493 at batch 256
+    assert found["training", 0] == 20_000
+    assert found["training", 1] == -(-10 * 41_132 // 32) == 12_854
+    found = {(row.stage, row.t): row.steps for row in cost.rows(settings("msmarco"), MSMARCO)}
+    assert found["training", 0] == 250_000 and found["training", 4] == -(-5 * 2_210_471 // 512)
+
+
+def test_lines_of_the_table_add_up():
+    found, text = cost.rows(settings(), NQ320K), cost.table(settings(), NQ320K)
+    for name, group in (
+        ("total", found),
+        ("D1..D4 training", [r for r in found if r.stage == "training" and r.t]),
+    ):
+        line = next(line for line in text.splitlines() if line.startswith(name))
+        cells = line.removeprefix(name).split()
+        assert int(cells[0]) == sum(row.steps for row in group)
+        assert float(cells[1]) == pytest.approx(sum(row.flops for row in group) / 1e15, abs=1e-3)
+        assert float(cells[3]) + float(cells[4]) == pytest.approx(
+            max(r.memory for r in group) / 2**30, abs=2e-3
+        )
+        assert float(cells[5]) == pytest.approx(sum(row.hours(cost.A100) for row in group), abs=1e-3)
+
+
+def test_hours_are_the_slower_of_products_and_traffic():
+    chip = cost.Accelerator("chip", bf16=200.0, tf32=100.0, memory=10.0, bandwidth=50.0, utilisation=0.5)
+    row = cost.Row("stage", None, 0, "bf16", 3600 * 100, 3600 * 10, weights=6, activations=4)
+    assert row.hours(chip) == 1.0 and replace(row, rate="tf32").hours(chip) == 2.0
+    assert replace(row, bytes=3600 * 200).hours(chip) == 4.0
+    assert row.memory == 10
+
+
+@pytest.mark.parametrize("preset", ["nq320k", "msmarco"])
+def test_the_table_names_every_stage_and_its_assumptions(preset):
+    workload, config = cost.WORKLOADS[preset], settings(preset)
+    stages = ["dense rounds", "mining", "document embeddings", "codebooks and docids"]
+    assert [row.stage for row in cost.rows(config, workload)] == stages + 5 * [
+        "training",
+        "scans",
+        "evaluation",
+    ]
+    stages += [f"{d} {stage}" for d in ("D0", "D1..D4") for stage in ("training", "scans", "evaluation")]
+    lines = cost.table(config, workload).splitlines()
+    assert [line[:22].strip() for line in lines[1 : lines.index("")]] == [*stages, "total"]
+    assert all(line.endswith("A100, H100") for line in lines[1 : lines.index("")])
+    for words in ("hours A100", "35%", "not measured", "BM25", "a query 10", "whatever --precision says"):
+        assert words in "\n".join(lines)
+
+
+def test_a_stage_that_does_not_fit_is_marked():
+    lines = cost.table(settings(dense_batch=1024), NQ320K).splitlines()
+    assert [line.split()[-1] for line in lines if line.startswith(("dense rounds", "D0 training"))] == [
+        "none",
+        "H100",
+    ]
+
+
+def test_methods_without_a_mixture_scan_nothing():
+    found = [row.stage for row in cost.rows(settings(**train.METHODS["base"]), NQ320K)]
+    assert "scans" not in found
+    pt = [(row.stage, row.t) for row in cost.rows(settings(**train.METHODS["mixlora-dsi-pt"]), NQ320K)]
+    assert ("scans", 0) not in pt and ("scans", 1) in pt
+
+
+def test_scans_encode_once_and_decode_with_the_models_before_and_after():
+    config = settings(kl_old_coef=0.3, control_queries=500)
+    row = next(row for row in cost.rows(config, NQ320K) if (row.stage, row.t) == ("scans", 2))
+    net, n = cost.network(config), 41_136
+    old, new = (cost.products(net, cost.mixture(config, t), 1, 10, 8) for t in (1, 2))
+    assert old["experts"] < new["experts"] and old["encoder"] == new["encoder"]
+    decoded = (2 * n + 500) * (sum(old.values()) - old["encoder"]) + n * (sum(new.values()) - new["encoder"])
+    assert row.flops == (n + 500) * new["encoder"] + decoded
+
+
+def test_stages_that_a_run_skips_are_left_out():
+    found = [row.stage for row in cost.rows(settings(teacher="scores.jsonl", dense_warmup_steps=100), NQ320K)]
+    assert found[:3] == ["dense warm-up", "dense rounds", "document embeddings"]
+    config = settings(docids="docid_to_smtid.json")  # made elsewhere
+    assert "codebooks and docids" not in [row.stage for row in cost.rows(config, NQ320K)]
+
+
+def test_precision_and_device_of_this_machine_change_nothing():
+    tables = {
+        cost.table(settings(precision=p, device=d), NQ320K)
+        for p, d in (("", ""), ("float32", "cpu"), ("bf16", "cuda"))
+    }
+    assert len(tables) == 1
+
+
+def test_batches_are_those_of_the_code():
+    default = {f: inspect.signature(f).parameters["batch"].default for f in (scan.scan, dense.embed)}
+    assert default == {scan.scan: cost.SCAN_BATCH, dense.embed: cost.EMBED_BATCH}
