@@ -1,0 +1,354 @@
+"""Pseudo-queries from a doc2query checkpoint: a T5 that reads a passage and writes what one might ask of it.
+
+Paper    section 4 and its appendix: docT5query pseudo-queries, 10 per MS MARCO passage, up to 15 per NQ320k
+         document
+In       a folder with a published T5 that was trained for this, such as castorini/doc2query-t5-base-msmarco;
+         documents as BEIR lines, MS MARCO's collection or NQ320k's list
+Out      JSON lines {"doc_id", "query"}, in document order, and beside them how far the file has got
+Next     data.read_pseudo_queries reads the file; train.py trains on it (--pseudo_queries)
+Differs  the paper takes published pseudo-queries and does not state how they were drawn; our defaults are top-k
+         sampling with k = 10 at temperature 1, as is usual for this checkpoint. Each document has its own random
+         numbers, drawn from the seed and its id, so that its queries do not depend on batch, order or resuming.
+
+One limit of that last claim: a longer neighbour in the batch adds padding, which can move a sum by its last bit;
+where that changes which of two words is the likelier, or a probability right at the drawn number, another word
+follows. The same command with the same batch size on the same machine gives the same bytes, resumed or not.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import EOS, PAD, UNK, load_tokenizer, read_jsonl, tokenize, words
+from download import find_t5
+from published import json_items, read_tsv
+from run import read_json, write_json
+from t5 import T5, read_published
+
+SECONDS_BETWEEN_LINES = 10  # of progress on the terminal
+
+# ------------------------------------------------------------------------------------------------- sampling
+
+
+def next_word_probabilities(logits: Tensor, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """softmax(logits / temperature) over the top_k words alone: (R, V) -> probabilities and ids, (R, k) each.
+
+    The likeliest word comes first; float32; k = min(top_k, V). Words that tie for the last place are not all
+    kept.
+    """
+    best, ids = (logits.float() / temperature).topk(min(top_k, logits.shape[-1]))
+    return F.softmax(best, dim=-1), ids
+
+
+def draw(probabilities: Tensor, ids: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse CDF: the first of a row's ids whose cumulative probability exceeds its number in [0, 1).
+
+    probabilities and ids (R, k), uniforms (R,) float32 -> (R,).
+    """
+    cumulative = probabilities.double().cumsum(-1)
+    # The float32 sum may miss 1 by a little; scaled by it, and below it in float64, a number never falls past
+    # the end, nor on a word of probability 0.
+    target = uniforms.double()[:, None] * cumulative[:, -1:]
+    return ids.gather(1, (cumulative <= target).sum(1, keepdim=True))[:, 0]
+
+
+@torch.no_grad()
+def sample(
+    model: T5, ids: Tensor, per_document: int, top_k: int, temperature: float, uniforms: Tensor
+) -> Tensor:
+    """Samples queries word by word. The encoder runs once per passage; its samples share keys and values.
+
+    Args:
+        ids: (B, S) token ids of the passages, padded with 0.
+        uniforms: (B, per_document, max_length) float32 in [0, 1); number t of a query decides its word t.
+
+    Returns:
+        token ids (B, per_document, T), T <= max_length, without </s>; padded with 0 after it.
+    """
+    source, padding = model.encode(ids)
+    cross = model.cross_keys_values(source)
+    uniforms = uniforms.flatten(0, 1)  # (R, max_length); R = B * per_document, as beams that share a source
+    x, past = model.start(len(uniforms)), None  # (R, 1, D)
+    tokens = torch.full(uniforms.shape, PAD, device=ids.device)
+    ended = torch.zeros(len(uniforms), dtype=torch.bool, device=ids.device)
+    for t in range(uniforms.shape[1]):
+        hidden, past, _ = model.decode(x, cross, padding, past)
+        probabilities, likely = next_word_probabilities(model.word_logits(hidden)[:, 0], top_k, temperature)
+        word = draw(probabilities, likely, uniforms[:, t])
+        ended |= word == EOS
+        if ended.all():
+            tokens = tokens[:, :t]
+            break
+        tokens[:, t] = word.masked_fill(ended, PAD)  # an ended row runs on with PAD, and nobody reads it
+        x = model.word[tokens[:, t]][:, None]
+    return tokens.unflatten(0, (len(ids), per_document))
+
+
+def document_uniforms(seed: int, doc_id: str, per_document: int, length: int) -> Tensor:
+    """A document's own random numbers, (per_document, length) float32 in [0, 1), from the seed and its id.
+
+    torch's CPU generator keeps 32 bits of a seed: of millions of documents a few pairs share their numbers,
+    which is harmless, as their passages differ.
+    """
+    digest = hashlib.sha256(f"{seed} {doc_id}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    return torch.rand(per_document, length, generator=generator)
+
+
+def to_text(tokenizer, ids: list[int]) -> str:
+    """A query's text on one line. <unk>, <pad> and the rows that T5 has beyond its pieces say nothing."""
+    pieces = [i for i in ids if i not in (PAD, EOS, UNK) and i < tokenizer.vocab_size()]
+    return " ".join(tokenizer.decode(pieces).split())
+
+
+def queries(model: T5, tokenizer, batch: list[tuple[str, str]], args) -> list[list[str]]:
+    """The sampled queries of each (document id, passage), per_document of them; some may have no word."""
+    ids = tokenize(tokenizer, [passage for _, passage in batch], args.document_length)
+    numbers = [
+        document_uniforms(args.seed, doc_id, args.per_document, args.query_length) for doc_id, _ in batch
+    ]
+    uniforms = torch.stack(numbers).to(args.device)
+    sampled = sample(model, ids.to(args.device), args.per_document, args.top_k, args.temperature, uniforms)
+    return [[to_text(tokenizer, row) for row in document] for document in sampled.tolist()]
+
+
+def documents(args) -> Iterator[tuple[str, str]]:
+    """(document id, passage) of every document, read as they are asked for. One without any text is left out.
+
+    The file's ending tells its layout: .tsv is MS MARCO's collection, .json GenRet's NQ320k, all else BEIR lines.
+    The passage is made as data.Corpus.passages makes it. Raises ValueError at a line that is no document.
+    """
+    if args.documents.suffix == ".tsv":
+        yield from ((pid, text) for _, (pid, text) in read_tsv(args.documents, 2) if text.strip())
+        return
+    if args.documents.suffix == ".json":
+        with args.documents.open("rb") as file:
+            for row, text in enumerate(json_items(file, str(args.documents))):
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f"{args.documents}: item {row}: wanted a document's text, found {text!r:.80}"
+                    )
+                if text.strip():
+                    yield str(row), text.strip()
+        return
+    for _, row in read_jsonl(args.documents, ("_id", "text")):
+        title, text = " ".join(str(row.get("title") or "").split()), row["text"].strip()
+        if title or text:
+            yield row["_id"], f"{title}. {text}" if title else text
+
+
+# ------------------------------------------------------------------------------------------------- progress
+
+
+@dataclass
+class Progress:
+    """How far an output file has got; it is kept beside the file and renewed after every batch."""
+
+    settings: dict  # of the command, but for those that change no query
+    documents: int = 0  # complete
+    documents_sha256: str = ""  # of their ids and passages
+    size: int = 0  # bytes of the output that hold them
+    queries: int = 0  # written
+    wordless: int = 0  # sampled, but not written
+    without_query: int = 0  # documents of whose samples none had a word
+    finished: bool = False
+
+
+def progress_path(out: Path) -> Path:
+    return out.with_name(out.name + ".progress.json")
+
+
+def begin(args) -> Progress:
+    """The progress of an earlier run of this command, or a new one.
+
+    Raises ValueError where an output stands without its progress, is shorter than it says, or was sampled with
+    other settings.
+    """
+    path, out = progress_path(args.out), args.out
+    settings = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name not in ("out", "batch", "device")
+    }
+    if not path.exists():
+        if out.exists():
+            raise ValueError(
+                f"found {out} without {path.name}, which says what of it is complete; this command would "
+                "overwrite it, so move it away or pass another --out"
+            )
+        return Progress(settings)
+    try:
+        progress = Progress(**read_json(path))
+        found, done, size = dict(progress.settings), int(progress.documents), int(progress.size)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not the progress of this command ({error})") from None
+    if done == 0:
+        return Progress(settings)  # nothing is lost, whatever the settings were
+    different = [name for name in found | settings if found.get(name) != settings.get(name)]
+    if different:
+        was, now = (", ".join(f"{name}={of.get(name)}" for name in different) for of in (found, settings))
+        raise ValueError(
+            f"{out}: found {done} documents sampled with {was}; this command says {now}. Give the settings of "
+            f"then, or pass another --out, or remove {out.name} and {path.name} to begin anew"
+        )
+    if (there := out.stat().st_size if out.exists() else 0) < size:
+        raise ValueError(
+            f"{out}: found {there} bytes, wanted the {size} that {path.name} counts; put the file back, or "
+            "remove both to begin anew"
+        )
+    return progress
+
+
+def skip(stream: Iterator[tuple[str, str]], progress: Progress, digest) -> None:
+    """Moves past the documents that are done, through `digest`. Raises ValueError if they are other ones now."""
+    for document in islice(stream, progress.documents):
+        digest.update(json.dumps(document).encode())
+    if progress.documents and digest.hexdigest() != progress.documents_sha256:
+        raise ValueError(
+            f"the first {progress.documents} documents are not those whose queries are written already; put the "
+            "documents back as they were, or pass another --out"
+        )
+
+
+def keep(batch: list[tuple[str, str]], sampled: list[list[str]], progress: Progress) -> bytes:
+    """The lines of a batch, without queries that have no word; counts all of it in the progress."""
+    lines = []
+    for (doc_id, _), texts in zip(batch, sampled):
+        kept = [text for text in texts if words(text)]
+        lines += [json.dumps({"doc_id": doc_id, "query": text}, ensure_ascii=False) + "\n" for text in kept]
+        progress.queries += len(kept)
+        progress.wordless += len(texts) - len(kept)
+        progress.without_query += not kept
+    content = "".join(lines).encode()
+    progress.documents += len(batch)
+    progress.size += len(content)
+    return content
+
+
+# -------------------------------------------------------------------------------------------------- command
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The settings of a command line. Raises ValueError for a number that makes no sense."""
+    parser = argparse.ArgumentParser(
+        description="Sample pseudo-queries for documents; the same command goes on where it was stopped.",
+        allow_abbrev=False,
+    )
+
+    def flag(name: str, default, help: str) -> None:
+        names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])  # both spellings
+        parser.add_argument(
+            *names, dest=name, type=type(default), default=default, help=f"{help} [{default}]"
+        )
+
+    parser.add_argument("--t5", required=True, help="folder or hub name of the doc2query checkpoint")
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece file [spiece.model of that folder]")
+    parser.add_argument(
+        "--documents",
+        type=Path,
+        required=True,
+        help="corpus.jsonl (BEIR), collection.tsv (MS MARCO) or corpus_lite.json (NQ320k)",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines {doc_id, query} to write")
+    flag("per_document", 10, "queries sampled per document; the paper has 10 on MS MARCO, up to 15 on NQ320k")
+    flag("top_k", 10, "words to choose from at each step")
+    flag("temperature", 1.0, "logits are divided by it")
+    flag("seed", 42, "together with a document's id it fixes the document's random numbers")
+    flag("batch", 16, "documents at a time")
+    flag("document_length", 512, "word pieces kept of a document")
+    flag("query_length", 64, "word pieces of a query at most")
+    flag("device", "cuda" if torch.cuda.is_available() else "cpu", "where the model runs")
+    args = parser.parse_args(argv)
+    args.t5 = find_t5(args.t5)
+    args.tokenizer = args.tokenizer or args.t5 / "spiece.model"
+    for name in ("per_document", "top_k", "batch", "document_length", "query_length"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"found --{name} {getattr(args, name)}, wanted a positive number")
+    if not (math.isfinite(args.temperature) and args.temperature > 0):
+        raise ValueError(
+            f"found --temperature {args.temperature}, wanted a positive number; for the likeliest words alone "
+            "pass --top_k 1"
+        )
+    return args
+
+
+def load(args) -> tuple[T5, object]:
+    """The checkpoint in evaluation mode and its tokenizer; its docid table is never used and so kept small."""
+    tokenizer = load_tokenizer(args.tokenizer)
+    model = read_published(args.t5, codebooks=1, centroids=1).to(args.device).eval()
+    if tokenizer.vocab_size() > model.config.vocab:
+        raise ValueError(
+            f"found {tokenizer.vocab_size()} pieces in {args.tokenizer} but {model.config.vocab} word rows in "
+            f"{args.t5}; pass the --tokenizer of this checkpoint"
+        )
+    return model, tokenizer
+
+
+def write_queries(model, tokenizer, stream, batch, args, progress: Progress, digest) -> None:
+    """Appends the queries of `batch` and of the rest of the stream to the output, batch by batch.
+
+    After each one the progress is kept; before the first one, too, so that no output stands without it.
+    """
+    path = progress_path(args.out)
+    write_json(path, asdict(progress))
+    started, before, next_line = time.monotonic(), progress.queries, SECONDS_BETWEEN_LINES
+    with args.out.open("ab") as file:
+        file.truncate(progress.size)
+        while batch:
+            file.write(keep(batch, queries(model, tokenizer, batch, args), progress))
+            file.flush()
+            os.fsync(file.fileno())  # the lines before their count, also after a power cut
+            for document in batch:
+                digest.update(json.dumps(document).encode())
+            progress.documents_sha256 = digest.hexdigest()
+            write_json(path, asdict(progress))
+            if (seconds := time.monotonic() - started) >= next_line:
+                next_line = seconds + SECONDS_BETWEEN_LINES
+                rate = (progress.queries - before) / seconds
+                done = f"{progress.documents} documents | {progress.queries} queries | {rate:.1f} q/s"
+                print(done, flush=True)
+            batch = list(islice(stream, args.batch))
+    progress.finished = True
+    write_json(path, asdict(progress))
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    progress = begin(args)
+    if progress.finished:
+        print(f"nothing to do: {args.out} has {progress.queries} queries of {progress.documents} documents")
+        return
+    model, tokenizer = load(args)
+    stream, digest = documents(args), hashlib.sha256()
+    skip(stream, progress, digest)
+    batch = list(islice(stream, args.batch))
+    if progress.documents:
+        print(f"goes on after {progress.documents} documents")
+    elif not batch:
+        raise ValueError(f"{args.documents}: found no document with a title or a text")
+    write_queries(model, tokenizer, stream, batch, args, progress, digest)
+    print(
+        f"{progress.queries} queries of {progress.documents} documents; left out {progress.wordless} samples "
+        f"without a word, which leaves {progress.without_query} documents without a query"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"doc2query.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ndoc2query.py: stopped; complete documents are kept, the same command goes on after them")
