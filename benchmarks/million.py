@@ -1,0 +1,95 @@
+"""A synthetic corpus of a million documents through quantiser, docid table, trie and search: time and memory.
+
+    python benchmarks/million.py [--documents 1000000] [--beam 5] [--width 768] [--folder /tmp/million]
+
+Embeddings and codebooks are random, so nothing here says how well documents are found; what it shows is that
+each step runs in chunks. The embeddings lie on disk (3 GB at the default width).
+"""
+
+import argparse
+import resource
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import rq
+from mapped import ArrayWriter, Lookup, StringsWriter, open_array
+from search import beam_search, documents
+from t5 import T5, T5Config
+
+
+@contextmanager
+def step(name: str):
+    """Prints what a step took, and the process's largest resident size so far."""
+    begin = time.monotonic()
+    yield
+    seconds, peak = time.monotonic() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{name:44}{seconds:9.1f} s   peak {peak:6.2f} GiB", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--documents", type=int, default=1_000_000)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--M", type=int, default=8)
+    parser.add_argument("--K", type=int, default=2048)
+    parser.add_argument("--beam", type=int, default=5, help="of the quantiser")
+    parser.add_argument("--queries", type=int, default=128)
+    parser.add_argument("--folder", type=Path, default=Path("runs/million"))
+    args = parser.parse_args()
+    n, generator = args.documents, torch.Generator().manual_seed(0)
+    shutil.rmtree(args.folder, ignore_errors=True)
+    args.folder.mkdir(parents=True)
+    print(f"{n:,} documents, D={args.width}, M={args.M}, K={args.K}, {torch.get_num_threads()} threads")
+
+    with step("embeddings, written to disk"):
+        writer = ArrayWriter(args.folder / "embeddings.npy", (n, args.width))
+        for part in writer.values.split(rq.CHUNK):
+            part.normal_(generator=generator)
+        writer.close()
+    books = torch.stack([
+        torch.randn(args.K, args.width, generator=generator) * 0.9**m / 3 for m in range(args.M)
+    ])  # fmt: skip
+    embeddings = open_array(args.folder / "embeddings.npy")
+    with step(f"RQ encoding, beam {args.beam}"):
+        codes = rq.encode(embeddings, books, args.beam)
+    print(rq.report(embeddings, books, codes))
+    with step("docid table and document ids, written"):
+        np.save(args.folder / "docids.npy", codes.numpy().astype(np.int16))
+        writer = StringsWriter(args.folder / "ids.bin")
+        for i in range(n):
+            writer.add(f"doc-{i}")
+        ids = writer.close()
+    with step("docid table, read; document ids, indexed"):
+        codes = torch.from_numpy(np.load(args.folder / "docids.npy").astype(np.int64))
+        assert Lookup(ids)(f"doc-{n - 1}") == n - 1
+    with step("trie"):
+        trie = rq.Trie(codes)
+    held = [trie.rows, trie.documents, *trie.starts]
+    print(f"trie: {sum(t.numel() * t.element_size() for t in held) / n:.1f} bytes a document")
+
+    torch.manual_seed(0)
+    model = T5(T5Config(
+        vocab=1000, width=args.width, encoder_blocks=2, decoder_blocks=2, codebooks=args.M, centroids=args.K,
+        dropout=0.0,
+    )).eval()  # fmt: skip
+    queries = torch.randint(3, 1000, (args.queries, 12), generator=generator)
+    with step(f"search, {args.queries} queries, 10 beams"):
+        leaves, scores = beam_search(model, trie, queries, 10)
+        rankings = documents(trie, leaves, scores, ids, 10)
+    for ranking, row in zip(rankings, leaves.tolist()):
+        assert len(ranking) == 10 and {doc for doc, _ in ranking} <= {
+            d for leaf in row for d in trie.at_leaf(leaf)
+        }
+    shutil.rmtree(args.folder)
+
+
+if __name__ == "__main__":
+    main()
