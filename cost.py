@@ -13,8 +13,11 @@ itself, and backward dx = dy W^T and dW = x^T dy. Recomputation makes those with
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
+
+import torch
 
 from dense import teacher_of_round
 from mixlora import MixConfig, expert_parameters
@@ -358,6 +361,44 @@ def rows(config, workload: Workload) -> list[Row]:
 
 
 # ---------------------------------------------------------------------------------------------------- as text
+
+
+def require_memory(config, workload: Workload, available: float, where: str) -> None:
+    """Raises ValueError where some stage would need more than the `available` bytes; it names the flags that would
+    make it fit. Activations in float32 take up to twice the bytes that are counted for bfloat16.
+    """
+
+    def worst(**flags) -> tuple[float, str]:
+        found = rows(replace(config, **flags), workload)
+        return max(
+            (row.weights + row.activations * (1 + (config.precision != "bf16")), row.stage) for row in found
+        )
+
+    most, stage = worst()
+    if most <= available:
+        return
+    largest = max(config.d0_batch, config.dense_batch, config.batch)
+    sizes = [2**i for i in range(largest.bit_length() - 1, -1, -1)]
+    tries = [{"micro_batch": size} | more for more in ({}, {"recompute": True}) for size in sizes]
+    if flags := next((flags for flags in tries if worst(**flags)[0] <= available), None):
+        advice = f"pass --micro_batch {flags['micro_batch']}" + " --recompute" * ("recompute" in flags)
+    else:
+        advice = f"take a smaller --t5, or a machine with {worst(**tries[-1])[0] / 2**30:.1f} GiB"
+    raise ValueError(
+        f"{stage} needs about {most / 2**30:.1f} GiB, {where} has {available / 2**30:.1f} GiB free: {advice}, or "
+        "--no-check_memory to try all the same"
+    )
+
+
+def free_memory(device: str) -> float:
+    """Bytes that this process could still take, on CUDA or of the machine; infinite where that is not told."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError):
+        return math.inf
 
 
 def table(config, workload: Workload, accelerators=(A100, H100)) -> str:

@@ -1,6 +1,8 @@
 """Closed formulas against torch's count of FLOPs, real modules' parameters and what autograd keeps."""
 
 import inspect
+import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -443,3 +445,36 @@ def test_precision_and_device_of_this_machine_change_nothing():
 def test_batches_are_those_of_the_code():
     default = {f: inspect.signature(f).parameters["batch"].default for f in (scan.scan, dense.embed)}
     assert default == {scan.scan: cost.SCAN_BATCH, dense.embed: cost.EMBED_BATCH}
+
+
+# ------------------------------------------------------------------------------------------- what a machine has
+
+
+def flags_of(message: str) -> list[str]:
+    return re.search(r"pass (--micro_batch \d+(?: --recompute)?)", message)[1].split()
+
+
+@pytest.mark.parametrize("gib", [40, 12, 6])
+def test_a_run_that_cannot_fit_says_so_and_the_flags_that_it_names_make_it_fit(gib):
+    command = ["--data", "nq320k", "--precision", "bf16"]
+    config = train.parse(command).config
+    with pytest.raises(
+        ValueError, match=f"dense rounds needs about 5\\d.. GiB, cuda:0 has {gib}.0 GiB free"
+    ) as error:
+        cost.require_memory(config, cost.WORKLOADS["nq320k"], gib * 2**30, "cuda:0")
+    flags = flags_of(str(error.value))
+    cost.require_memory(train.parse(command + flags).config, cost.WORKLOADS["nq320k"], gib * 2**30, "cuda:0")
+    larger = str(2 * int(flags[1]))  # and the next larger micro-batch would not fit
+    config = train.parse([*command, "--micro_batch", larger, *flags[2:]]).config
+    with pytest.raises(ValueError, match="needs about"):
+        cost.require_memory(config, cost.WORKLOADS["nq320k"], gib * 2**30, "cuda:0")
+
+
+def test_where_no_micro_batch_fits_a_larger_machine_is_named():
+    with pytest.raises(ValueError, match=r"a machine with \d+\.\d GiB, or --no-check_memory"):
+        cost.require_memory(train.parse(["--data", "nq320k"]).config, cost.WORKLOADS["nq320k"], 2**30, "cpu")
+
+
+def test_the_machine_s_free_memory_is_between_nothing_and_all_of_it():
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < cost.free_memory("cpu") <= total
