@@ -20,13 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import distributed
 from bm25 import BM25
 from data import EOS, Corpus, PseudoQuerySampler, read_lines, tokenize
-from mapped import Lookup, StreamedFile, Tokens
+from mapped import Lookup, StreamedFile, Tokens, read_tensors, write_tensors
 from optim import fit, parameter_groups
 from t5 import T5
 
 CHUNK = 65_536  # documents that are embedded or ranked together
+LARGEST = float(np.finfo(np.float32).max)  # score of a teacher
 
 
 @dataclass
@@ -157,9 +159,11 @@ def read_teacher(path: Path, corpus: Corpus, most: int = 200) -> Examples:
             json.dumps(item, ensure_ascii=False).encode()  # half surrogates
             pairs = list(zip(item["docids"], map(float, item["scores"]), strict=True))
             known, first = item["qid"] in text_of, pairs[0][0]
-            if not all(isinstance(doc_id, str) and math.isfinite(score) for doc_id, score in pairs):
-                raise ValueError("document ids must be strings and scores finite")
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            if not (isinstance(item["docids"], list) and isinstance(item["scores"], list)):
+                raise ValueError("both must be lists")
+            if not all(isinstance(doc_id, str) and abs(score) <= LARGEST for doc_id, score in pairs):
+                raise ValueError("document ids must be strings and scores finite float32 numbers")
+        except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
             raise ValueError(f"{place}: wanted qid, docids and as many scores ({error})") from None
         if not known or lookup(first) is None:
             raise ValueError(
@@ -246,20 +250,41 @@ class Windows:
         return window
 
 
-def batches(n: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+class Batches:
     """Batches of indices below n without end, each index once per epoch; the last batch of an epoch may be
     smaller.
     """
-    while True:
-        yield from torch.randperm(n, generator=generator).split(batch)
+
+    def __init__(self, n: int, batch: int, generator: torch.Generator):
+        self.n, self.batch, self.generator = n, batch, generator
+        self.order, self.at = torch.empty(0, dtype=torch.long), 0  # this epoch's, and how much of it is used
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Tensor:
+        if self.at >= len(self.order):
+            self.order, self.at = torch.randperm(self.n, generator=self.generator), 0
+        self.at += self.batch
+        return self.order[self.at - self.batch : self.at]
+
+    def state(self) -> tuple:
+        """Where it stands, for resume.py."""
+        return self.order, self.at, self.generator.get_state()
+
+    def restore(self, state: tuple) -> None:
+        self.order, self.at, generator = state
+        self.generator.set_state(generator)
 
 
 class Training:
     """What the warm-up and the rounds share: texts, windows and the draws of chance. See `train`."""
 
-    def __init__(self, model: T5, tokenizer, corpus: Corpus, documents: Tokens, sampler, config, log):
+    def __init__(
+        self, model: T5, tokenizer, corpus: Corpus, documents: Tokens, sampler, config, log, resume=None
+    ):
         self.model, self.tokenizer, self.corpus, self.sampler = model, tokenizer, corpus, sampler
-        self.config, self.log, self.documents = config, log, documents
+        self.config, self.log, self.documents, self.resume = config, log, documents, resume
         self.windows = Windows(documents, config.dense_length)
         self.rng = random.Random(f"{config.seed} dense")
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -336,19 +361,20 @@ class Training:
             bm25, queries, embedded, embed(self.model, self.documents), k, self.device
         )
 
-    def fit(self, name: str, steps: int, next_batch, loss_of) -> None:
+    def fit(self, name: str, steps: int, next_batch, loss_of, **chance) -> None:
         self.model.train()
         named = [(n, p) for n, p in self.model.named_parameters() if n != "rq"]
         groups = parameter_groups(named, self.config.dense_lr, 0.0)
         fit(
             name, groups, steps, self.config.dense_warmup, self.config.clip, next_batch, loss_of, self.log,
-            self.config.micro_batch, self.config.precision == "bf16",
+            self.config.micro_batch, self.config.precision == "bf16", resume=self.resume,
+            chance={"rng": self.rng, "generator": self.generator} | chance,
         )  # fmt: skip
 
 
 def train(
     model: T5, tokenizer, corpus: Corpus, documents: Tokens, sampler: PseudoQuerySampler | None, config, log,
-    folder: Path | None = None,
+    folder: Path | None = None, resume=None,
 ) -> None:  # fmt: skip
     """Trains the bi-encoder on D_0, in place: a contrastive warm-up, then MarginMSE in rounds of harder
     negatives.
@@ -357,25 +383,43 @@ def train(
         documents: token ids of D_0's passages.
         sampler: draws pseudo-queries for warm-up and rounds; None where none are to be used.
         config: the fields of train.Config whose names begin with `dense_`, and a few more.
-        folder: where each round's negatives are written (`--save_negatives`).
+        folder: where each round's examples are kept, for a run that is stopped within it, and `--save_negatives`.
+        resume: where a stopped run stood (resume.Resume).
     """
-    job = Training(model, tokenizer, corpus, documents, sampler, config, log)
-    if config.dense_warmup_steps:
-        if sampler is None:
-            raise ValueError(
-                "the contrastive warm-up draws pseudo-queries and has none; pass --dense_warmup_steps 0"
-            )
-        job.fit("dense warm-up", config.dense_warmup_steps, job.warmup_batch, job.warmup_loss)
-    rounds = range(1, config.dense_rounds + 1)
-    alone = all(teacher_of_round(config.teacher, number) for number in rounds)
+    job = Training(model, tokenizer, corpus, documents, sampler, config, log, resume)
+    numbers = range(0 if config.dense_warmup_steps else 1, config.dense_rounds + 1)
+    names = {number: f"dense round {number}" if number else "dense warm-up" for number in numbers}
+    stopped = next((number for number, name in names.items() if resume and name == resume.stage), -1)
+    alone = all(teacher_of_round(config.teacher, number) for number in numbers if number)
     bm25 = None if alone else BM25(corpus.passages())
-    for number in rounds:
-        examples = job.examples(number, bm25)
-        if folder and config.save_negatives:
+    for number in range(max(numbers.start, stopped), numbers.stop):
+        if number == 0:
+            if sampler is None:
+                raise ValueError(
+                    "the contrastive warm-up draws pseudo-queries and has none; pass --dense_warmup_steps 0"
+                )
+            job.fit(names[0], config.dense_warmup_steps, job.warmup_batch, job.warmup_loss)
+            continue
+        if number == stopped:
+            examples = read_examples(folder / f"examples_{number}.pt")
+        else:
+            examples = job.examples(number, bm25)
+            if folder and distributed.first():
+                write_tensors(folder / f"examples_{number}.pt", vars(examples))
+        if folder and config.save_negatives and distributed.first():
             write_teacher(folder / f"negatives_{number}.jsonl", corpus, examples)
-        order = batches(len(examples.queries), config.dense_batch, job.generator)
+        order = Batches(len(examples.queries), config.dense_batch, job.generator)
         job.fit(
-            f"dense round {number}", config.dense_steps,
-            lambda e=examples, o=order: job.round_batch(e, o), lambda batch, e=examples: job.round_loss(e, batch),
+            names[number], config.dense_steps, lambda e=examples, o=order: job.round_batch(e, o),
+            lambda batch, e=examples: job.round_loss(e, batch), order=order,
         )  # fmt: skip
     model.eval()
+
+
+def read_examples(path: Path) -> Examples:
+    """A round's examples as the stopped run drew them."""
+    if not path.is_file():
+        raise ValueError(
+            f"found no {path}, without which the stopped round cannot go on; remove latest.pt too"
+        )
+    return Examples(**read_tensors(path))

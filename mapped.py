@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import zipfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -48,6 +49,34 @@ class StreamedFile:
         self.file.close()
         if kind is None:
             os.replace(self.partial, self.path)
+            sync_folder(self.path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in this folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(path: Path, value) -> None:
+    with StreamedFile(path) as file:
+        torch.save(value, file)
+
+
+def read_tensors(path: Path):
+    if not path.is_file():
+        raise ValueError(f"found no {path}; is {path.parent} the folder of a run that got this far?")
+    try:
+        with zipfile.ZipFile(path) as zipped:  # torch does not look at the checksums
+            if bad := zipped.testzip():
+                raise ValueError(f"its part {bad} is damaged")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: cannot be read ({reason}); remove the file to make it anew") from None
 
 
 class Strings(Sequence):
@@ -62,14 +91,15 @@ class Strings(Sequence):
         spans_path = path.with_suffix(".npy")
         if not (path.is_file() and spans_path.is_file()):
             raise ValueError(f"found no whole {path} (with {spans_path.name}); make it anew")
-        try:
-            spans = np.load(spans_path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{spans_path}: cannot be read ({error}); make {path.name} anew") from None
-        size = path.stat().st_size
-        wanted = int(spans[:, 1].max()) if len(spans) else 0
+        spans, size = load_array(spans_path, np.int64, 2, "r"), path.stat().st_size
+        if spans.shape[1] != 2:
+            raise ValueError(f"{spans_path}: found {spans.shape[1]} columns, wanted 2; make {path.name} anew")
+        starts, ends = spans.T
+        wanted = int(ends.max()) if len(spans) else 0
         if wanted != size:
             raise ValueError(f"{path}: found {size} bytes, wanted {wanted}; make it anew")
+        if len(spans) and (starts.min() < 0 or (starts > ends).any() or ends.sum() - starts.sum() != size):
+            raise ValueError(f"{spans_path}: found offsets that do not cover {path.name}; make it anew")
         return cls(np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8), spans)
 
     def __len__(self) -> int:
@@ -78,7 +108,11 @@ class Strings(Sequence):
     def __getitem__(self, rows):
         if isinstance(rows, (int, np.integer)):
             start, end = self.spans[rows]
-            return self.data[start:end].tobytes().decode()
+            try:
+                return self.data[start:end].tobytes().decode()
+            except UnicodeDecodeError as error:
+                where = f"{self.data.filename}: byte {start + error.start}"
+                raise ValueError(f"{where}: not UTF-8 ({error.reason}); make the file anew") from None
         return Strings(self.data, self.spans[rows])
 
     def __eq__(self, other) -> bool:
@@ -120,6 +154,20 @@ def digests(texts: Sequence[str]) -> np.ndarray:
     if hasattr(texts, "digests"):
         return texts.digests
     return np.fromiter(map(digest, texts), np.uint64, len(texts))
+
+
+def load_array(path: Path, kind: type, dimensions: int | None = None, mode: str | None = None) -> np.ndarray:
+    """The array of an .npy file. Raises ValueError where it is missing, damaged or holds numbers of another kind."""
+    try:
+        found = np.load(path, mode, allow_pickle=False)
+        if found.dtype != kind or dimensions not in (None, found.ndim):
+            raise ValueError(
+                f"found {found.dtype} in {found.ndim} dimensions, wanted {kind.__name__} in {dimensions}"
+            )
+    except Exception as error:  # NumPy evaluates the header as Python, which fails in many ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: cannot be read ({reason}); remove the file to make it anew") from None
+    return found
 
 
 def save_array(path: Path, values: np.ndarray) -> None:
@@ -207,6 +255,9 @@ class Documents:
         found.ids, found.titles, found.texts = (
             Strings.open(folder / f"{name}.bin") for name in ("ids", "titles", "texts")
         )
+        if not len(found.ids) == len(found.titles) == len(found.texts):
+            counts = f"{len(found.ids)} ids, {len(found.titles)} titles and {len(found.texts)} texts"
+            raise ValueError(f"{folder}: found {counts}, wanted as many of each; make it anew")
         return found
 
     def __len__(self) -> int:
@@ -253,11 +304,19 @@ class Tokens:
     @classmethod
     def open(cls, path: Path, vocabulary: int) -> "Tokens":
         kind = np.uint16 if vocabulary <= 1 << 16 else np.int32
-        starts = np.load(path.with_suffix(".npy"), allow_pickle=False)
-        found, wanted = path.stat().st_size, int(starts[-1]) * np.dtype(kind).itemsize
+        starts_path = path.with_suffix(".npy")
+        starts = load_array(starts_path, np.int64, 1)
+        if len(starts) == 0 or starts[0] != 0 or (np.diff(starts) < 0).any():
+            raise ValueError(
+                f"{starts_path}: found offsets that do not ascend from 0; remove the file to make it anew"
+            )
+        found = path.stat().st_size if path.is_file() else 0
+        wanted = int(starts[-1]) * np.dtype(kind).itemsize
         if found != wanted:
-            raise ValueError(f"{path}: found {found} bytes, wanted {wanted}; remove the file to make it anew")
-        return cls(np.memmap(path, kind, "r"), starts)
+            raise ValueError(
+                f"{path}: found {found} bytes, wanted {wanted}; remove the file {starts_path.name} to make it anew"
+            )
+        return cls(np.memmap(path, kind, "r") if found else np.empty(0, kind), starts)
 
     def batch(self, rows: Tensor) -> Tensor:
         """Rows (B,) -> token ids (B, S) int64, padded with 0 to the longest."""
@@ -274,7 +333,7 @@ class Tokens:
 
 def open_array(path: Path) -> Tensor:
     """An .npy file as a tensor whose pages are read when they are used."""
-    return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+    return torch.from_numpy(load_array(path, np.float32, mode="c"))
 
 
 class ArrayWriter:
@@ -289,6 +348,7 @@ class ArrayWriter:
     def close(self) -> Tensor:
         self.mapped.flush()
         os.replace(self.partial, self.path)
+        sync_folder(self.path.parent)
         return open_array(self.path)
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import distributed
 
+MOST_SKIPPED = 10  # steps in a row without a finite gradient, after which training stops
+
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float) -> list[dict]:
     """AdamW groups of the parameters that train (requires_grad, not empty); RMSNorm weights are not decayed."""
@@ -36,6 +38,12 @@ def linear_schedule(step: int, steps: int, warmup: int) -> float:
     return (steps - step) / max(1, steps - warmup)
 
 
+def some(batch: Sequence | Tensor, most: int = 20) -> str:
+    """The first examples of a batch, for the log."""
+    shown = batch[:most].tolist() if isinstance(batch, Tensor) else [str(item)[:80] for item in batch[:most]]
+    return f"{shown}" + (" .." if len(batch) > most else "")
+
+
 def fit(
     what: str,
     groups: list[dict],
@@ -49,6 +57,8 @@ def fit(
     bf16: bool = False,
     before_clip: Callable[[], None] = lambda: None,
     after_step: Callable[[], None] = lambda: None,
+    resume=None,
+    chance: dict | None = None,
 ) -> float:
     """Runs `steps` optimiser steps and reports them.
 
@@ -63,15 +73,19 @@ def fit(
         micro_batch: the most examples computed together; 0: all.
         bf16: matrix products in bfloat16; norms, softmax, router and losses see to their float32 themselves.
         before_clip, after_step: what else touches gradients (slow learner) or parameters (unit router rows).
+        resume: saves where the stage stands, and restores it before the first step (resume.Resume).
+        chance: by name, whatever `next_batch` and `loss_of` draw from or add up, for `resume`.
 
     Returns:
         the last step's loss.
+    Raises ValueError after 10 steps in a row whose loss or gradient is not finite; each such step is skipped.
     """
     optimizer = torch.optim.AdamW(groups, fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    begin, examples, value = time.monotonic(), 0, float("nan")
-    for step in range(steps):
+    begin, examples, value, skipped = time.monotonic(), 0, float("nan"), 0
+    first = resume.restore(what, trained, optimizer, chance or {}) if resume else 0
+    for step in range(first, steps):
         factor = linear_schedule(step, steps, max(1, round(warmup * steps)))
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * factor
@@ -90,7 +104,19 @@ def fit(
         distributed.add_up_gradients(trained)
         before_clip()
         norm = nn.utils.clip_grad_norm_(trained, clip)
-        optimizer.step()
+        if norm.isfinite():
+            optimizer.step()
+            skipped = 0
+        else:  # as it is where the loss is not
+            skipped += 1
+            log.line(
+                f"{what} step {step + 1}: gradient norm {norm:.3g}, step {skipped} skipped; batch {some(batch)}"
+            )
+            if skipped == MOST_SKIPPED:
+                raise ValueError(
+                    f"{what}: {skipped} steps in a row had no finite loss or gradient. The last good checkpoint is "
+                    "whole; lower the learning rate (--lr, --d0_lr or --dense_lr), or pass --precision float32"
+                )
         after_step()
 
         examples += len(batch)
@@ -100,7 +126,7 @@ def fit(
             numbers = {name: float(term) for name, term in sums.items()}
             value, seconds = numbers.pop("loss"), time.monotonic() - begin
             parts = " ".join(f"{name} {number:.3f}" for name, number in numbers.items())
-            rate, left = examples / seconds, seconds / (step + 1) * (steps - step - 1)
+            rate, left = examples / seconds, seconds / (step + 1 - first) * (steps - step - 1)
             log.progress(
                 f"{what} step {step + 1}/{steps} | loss {value:.3f} ({parts}) | lr {max(peaks) * factor:.1e} | "
                 f"{rate:.0f} q/s | ETA {left:.0f} s",
@@ -110,4 +136,6 @@ def fit(
                 stage=what, step=step + 1, loss=value, **numbers, lr=max(peaks) * factor, gradient_norm=norm,
                 queries_per_second=rate,
             )  # fmt: skip
+        if resume and skipped == 0 and (last or resume.due()):
+            resume.save(what, step + 1, trained, optimizer, chance or {})
     return value

@@ -10,8 +10,10 @@ Every file is written under a temporary name, flushed to disk and renamed. Tenso
 `weights_only=True`.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from data import Corpus, load_tokenizer
-from mapped import Chain, Documents, StreamedFile
+from mapped import Chain, Documents, StreamedFile, read_tensors, write_tensors
 from mixlora import MixConfig, add_mixture, mixed_layers
 from ood import Stats
 from rq import Trie
@@ -45,21 +47,6 @@ def read_json(path: Path):
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); remove the file to make it anew") from None
-
-
-def write_tensors(path: Path, value) -> None:
-    with StreamedFile(path) as file:
-        torch.save(value, file)
-
-
-def read_tensors(path: Path):
-    if not path.is_file():
-        raise ValueError(f"found no {path}; is {path.parent} the folder of a run that got this far?")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: cannot be read ({reason}); remove the file to make it anew") from None
 
 
 def read_array(path: Path) -> np.ndarray:
@@ -129,10 +116,49 @@ def load_corpora(folder: Path) -> list[Corpus]:
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
+FORMAT = 1  # of checkpoints
+
+
+def made_for(folder: Path, docids: bool) -> str:
+    """Names what a checkpoint belongs to: sha256 over the split, the tokenizer and, from D_0 on, the docids of a run
+    folder.
+    """
+    found = hashlib.sha256()
+    if (folder / "corpus.json").exists():
+        for item in read_json(folder / "corpus.json")["corpora"]:
+            found.update(item["ids_sha256"].encode())
+    for name in ("tokenizer.model", "docids.npy") if docids else ("tokenizer.model",):
+        if (folder / name).exists():
+            found.update((folder / name).read_bytes())
+    return found.hexdigest()
+
+
+def stamp(folder: Path) -> dict:
+    """What every checkpoint says of itself, for `check_stamp`."""
+    docids = (folder / "docids.npy").exists()
+    return {"format": FORMAT, "docids": docids, "made_for": made_for(folder, docids)}
+
+
+def check_stamp(path: Path, value: dict) -> None:
+    """Raises ValueError where a checkpoint is of another format, or of a run with other documents, tokenizer or
+    docids.
+    """
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        found = value.get("format") if isinstance(value, dict) else type(value).__name__
+        raise ValueError(
+            f"{path}: found a checkpoint of format {found}, wanted {FORMAT}; another version wrote it"
+        )
+    if value["made_for"] != made_for(path.parent, value["docids"]):
+        raise ValueError(
+            f"{path}: made for other documents, another tokenizer or other docids than {path.parent} holds; it is of "
+            "another run: remove the file to make it anew"
+        )
+
+
 def save_model(path: Path, model: T5, stats: list[Stats], **extra) -> None:
     """A model with its shape, its experts and the OOD statistics of its layers."""
     layers = mixed_layers(model)
-    value = {
+    value = stamp(path.parent) | {
         "t5": asdict(model.config),
         "mix": asdict(layers[0].config) if layers else None,
         "frozen": [len(layer.old) for layer in layers],
@@ -146,6 +172,7 @@ def save_model(path: Path, model: T5, stats: list[Stats], **extra) -> None:
 def load_model(path: Path, device: str = "cpu") -> tuple[T5, list[Stats]]:
     """The model and OOD statistics of a checkpoint, in evaluation mode."""
     value = read_tensors(path)
+    check_stamp(path, value)
     try:
         model = T5(T5Config(**value["t5"]))
         if value["mix"]:
@@ -185,6 +212,22 @@ class LoadedRun:
         )
 
 
+def lock(folder: Path):
+    """Keeps other processes from training in this folder while the returned file is open.
+
+    Raises ValueError where one does already.
+    """
+    file = (folder / "lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise ValueError(
+            f"{folder}: another process trains here; wait for it, or pass another --run"
+        ) from None
+    return file
+
+
 # -------------------------------------------------------------------------------------------------------- log
 
 
@@ -222,6 +265,24 @@ class Log:
         elif not self.quiet and self.out.isatty():
             print(f"\r\x1b[K{text}", end="", file=self.out, flush=True)
             self.open_line = True
+
+    def forget(self, stage: str, step: int) -> None:
+        """Drops what metrics.jsonl says of a stage after `step`, which is done again, and a line that was cut."""
+        path = self.folder / "metrics.jsonl"
+        if not (self.writes and path.exists()):
+            return
+
+        def stays(line: bytes) -> bool:
+            try:
+                found = json.loads(line)
+                return found["stage"] != stage or found["step"] <= step
+            except (ValueError, KeyError, TypeError):
+                return False
+
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and stays(line)]
+        if kept != lines:
+            write(path, b"".join(kept))
 
     def metrics(self, **values) -> None:
         """One JSON object on a line of metrics.jsonl; tensors become numbers."""

@@ -12,6 +12,7 @@ Differs  plain AdamW in place of 8-bit; the docid mask is on for plain T5 on D_0
 """
 
 import argparse
+import hashlib
 import math
 import platform
 import random
@@ -45,6 +46,7 @@ from losses import docid_cross_entropy, kl_to_previous, router_losses
 from mapped import ArrayWriter, Chain, Lookup, open_array
 from mixlora import MixConfig, mixed_layers
 from optim import fit, parameter_groups
+from resume import Resume
 from scan import Scan, SourceCache, scan
 from search import Ranking, retrieve
 from t5 import T5, T5Config, read_published, start_from_lsa
@@ -65,6 +67,7 @@ class Config:
     preset: str = flag("", "data", "recipe: boolq, beir, nq320k, msmarco (default: that of --data, beir for a folder)")
     method: str = flag("mixlora-dsi", "data", "mixlora-dsi, mixlora-dsi-pt, never-expand, always-expand, naive-expansion, base")
     run: str = flag("", "data", "run folder (default runs/<data>)")
+    save_seconds: float = flag(600.0, "data", "between two saves of where a stage stands (latest.pt)")
     seed: int = flag(42, "data", "of splits, draws and weights (paper: 42)")
     device: str = flag("", "data", "cpu or cuda (default: cuda where present)")
     splits: str = flag("60,10,10,10,10", "data", "percent of documents in D_0..D_T, counts, or paper: its exact sizes (tables 6-7)")
@@ -88,6 +91,7 @@ class Config:
     micro_batch: int = flag(0, "model", "most examples computed together; a batch adds the gradients of its parts up (0: all; paper: all)")
     recompute: bool = flag(False, "model", "keep no activations within a block, compute them again for the gradient (ours)")
     compile: bool = flag(False, "model", "compile every block with torch.compile (ours)")
+    check_memory: bool = flag(True, "model", "refuse a run whose stages are estimated to need more memory than is free (ours)")
 
     dense_length: int = flag(128, "dense", "tokens of a document window in training (paper: 128)")
     document_length: int = flag(256, "dense", "tokens of a document when indexed (paper: 256)")
@@ -232,6 +236,7 @@ class Job:
             store.write(folder / "tokenizer.model", self._tokenizer())
         distributed.wait()
         self.tokenizer = data.load_tokenizer(folder / "tokenizer.model")
+        self.resume = Resume(folder, config.save_seconds, log)
         self.ids = Chain([corpus.ids for corpus in self.corpora])
         self.listed = None  # pseudo-queries from a file
         if (folder / "pseudo_queries" / "starts.npy").exists():
@@ -352,7 +357,7 @@ def dense_stage(job: Job) -> tuple[T5, Tensor]:
     data.check_no_leak(0, job.corpora, job.corpora[0].train)
     dense.train(
         model, job.tokenizer, job.corpora[0], passages[0], job.samplers[0], config, job.log,
-        job.folder if distributed.first() else None,
+        job.folder, job.resume,
     )  # fmt: skip
     if distributed.first():
         embeddings = ArrayWriter(job.folder / "embeddings.npy", (len(job.ids), model.config.width))
@@ -360,6 +365,8 @@ def dense_stage(job: Job) -> tuple[T5, Tensor]:
             dense.embed(model, ids, out=embeddings.values[corpus.rows.start : corpus.rows.stop])
         embeddings.close()
         store.save_model(path, model, [])
+        for examples in job.folder.glob("examples_*.pt"):
+            examples.unlink()
     distributed.wait()
     return model, open_array(job.folder / "embeddings.npy")
 
@@ -476,11 +483,14 @@ def d0_stage(job: Job, bi_encoder: T5, books: Tensor, codes: Tensor) -> tuple[T5
             layer.normalise_rows()
 
     model.train()
+    frozen = frozen_hashes(model)
     groups = parameter_groups(model.named_parameters(), config.d0_lr, config.weight_decay)
     fit(
         "D0", groups, config.d0_steps, config.d0_warmup, config.clip, next_batch, loss_of, job.log,
-        config.micro_batch, config.precision == "bf16", after_step=after_step,
+        config.micro_batch, config.precision == "bf16", after_step=after_step, resume=job.resume,
+        chance={"rng": rng, "energies": averages},
     )  # fmt: skip
+    require_unmoved("D0", model, frozen)
     if layers:
         pairs = job.sample(0, config.calibration_queries, "calibration")
         docids = codes[[row for row, _ in pairs]]
@@ -501,6 +511,14 @@ class MovingEnergies:
         for number, (_, route) in enumerate(zip(self.stats, routes)):
             if route.newest or not self.only_new:
                 self.sums[number] = self.sums.get(number, 0) + ood.sums(route.scores, route.gates)
+
+    def state(self) -> list[dict]:
+        """For resume.py."""
+        return [stat.state() for stat in self.stats]
+
+    def restore(self, states: list[dict]) -> None:
+        for stat, state in zip(self.stats, states):
+            vars(stat).update(state)
 
     def step(self) -> None:
         distributed.add_up(self.sums.values())
@@ -549,7 +567,7 @@ def continual_stage(job: Job, t: int, codes: Tensor, previous: tuple[T5, list[oo
         job.ready(model)
     layers = mixed_layers(model)
     averages = MovingEnergies(config, stats, only_new=True)
-    order = dense.batches(len(pairs), config.batch, torch.Generator().manual_seed(config.seed + t))
+    order = dense.Batches(len(pairs), config.batch, torch.Generator().manual_seed(config.seed + t))
 
     def kl(hidden: Tensor, teacher: Scan, rows: Tensor) -> Tensor:
         hidden_before = teacher.hidden[rows].to(job.device).float()
@@ -579,6 +597,7 @@ def continual_stage(job: Job, t: int, codes: Tensor, previous: tuple[T5, list[oo
             layer.normalise_rows()
 
     model.train()
+    frozen = frozen_hashes(model)
     slow = config.slow_factor if config.slow == "lr" else 1.0
     groups = parameter_groups([("rq", model.rq)], config.lr * config.rq_lr * slow, config.weight_decay)
     others = [(name, p) for name, p in model.named_parameters() if name != "rq"]
@@ -587,8 +606,10 @@ def continual_stage(job: Job, t: int, codes: Tensor, previous: tuple[T5, list[oo
     steps = config.steps or math.ceil(config.epochs * len(pairs) / config.batch)
     fit(
         f"D{t}", groups, steps, config.warmup, config.clip, lambda: next(order), loss_of, job.log,
-        config.micro_batch, config.precision == "bf16", before_clip, after_step,
+        config.micro_batch, config.precision == "bf16", before_clip, after_step, job.resume,
+        {"order": order, "energies": averages},
     )  # fmt: skip
+    require_unmoved(f"D{t}", model, frozen)
     if layers:
         after = scan(model, cache, docids, [])
         stats = settle(config, stats, after, first_mixture)
@@ -628,6 +649,24 @@ def control_scan(job: Job, t: int, codes: Tensor, model: T5) -> Scan:
     """
     pairs = job.sample(t - 1, job.config.control_queries, "control")
     return scan(model, SourceCache(model, job.tokens(pairs)), codes[[row for row, _ in pairs]], [])
+
+
+def frozen_hashes(model: T5) -> dict[str, str]:
+    """sha256 of every parameter that does not train."""
+    frozen = {
+        name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if not p.requires_grad
+    }
+    return {name: hashlib.sha256(p.numpy().tobytes()).hexdigest() for name, p in frozen.items()}
+
+
+def require_unmoved(stage: str, model: T5, before: dict[str, str]) -> None:
+    """Raises ValueError where a frozen parameter is not, bit by bit, what it was before the stage."""
+    after = frozen_hashes(model)
+    if moved := [name for name in before if after.get(name) != before[name]]:
+        raise ValueError(
+            f"{stage}: frozen tensors moved ({', '.join(moved[:5])}); the stage is not saved, and the checkpoint before "
+            "it is whole. This is a mistake in the program, not in the data"
+        )
 
 
 def freeze_old(model: T5) -> None:
@@ -701,6 +740,8 @@ def train(config: Config, folder: Path, log: store.Log) -> dict:
         )
     if "data" not in done:
         finish("data", begin)
+    if config.check_memory:
+        cost.require_memory(config, workload(job), cost.free_memory(config.device), config.device)
     begin = time.monotonic()
     bi_encoder, embeddings = dense_stage(job)
     if "dense" not in done:
@@ -748,6 +789,16 @@ def train(config: Config, folder: Path, log: store.Log) -> dict:
         store.write_json(folder / "results.json", results)
     distributed.wait()
     return results
+
+
+def workload(job: Job) -> cost.Workload:
+    """What the run has to do, for the estimate of its memory."""
+    per_document, corpora = job.config.pseudo_per_document, job.corpora
+    counts = published.Benchmark(
+        tuple(len(corpus.ids) for corpus in corpora), tuple(per_document * len(corpus.ids) for corpus in corpora),
+        tuple(len(corpus.test) for corpus in corpora), len(corpora[0].train), (), {}, "",
+    )  # fmt: skip
+    return cost.Workload(counts, job.config.document_length)
 
 
 def peak_memory() -> int:
@@ -949,12 +1000,15 @@ def main(argv: list[str]) -> None:
     if distributed.first() and not command.resume:
         open_folder(config, command.overwrite)
     distributed.wait()
+    lock = store.lock(folder) if distributed.first() else None
     log = store.Log(folder, writes=distributed.first())
     log.line(" ".join(f"{name}={value}" for name, value in asdict(config).items() if value != ""))
     results = train(config, folder, log)
     if distributed.first():
         show(results, log)
         log.line(f'python search.py {folder} "a question"')
+    if lock:
+        lock.close()
     distributed.stop()
 
 

@@ -15,7 +15,10 @@ class Lines:
     """Stands in for run.Log and keeps what it is told."""
 
     def __init__(self):
-        self.progressed, self.measured = [], []
+        self.progressed, self.measured, self.lines = [], [], []
+
+    def line(self, text: str = "") -> None:
+        self.lines.append(text)
 
     def progress(self, text: str, last: bool = False) -> None:
         self.progressed.append((text, last))
@@ -317,3 +320,36 @@ def test_one_batch_is_drawn_a_step_and_its_examples_are_counted_whole(monkeypatc
     fit("x", group(w), 4, 0.0, 1.0, next_batch, lambda part: (w.sum(), {}), lines, 2)
     assert len(drawn) == 4
     assert [values["queries_per_second"] for values in lines.measured] == [7 / 1, 4 * 7 / 2]
+
+
+# ------------------------------------------------------------------------------------------------ not finite
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_without_a_finite_gradient_is_skipped_counted_and_its_batch_is_named(bad):
+    w, v = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    factors = iter([1.0, bad, 1.0])
+    plain = iter([1.0, 0.0, 1.0])
+    path = []
+    lines = run(group(w), 3, lambda: (w * next(factors)).sum(), after_step=lambda: path.append(w.tolist()))
+    assert w.isfinite().all() and path[0] == path[1] != path[2]
+    assert (
+        len(lines.lines) == 1
+        and "step 2: " in lines.lines[0]
+        and "[0, 0, 0]".replace("0", "'0'") in lines.lines[0]
+    )
+    run(group(v), 3, lambda: (v * next(plain)).sum())
+    assert v.isfinite().all()
+
+
+def test_ten_such_steps_in_a_row_stop_with_advice_and_nothing_changed():
+    w = nn.Parameter(torch.ones(2))
+    factors = iter([math.nan] * 9 + [1.0] + [math.nan] * 10)
+    lines = Lines()
+    with pytest.raises(ValueError, match="stage: 10 steps in a row .* lower the learning rate"):
+        fit(
+            "stage", group(w), 30, 0.0, 1.0, lambda: torch.arange(40), lambda _: ((w * next(factors)).sum(), {}),
+            lines,
+        )  # fmt: skip
+    assert len(lines.lines) == 19 and w.isfinite().all()
+    assert "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19] .." in lines.lines[0]

@@ -601,3 +601,24 @@ def test_what_d0_learns_from_does_not_depend_on_later_corpora(toy, tmp_path):
 def test_dense_baseline_ranks_by_inner_product():
     scores, rows = dense.rank(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 9.0], [2.0, 0.0]]), 2)
     assert rows.tolist() == [[1, 0]] and scores.tolist() == [[2.0, 0.5]]
+
+
+def test_a_frozen_tensor_that_moves_stops_the_stage_by_name(toy, tmp_path, monkeypatch):
+    normalise = mixlora.MixedFeedForward.normalise_rows
+
+    def stray(layer):
+        normalise(layer)
+        if len(layer.old):  # from D_1 on
+            layer.plain.w_out.data[0, 0] += 1e-3
+
+    monkeypatch.setattr(mixlora.MixedFeedForward, "normalise_rows", stray)
+    with pytest.raises(ValueError, match=r"D1: frozen tensors moved \(decoder\.0\.ff\.plain\.w_out"):
+        experts_after(toy, tmp_path / "run")
+    assert not (tmp_path / "run" / "D1.pt").exists() and (tmp_path / "run" / "D0.pt").exists()
+
+
+def test_a_run_that_cannot_fit_into_memory_says_so_before_it_trains(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.cost, "free_memory", lambda device: 1_000_000)
+    with pytest.raises(ValueError, match="needs about .* --no-check_memory"):
+        experts_after(toy, tmp_path / "run")
+    assert not (tmp_path / "run" / "dense.pt").exists()
