@@ -1,0 +1,596 @@
+"""Why does a run not retrieve? Checks of a run folder, in the order in which its stages could have gone wrong.
+
+Paper    none; it asks of a run what appendix C (docids), Eq. 3-7 (training) and section 3.2 (energies) presuppose
+In       a run folder, finished or stopped after some D_t
+Out      a line per check: verdict, what was measured and wanted, and advice; exit status 1 where one FAILs
+Next     the first FAIL is the place to start: what comes after it often follows from it
+Differs  cross-entropy before docid training is judged at its best scale: here it may start above ln K, since inner
+         products of embeddings and centroids have the scale of the bi-encoder's loss
+
+Limits are wide. They tell a broken run from a weak one: recall counts beyond chance, which is 10 / N.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+import dense
+import mixlora
+import rq
+import run as store
+from mapped import Lookup, open_array
+from mixlora import MixedFeedForward, mixed_layers
+from search import beam_search, exact_scores, retrieve
+from t5 import T5, segment_logits
+
+TOLERANCE = 1e-3  # of sums of log-probabilities, which batches of another shape round otherwise
+EMBEDDED, FORCED, EXACT = 64, 64, 24  # most documents embedded again, queries forced, queries scored exactly
+EXACT_DOCIDS = 4096  # most docids that every query is scored on
+MATRICES = ("in_a", "in_b", "out_a", "out_b")  # of the experts
+
+
+@dataclass
+class Finding:
+    """What a check found."""
+
+    name: str
+    verdict: str  # ok, warn, FAIL, or skip where a run has nothing to check
+    measured: str
+    wanted: str
+    advice: str
+
+
+def verdict(fail: bool, warn: bool = False) -> str:
+    return "FAIL" if fail else "warn" if warn else "ok"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def beyond_chance(recall: float, documents: int) -> float:
+    """Recall@10 so rescaled that a random ranking of the documents has 0: (r - c) / (1 - c), c = 10 / N."""
+    chance = min(10 / documents, 0.9)
+    return (recall - chance) / (1 - chance)
+
+
+class Patient:
+    """A run with what several checks use; what is costly or may be broken is made when it is first asked for."""
+
+    def __init__(self, folder: Path, queries: int, device: str):
+        self.run, self.folder, self.count = store.LoadedRun(folder, device), folder, queries
+        self.config, self.device, self.ids = self.run.config, device, self.run.ids
+        needed = (
+            "beam clip d0_words docids document_length pseudo_per_document query_length rq_beam rq_lr seed"
+        )
+        if missing := [name for name in needed.split() if name not in self.config]:
+            path = folder / "config.json"
+            raise ValueError(f"{path}: lacks {missing}; written by another version of this program")
+        self.t = self.run.finished[-1]  # the last corpus that was trained on
+        self.corpora = self.run.corpora[: self.t + 1]
+        self.codes = self.run.docids  # (N, M)
+        self.books = store.read_tensors(folder / "rq.pt")  # (M, K, D)
+        self.embeddings = open_array(folder / "embeddings.npy")  # (N, D)
+        self.row_of = Lookup(self.ids)
+        if (folder / "pseudo_queries" / "starts.npy").exists():
+            self.listed = data.ListedPseudoQueries(folder / "pseudo_queries")
+            self.samplers = [self.listed] * len(self.corpora)
+        else:
+            self.listed, idf = None, data.Idf(self.corpora[0].passages())
+            exclude = {data.normalise(text) for corpus in self.run.corpora for text in corpus.test.values()}
+            self.samplers = [data.PseudoQuerySampler(corpus, idf, exclude) for corpus in self.corpora]
+
+    @cached_property
+    def start(self) -> T5:
+        """What D_0 starts from: the bi-encoder, with the centroids as its docid table."""
+        model = store.load_model(self.folder / "dense.pt", self.device)[0]
+        model.rq = nn.Parameter(self.books.to(self.device))
+        return model
+
+    @cached_property
+    def last(self) -> tuple[T5, rq.Trie]:
+        """The model after the last corpus, and the trie of all documents up to there."""
+        return self.run.at(self.t)
+
+    @cached_property
+    def metrics(self) -> list[dict]:
+        """The lines of metrics.jsonl, none where there is no such file."""
+        path = self.folder / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON lines ({error})") from None
+
+    def logged(self, name: str) -> dict[str, list[float]]:
+        """stage -> the logged values of one number."""
+        values: dict[str, list[float]] = {}
+        for line in self.metrics:
+            if name in line:
+                values.setdefault(line["stage"], []).append(float(line[name]))
+        return values
+
+    @staticmethod
+    def some(n: int, most: int) -> Tensor:
+        """Numbers below n, at most so many, the same at every call."""
+        return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most]
+
+    def tokens(self, queries: list[str]) -> Tensor:
+        return data.tokenize(self.run.tokenizer, queries, self.config["query_length"]).to(self.device)
+
+    def training_queries(self, t: int) -> list[tuple[set[int], str]]:
+        """Some of what D_t was trained on: for t >= 1, or from a file, its very queries; for D_0 others so drawn."""
+        rows, rng, config = self.corpora[t].rows, random.Random(f"doctor {t}"), self.config
+        if t == 0 or self.listed:
+            return [({row}, self.samplers[t].draw(row, rng)) for row in rng.choices(rows, k=self.count)]
+        # The run's list is drawn document by document, so that a part of it is cheap: its beginning.
+        each, seed = config["pseudo_per_document"], f"{config['seed']} training {t}"
+        pairs = data.draw_pseudo_queries(self.samplers[t], rows[: self.count], each, seed)
+        return [({row}, query) for row, query in rng.sample(pairs, min(self.count, len(pairs)))]
+
+    def test_queries(self, t: int, count: int) -> list[tuple[set[int], str]]:
+        """Some test queries of D_t with the rows of their documents."""
+        corpus = self.corpora[t]
+        chosen = random.Random(f"doctor {t}").sample(list(corpus.test), min(count, len(corpus.test)))
+        return [({self.row_of(doc_id) for doc_id in corpus.qrels[q]}, corpus.test[q]) for q in chosen]
+
+    def all_test_queries(self, count: int) -> list[tuple[set[int], str]]:
+        """Test queries of every corpus so far, equally many of each where it has them."""
+        share = math.ceil(count / len(self.corpora))
+        return [pair for t in range(len(self.corpora)) for pair in self.test_queries(t, share)]
+
+    def recall(self, model: T5, trie: rq.Trie, queries: list[tuple[set[int], str]]) -> float:
+        """Recall@10 of docid search, beyond chance."""
+        found = retrieve(
+            model, trie, self.run.tokenizer, [query for _, query in queries], self.ids, 10,
+            max(10, self.config["beam"]), max_length=self.config["query_length"],
+        )  # fmt: skip
+        shares = [len(rows & {row for row, _ in top}) / len(rows) for (rows, _), top in zip(queries, found)]
+        return beyond_chance(float(np.mean(shares)), len(trie.documents))
+
+
+# ------------------------------------------------------------------------------------- documents and their docids
+
+
+def counts(patient: Patient) -> Finding:
+    """corpus.json, documents/, doc_ids.txt, docids.npy and embeddings.npy speak of the same documents."""
+    corpora, n = patient.run.corpora, len(patient.ids)
+    found = {"docids.npy": len(patient.codes), "embeddings.npy": len(patient.embeddings)}
+    with (patient.folder / "doc_ids.txt").open(encoding="utf-8") as file:
+        lines = (line.removesuffix("\n") for line in file)
+        moved = sum(line != doc_id for line, doc_id in zip_longest(lines, patient.ids))
+    hashes = [item["ids_sha256"] for item in store.read_json(patient.folder / "corpus.json")["corpora"]]
+    changed = [f"D{t}" for t, corpus in enumerate(corpora) if store.ids_sha256(corpus) != hashes[t]]
+    return Finding(
+        "document counts and ids", verdict(moved > 0 or bool(changed) or set(found.values()) != {n}),
+        f"{n} documents, {found}, {moved} other lines in doc_ids.txt, other hashes {changed}",
+        "equal numbers, ids and hashes",
+        "files of different runs were mixed: take all of them from one run, or start anew",
+    )  # fmt: skip
+
+
+def round_trip(patient: Patient) -> Finding:
+    """Walks the trie along the docids of some documents, from the root to the leaf, which must name them."""
+    codes, (model, trie), (m, k, _) = patient.codes, patient.last, patient.books.shape
+    fits = codes.shape[1:] == (m,) and (model.config.codebooks, model.config.centroids) == (m, k)
+    fits = fits and bool(((codes >= 0) & (codes < k)).all())
+    lost = patient.corpora[-1].rows.stop - len(trie.documents)
+    if fits:
+        rows = patient.some(len(trie.documents), patient.count)
+        nodes = torch.zeros(len(rows), dtype=torch.long)
+        for depth in range(m):
+            child, code = trie.children(depth, nodes)  # (R, C)
+            nodes = child.where((child >= 0) & (code == codes[rows, depth, None]), -1).amax(1)
+            nodes = nodes.clamp(min=0)  # a code that the trie lacks leads astray, and so to another leaf
+        lost += sum(row not in trie.at_leaf(leaf) for row, leaf in zip(rows.tolist(), nodes.tolist()))
+        lost += int((codes[trie.documents] != trie.rows).any(1).sum())
+    return Finding(
+        "docid round trip", verdict(not fits or lost > 0),
+        f"shape {tuple(codes.shape)}, codes {int(codes.min())} to {int(codes.max())}, {lost} documents not in the trie",
+        f"shape ({len(patient.ids)}, {m}), codes 0 to {k - 1}, 0 documents",
+        "the docid table is cut or made for other M and K: encode the documents anew with rq.pt",
+    )  # fmt: skip
+
+
+def fresh_embeddings(patient: Patient) -> Finding:
+    """Embeds some documents again."""
+    n = min(len(patient.embeddings), len(patient.ids))
+    rows = patient.some(n, EMBEDDED).tolist()
+    passages = []
+    for row in rows:
+        corpus = next(corpus for corpus in patient.run.corpora if row in corpus.rows)
+        one = slice(row - corpus.first_row, row - corpus.first_row + 1)
+        passages += data.Corpus(row, corpus.ids[one], corpus.titles[one], corpus.texts[one]).passages()
+    ids = data.tokenize(patient.run.tokenizer, passages, patient.config["document_length"])
+    again, stored = dense.embed(patient.start, ids), patient.embeddings[rows]
+    difference = float((again - stored).norm() / stored.norm())
+    return Finding(
+        "embeddings of these documents", verdict(not difference < 0.05, difference > 0.01),
+        f"relative difference {difference:.4f} when embedded again", "below 0.01",
+        "embeddings.npy is not dense.pt's on these documents: remove dense.pt and all that was made from it, and resume",
+    )  # fmt: skip
+
+
+def fresh_docids(patient: Patient) -> Finding:
+    """Encodes some embeddings again."""
+    name, wanted, given = "docids of these embeddings", "at least 99%", patient.config["docids"]
+    if given:
+        return Finding(name, "skip", f"docids come from {given}", wanted, "")
+    n = min(len(patient.embeddings), len(patient.codes))
+    rows = patient.some(n, 10 * patient.count)
+    again = rq.encode(
+        patient.embeddings[rows], patient.books, patient.config["rq_beam"], device=patient.device
+    )
+    same = float((again == patient.codes[rows]).all(1).float().mean())
+    return Finding(
+        name, verdict(same < 0.99), f"{percent(same)} of {len(rows)} docids the same when encoded again",
+        wanted,
+        "docids.npy is stale or its rows are permuted: encode embeddings.npy with rq.pt, in the order of the documents",
+    )  # fmt: skip
+
+
+def distinct_docids(patient: Patient) -> Finding:
+    """Tells docids that many documents share, and codebooks that tell little."""
+    n0, k = len(patient.corpora[0].ids), patient.books.shape[1]
+    d0 = rq.report(patient.embeddings[:n0], patient.books, patient.codes[:n0])
+    every = rq.report(patient.embeddings, patient.books, patient.codes)
+    full = math.log2(min(k, n0))
+    return Finding(
+        "distinct docids", verdict(d0.distinct < 0.95, every.distinct < 0.9 or min(d0.entropy) < full / 2),
+        f"{percent(d0.distinct)} of D_0's, {percent(every.distinct)} of all; bits per codebook "
+        + " ".join(f"{bits:.1f}" for bits in d0.entropy),
+        f"over 95% and 90%; over {full / 2:.1f} of {full:.1f} bits",
+        "take more codebooks (--M) or centroids (--K), and look for copies among the documents",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ before docid training
+
+
+def dense_recall(patient: Patient) -> Finding:
+    """The bi-encoder on D_0, by its embeddings and by what their docids keep of them."""
+    n0 = len(patient.corpora[0].ids)
+    queries = [pair for pair in patient.test_queries(0, patient.count) if max(pair[0]) < n0]
+    embedded = dense.embed(patient.start, patient.tokens([query for _, query in queries]).cpu())
+    d0, codes = patient.embeddings[:n0], patient.codes[:n0]
+    quantised = (rq.decode(patient.books, part) for part in codes.split(dense.CHUNK))
+    rows = [rows for rows, _ in queries]
+    before, after = (
+        dense.recall(embedded, rows, documents, device=patient.device) for documents in (d0, quantised)
+    )
+    b, a = beyond_chance(before, n0), beyond_chance(after, n0)
+    return Finding(
+        "bi-encoder on D_0", verdict(b < 0.2 or a < 0.25 * b, b < 0.5 or a < 0.5 * b),
+        f"Recall@10 {percent(before)}, {percent(after)} quantised",
+        "beyond chance half of all, and half of that quantised",
+        "docids can be no better than the bi-encoder: train it longer; where only the quantised one is low, raise --M or --K",
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def first_cross_entropy(patient: Patient) -> Finding:
+    """Cross-entropy of D_0's pseudo-queries before the first step: codes must be likelier than by chance."""
+    queries, model = patient.training_queries(0), patient.start
+    codes = patient.codes[[min(rows) for rows, _ in queries]].to(patient.device)
+    hidden, _ = model.docid_hidden(*model.encode(patient.tokens([query for _, query in queries])), codes)
+    logits = segment_logits(hidden, model.rq)  # (Q, M, K)
+    ce = [F.cross_entropy(logits[:, m], codes[:, m]).item() for m in range(codes.shape[1])]
+    scales = torch.logspace(-4, 1, 51).tolist()
+    best = min(F.cross_entropy(scale * logits[:, 0], codes[:, 0]).item() for scale in scales)
+    chance = math.log(patient.books.shape[1])
+    return Finding(
+        "cross-entropy at step 0", verdict(not best < 0.95 * chance, not ce[0] < 4 * chance),
+        f"first position {ce[0]:.2f} ({best:.2f} at its best scale), all {np.mean(ce):.2f}",
+        f"first position at its best scale below 0.95 ln K = {0.95 * chance:.2f}, unscaled below 4 ln K",
+        "centroids and embeddings do not belong together: docid table = centroids in the codebooks' order, docids of these "
+        "documents, logits h C^T without D^-1/2",
+    )  # fmt: skip
+
+
+def docid_table(patient: Patient) -> Finding:
+    """D_0's docid table is still near the centroids that it starts from."""
+    table = store.load_model(patient.folder / "D0.pt")[0].rq.detach()
+    if table.shape != patient.books.shape:
+        found, near, length = f"shape {tuple(table.shape)}", 0.0, torch.zeros(1)
+    else:
+        near = float(F.cosine_similarity(table, patient.books, dim=-1).mean(1).min())
+        length = table.norm(dim=-1).mean(1) / patient.books.norm(dim=-1).mean(1)
+        found = f"cosine {near:.2f}, length {length.min():.2f} to {length.max():.2f} times"
+    return Finding(
+        "docid table of D0.pt",
+        verdict(not (near > 0.3 and length.min() > 0.4 and length.max() < 2.5), near < 0.6),
+        f"{found} the centroids of rq.pt, of the worst codebook", "cosine over 0.6, length 0.4 to 2.5",
+        "start the docid table from the centroids, unscaled and codebook by codebook",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def log_of_d0(patient: Patient) -> Finding:
+    """The logged cross-entropy of D_0 fell below guessing."""
+    logged, chance = patient.logged("ce").get("D0"), math.log(patient.books.shape[1])
+    name, wanted = "cross-entropy of D_0's log", f"below ln K = {chance:.2f} at the end"
+    if not logged:
+        return Finding(name, "skip", "metrics.jsonl has no line of D0", wanted, "")
+    advice = "docid training did not learn: see the checks above, --d0_lr and --d0_steps"
+    measured = f"{logged[0]:.2f} to {logged[-1]:.2f}"
+    return Finding(name, verdict(not logged[-1] < chance), measured, wanted, advice)
+
+
+def gradient_norms(patient: Patient) -> Finding:
+    """Gradients are finite, and not always cut to a hundredth."""
+    logged, clip = patient.logged("gradient_norm"), patient.config["clip"]
+    wanted, name = f"finite, at times below 100 x clip = {100 * clip:g}", "gradient norm"
+    if not logged:
+        return Finding(name, "skip", "metrics.jsonl has no gradient norm", wanted, "")
+    broken = [stage for stage, norms in logged.items() if not all(map(math.isfinite, norms))]
+    cut = [stage for stage, norms in logged.items() if min(norms) > 100 * clip]
+    return Finding(
+        name, verdict(bool(broken), bool(cut)),
+        f"largest {max(max(n) for n in logged.values()):.3g}, not finite in {broken}, always cut in {cut}",
+        wanted, "lower the learning rate, or go to --precision float32, of the stages named",
+    )  # fmt: skip
+
+
+def groups(model: T5) -> dict[str, list[Tensor]]:
+    """The model's tensors by what trains together; experts and router rows stacked, the oldest first."""
+    layers, decoder = mixed_layers(model), [model.decoder_bias, model.decoder_norm]
+    for b in model.decoder:
+        plain = b.ff.plain if isinstance(b.ff, MixedFeedForward) else b.ff
+        decoder += [b.self_norm, b.self_attention, b.cross_norm, b.cross_attention, b.ff_norm, plain]
+    encoder = [model.encoder, model.encoder_bias, model.encoder_norm]
+    return {
+        "word table": [model.word],
+        "docid table": [model.rq],
+        "encoder": [p for part in encoder for p in part.parameters()],
+        "decoder": [p for part in decoder for p in part.parameters()],
+        "experts": [layer.stacked(name) for layer in layers for name in MATRICES],
+        "routers": [torch.cat([layer.router_old, layer.router_new]) for layer in layers],
+    }
+
+
+@torch.no_grad()
+def updates(patient: Patient) -> Finding:
+    """||after - before|| / ||before|| of every group and stage: what trains must move, what is frozen must not."""
+    before, said, still, moved, large = patient.start, [], [], [], []
+    rates = patient.logged("lr")
+    for t in range(patient.t + 1):
+        after = store.load_model(patient.folder / f"D{t}.pt", patient.device)[0]
+        mixture = bool(mixed_layers(after))
+        frozen = {"word table", "encoder", "decoder", "experts", "routers"} if t and mixture else set()
+        if t == 0 and mixture and not patient.config["d0_words"]:
+            frozen = {"word table"}
+        shown, frozen_moved, now = [], 0.0, groups(after)
+        for name, tensors in groups(before).items():
+            if not tensors:  # the mixture was not there yet
+                continue
+            change = sum((b[: len(a)] - a).double().pow(2).sum() for a, b in zip(tensors, now[name])) ** 0.5
+            ratio = float(change / sum(a.double().pow(2).sum() for a in tensors) ** 0.5)
+            if name in frozen:
+                frozen_moved = max(frozen_moved, ratio)
+                moved += [f"D{t} {name}"] * (ratio != 0)  # NaN too
+            else:
+                shown.append(f"{name} {ratio:.3g}")
+                still += [f"D{t} {name}"] * (not ratio > 0 and (t == 0 or patient.config["rq_lr"] > 0))
+                large += [f"D{t} {name}"] * (ratio > 1)
+        rate = f"lr {max(rates[f'D{t}']):.0e} " if f"D{t}" in rates else ""
+        said.append(f"D{t} {rate}" + ", ".join(shown) + (f", frozen {frozen_moved:.3g}" if frozen else ""))
+        before = after
+    faults = {"did not train": still, "frozen but moved": moved, "large": large}
+    return Finding(
+        "relative updates", verdict(bool(still or moved), bool(large)),
+        "; ".join(said + [f"{what}: {names}" for what, names in faults.items() if names]),
+        "over 0 and at most 1 where a group trains, 0 where it is frozen",
+        "what did not train was frozen or not given to the optimiser; what moved though frozen was given to it (weight decay "
+        "moves it too), or files of two runs are mixed; what is large wants a lower learning rate",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ retrieval
+
+
+def learnt(patient: Patient) -> Finding:
+    """Recall on queries as trained on against test queries: neither, both, or the former alone (by heart)."""
+    said, found, first = [], [("ok", "")], None
+    pairs = dict.fromkeys([(0, 0), (patient.t, patient.t), (patient.t, 0)])
+    for t, i in pairs:  # corpus D_i by the model after D_t
+        model, trie = patient.last if t == patient.t else patient.run.at(t)
+        trained = patient.recall(model, trie, patient.training_queries(i))
+        tested = patient.recall(model, trie, patient.test_queries(i, patient.count))
+        said.append(f"D_{i} after D{t} {percent(trained)} trained on, {percent(tested)} test")
+        first = tested if first is None else first
+        if i < t:
+            forgot = verdict(False, tested < 0.5 * first)
+            found.append((forgot, f"D{t}.pt forgot D_0: freeze more, raise --kl_coef, or lower --lr"))
+        elif not trained >= 0.3:
+            failed = verdict(not trained >= 0.1, True)
+            found.append((failed, f"D{t}.pt has not learnt D_{t}: see the checks above"))
+        elif tested < 0.5 * trained:
+            by_heart = (
+                f"D{t}.pt knows its training queries by heart: take more, and more varied, pseudo-queries"
+            )
+            found.append((verdict(tested < 0.25 * trained, True), by_heart))
+    worst = max(found, key=lambda one: ("ok", "warn", "FAIL").index(one[0]))
+    wanted = "30% trained on, half of that in test, half of D_0 kept"
+    measured = "Recall@10 beyond chance: " + "; ".join(said)
+    return Finding("learnt, not by heart", worst[0], measured, wanted, worst[1])
+
+
+def reachable(patient: Patient) -> Finding:
+    """Every document that a test query asks for is in the trie and has a query to train on."""
+    trie, rng = patient.last[1], random.Random("doctor")
+    labels = [found for corpus in patient.corpora for found in corpus.qrels.values()]
+    asked = {doc_id for found in labels for doc_id in found}
+    rows = {doc_id: patient.row_of(doc_id) for doc_id in asked}
+    indexed = set(trie.documents.tolist())
+    unknown = sorted(doc_id for doc_id, row in rows.items() if row not in indexed)
+    silent = []
+    known = sorted(row for row in rows.values() if row in indexed)
+    for row in rng.sample(known, min(len(known), 10 * patient.count)):
+        t = next(t for t, corpus in enumerate(patient.corpora) if row in corpus.rows)
+        try:
+            patient.samplers[t].draw(row, rng)
+        except ValueError:  # too short a text, or none listed
+            silent.append(patient.ids[row])
+    return Finding(
+        "test documents", verdict(bool(unknown or silent)),
+        f"{len(asked)} asked for, {len(unknown)} not indexed {unknown[:3]}, {len(silent)} without a query {silent[:3]}",
+        "0 not indexed, 0 without a query to train on",
+        "the docid table is cut, or labels name documents that the corpora lack; a document without a query stays unknown",
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def scores_agree(patient: Patient) -> Finding:
+    """The beam's scores are those of teacher forcing: cache, positions and tables of the two agree."""
+    (model, trie), differences = patient.last, []
+    for _, query in patient.all_test_queries(min(FORCED, patient.count)):
+        ids = patient.tokens([query])
+        leaves, scores = beam_search(model, trie, ids, patient.config["beam"])
+        codes = trie.rows[trie.starts[-1][leaves[0][leaves[0] >= 0]]]
+        forced = exact_scores(model, ids, codes.to(patient.device))[0]
+        differences.append((scores[0, : len(forced)] - forced).abs().max())
+    worst = float(torch.stack(differences).max())  # NaN where one is
+    return Finding(
+        "search score against forced", verdict(not worst < TOLERANCE),
+        f"largest difference {worst:.2g} over {len(differences)} queries", f"below {TOLERANCE:g}",
+        "search and training see different networks: start token, positions of cached keys, docid table; NaN: broken weights",
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def beam_reaches_best(patient: Patient) -> Finding:
+    """How often the best docid of all survives the beam."""
+    model, trie = patient.last
+    docids = trie.rows[trie.starts[-1][:-1]]  # each once
+    docids = docids[patient.some(len(docids), EXACT_DOCIDS)]
+    hits = []
+    for _, query in patient.all_test_queries(min(EXACT, patient.count)):
+        ids = patient.tokens([query])
+        found = beam_search(model, trie, ids, patient.config["beam"])[1].max()
+        hits.append(bool(found >= exact_scores(model, ids, docids.to(patient.device)).max() - TOLERANCE))
+    share = sum(hits) / len(hits)
+    return Finding(
+        "beam against exact search", verdict(share < 0.5, share < 0.9),
+        f"best of {len(docids)} docids in the beam for {percent(share)} of {len(hits)} queries",
+        "at least 90%",
+        f"good docids are pruned early: pass --beam above {patient.config['beam']} to eval.py or search.py",
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------- experts and energies
+
+
+@torch.no_grad()
+def expert_load(patient: Patient) -> Finding:
+    """Which experts the tokens of test queries reach, along the docids that they ask for; and which are still zero."""
+    name, wanted = "experts", "each 1% of gates or more, none with B = 0"
+    model = patient.last[0]
+    if not mixed_layers(model):
+        return Finding(name, "skip", f"D{patient.t}.pt has no mixture", wanted, "")
+    queries = patient.all_test_queries(patient.count)
+    codes = patient.codes[[min(rows) for rows, _ in queries]].to(patient.device)
+    routes = model.docid_hidden(*model.encode(patient.tokens([query for _, query in queries])), codes)[1]
+    said, idle, zero = [], [], []
+    for number, (layer, route) in enumerate(zip(mixed_layers(model), routes)):
+        first, mass = mixlora.first_choice_share(route.scores).tolist(), route.gates.mean((0, 1)).tolist()
+        shares = " ".join(f"{100 * a:.0f}/{100 * b:.0f}" for a, b in zip(first, mass))
+        said.append(f"layer {number} {shares}")
+        b = torch.cat([layer.stacked(name).flatten(1) for name in ("in_b", "out_b")], dim=1)  # (E, all of B)
+        zero += [f"layer {number} expert {e}" for e in range(len(layer)) if not b[e].any()]
+        idle += [f"layer {number} expert {e}" for e, share in enumerate(mass) if not share >= 0.01]
+    found = f", idle: {idle}" * bool(idle) + f", B = 0: {zero}" * bool(zero)
+    return Finding(
+        name, verdict(bool(zero), bool(idle)), "percent of first choices/gates: " + "; ".join(said) + found,
+        wanted,
+        "an expert without tokens learns nothing, and of an older one what it knew is lost: --router_row ood_mean for a new "
+        "row, a smaller --align_coef where new rows outbid the old ones",
+    )  # fmt: skip
+
+
+def ood_statistics(patient: Patient) -> Finding:
+    """Every mixed layer of every checkpoint knows the energies of what it has seen."""
+    broken, seen, unseen = [], 0, 0
+    for t in range(patient.t + 1):
+        model, stats = store.load_model(patient.folder / f"D{t}.pt")
+        layers = mixed_layers(model)
+        if len(stats) != len(layers):
+            broken.append(f"D{t}: {len(stats)} statistics of {len(layers)} layers")
+        for number, (layer, stat) in enumerate(zip(layers, stats)):
+            calibrated, seen = stat.mode == "calibrated", seen + 1
+            shape = (patient.books.shape[0],) if calibrated else (len(layer), patient.books.shape[0])
+            good = stat.experts == len(layer) and stat.mean.shape == stat.variance.shape == shape
+            good &= bool(stat.mean.isfinite().all() and stat.variance.isfinite().all())
+            good &= bool((stat.variance > 0).all() if calibrated else (stat.variance >= 0).all())
+            good &= not calibrated or math.isfinite(stat.threshold)
+            unseen += int((stat.variance == 0).sum())  # paper_code: of (expert, position) without a token
+            broken += [] if good else [f"D{t} layer {number}"]
+    return Finding(
+        "OOD statistics", verdict(bool(broken), unseen > 0) if seen or broken else "skip",
+        f"{seen} of layers, {unseen} variances of 0, broken: {broken}",
+        "one for each mixed layer, finite, of its number of experts, variances over 0",
+        "without them no corpus can be told from another: remove the checkpoint named and resume; variances of 0 are of "
+        "positions that no expert's tokens reached",
+    )  # fmt: skip
+
+
+CHECKS = [
+    counts, round_trip, fresh_embeddings, fresh_docids, distinct_docids, dense_recall, first_cross_entropy,
+    docid_table, log_of_d0, gradient_norms, updates, reachable, learnt, scores_agree, beam_reaches_best, expert_load,
+    ood_statistics,
+]  # fmt: skip
+
+
+def examine(patient: Patient) -> Iterator[Finding]:
+    """All checks. Files may be so broken that one of them cannot be carried out, which is a FAIL too."""
+    for check in CHECKS:
+        try:
+            found = check(patient)
+        except (ValueError, KeyError, IndexError, RuntimeError, TypeError, OSError) as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            advice = "files do not fit each other: mend what FAILs above first"
+            found = Finding(check.__name__, "FAIL", f"could not be checked ({reason})", "a whole run", advice)
+        yield found
+
+
+def main(argv: list[str]) -> int:
+    """Prints the findings; 1 where one of them FAILs, else 0."""
+    parser = argparse.ArgumentParser(description="Find out why a run does not retrieve.")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--queries", type=int, default=200, help="most queries of a check (default 200)")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    if args.queries < 1:
+        raise ValueError(f"found --queries {args.queries}, wanted a positive number")
+    tally = dict.fromkeys(("ok", "warn", "FAIL", "skip"), 0)
+    for found in examine(Patient(args.run, args.queries, args.device)):
+        tally[found.verdict] += 1
+        print(f"{found.verdict:4}  {found.name}: {found.measured} (wanted: {found.wanted})", flush=True)
+        if found.verdict in ("warn", "FAIL"):
+            print(f"      -> {found.advice}")
+    print(", ".join(f"{number} {kind}" for kind, number in tally.items()))
+    return int(tally["FAIL"] > 0)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        sys.exit(f"doctor.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

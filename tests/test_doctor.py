@@ -1,0 +1,393 @@
+"""A sound run passes every check; each planted fault is found by the check that is there for it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toy import TOY, toy_folder
+
+import doctor
+import losses
+import ood
+import rq
+import run as store
+import train
+from mapped import StringsWriter
+from t5 import T5
+
+LONGER = [
+    "--M",
+    "4",
+    "--dense_warmup_steps",
+    "60",
+    "--d0_steps",
+    "120",
+    "--steps",
+    "25",
+    "--align_coef",
+    "0.05",
+]
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory) -> Path:
+    """A run of three corpora, in which every layer grows at every corpus, that learns to retrieve."""
+    folder = tmp_path_factory.mktemp("doctor")
+    flags = ["--splits", "60,20,20", "--expand", "always", "--no-baselines", *TOY, *LONGER]
+    train.main(["--data", str(toy_folder(folder / "beir")), "--run", str(folder / "run"), *flags])
+    return folder / "run"
+
+
+@pytest.fixture
+def sick(healthy, tmp_path) -> Path:
+    """A copy of the run, to plant a fault in."""
+    return Path(shutil.copytree(healthy, tmp_path / "run"))
+
+
+def look(folder: Path, *checks, queries: int = 20) -> list[str]:
+    """The verdicts of these checks."""
+    patient = doctor.Patient(folder, queries, "cpu")
+    return [check(patient).verdict for check in checks]
+
+
+def change(path: Path, edit) -> None:
+    """Edits a checkpoint in place."""
+    value = store.read_tensors(path)
+    edit(value)
+    store.write_tensors(path, value)
+
+
+def change_docids(folder: Path, edit) -> None:
+    """Edits docids.npy as if the run had been trained with it: checkpoints name the docids that they are for."""
+    np.save(folder / "docids.npy", edit(np.load(folder / "docids.npy")))
+    for path in folder.glob("D?.pt"):
+        change(path, lambda value: value.update(store.stamp(folder)))
+
+
+def set_config(folder: Path, **values) -> None:
+    store.write_json(folder / "config.json", store.read_json(folder / "config.json") | values)
+
+
+def test_a_sound_run_passes_every_check_with_exit_status_0(healthy, capsys):
+    assert doctor.main([str(healthy), "--queries", "40"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    verdicts = {line[6:].split(":")[0]: line[:4].strip() for line in lines if not line.startswith("  ")}
+    tally = verdicts.pop(lines[-1][6:].split(":")[0])
+    assert len(verdicts) == len(doctor.CHECKS) and tally and "0 FAIL, 0 skip" in lines[-1]
+    verdicts.pop("experts")  # so few steps may leave an old one without tokens
+    assert set(verdicts.values()) == {"ok"}, lines
+
+
+def test_a_run_stopped_after_d0_passes(sick):
+    for name in ("D1.pt", "D2.pt"):
+        (sick / name).unlink()
+    findings = list(doctor.examine(doctor.Patient(sick, 20, "cpu")))
+    assert {found.verdict for found in findings} == {"ok"}
+
+
+def test_docids_permuted_among_documents(sick):
+    change_docids(sick, lambda codes: np.roll(codes, 7, axis=0))
+    assert look(sick, doctor.fresh_docids, doctor.learnt) == ["FAIL", "FAIL"]
+    assert (
+        look(sick, doctor.counts, doctor.round_trip, doctor.fresh_embeddings, doctor.scores_agree)
+        == ["ok"] * 4
+    )
+    assert doctor.main([str(sick), "--queries", "20"]) == 1
+
+
+def test_docids_of_other_codebooks(sick):
+    embeddings = torch.from_numpy(np.load(sick / "embeddings.npy"))
+    books = rq.fit(embeddings[:30], 4, 16, seed=5)
+    change_docids(sick, lambda _: rq.encode(embeddings, books).numpy().astype(np.int16))
+    assert look(sick, doctor.fresh_docids, doctor.round_trip, doctor.distinct_docids) == ["FAIL", "ok", "ok"]
+    set_config(sick, docids="made_elsewhere.json")
+    assert look(sick, doctor.fresh_docids) == ["skip"]
+
+
+@pytest.mark.parametrize("fault", ["scaled", "random", "other order"])
+def test_docid_table_that_did_not_start_from_the_centroids(sick, fault):
+    faults = {
+        "scaled": lambda table: table * table.shape[-1] ** -0.5,
+        "random": torch.randn_like,
+        "other order": lambda table: table.flip(0),
+    }
+    change(sick / "D0.pt", lambda value: value["model"].update(rq=faults[fault](value["model"]["rq"])))
+    assert look(sick, doctor.docid_table, doctor.first_cross_entropy) == ["FAIL", "ok"]
+
+
+def test_centroids_in_another_order_than_the_docids_count_them(sick):
+    books = store.read_tensors(sick / "rq.pt")
+    store.write_tensors(
+        sick / "rq.pt", books[:, torch.randperm(16, generator=torch.Generator().manual_seed(0))]
+    )
+    found = look(
+        sick, doctor.first_cross_entropy, doctor.fresh_docids, doctor.docid_table, doctor.dense_recall
+    )
+    assert found[:3] == ["FAIL", "FAIL", "FAIL"] and found[3] != "ok"
+
+
+def test_codes_outside_the_codebooks_stop_no_other_check(sick):
+    change_docids(sick, lambda codes: codes + 16)
+    findings = list(doctor.examine(doctor.Patient(sick, 20, "cpu")))
+    assert len(findings) == len(doctor.CHECKS)
+    assert (
+        findings[0].verdict == "ok" and findings[1].verdict == "FAIL" and "16 to 31" in findings[1].measured
+    )
+    assert any("could not be checked" in found.measured for found in findings)
+
+
+def test_docids_exchanged_after_training_are_refused_by_the_checkpoints(sick, capsys):
+    np.save(sick / "docids.npy", np.roll(np.load(sick / "docids.npy"), 1, axis=0))
+    assert doctor.main([str(sick), "--queries", "20"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAIL  docids of these embeddings" in printed and "made for other documents" in printed
+
+
+def test_docids_that_do_not_tell_documents_apart(sick):
+    change_docids(sick, np.zeros_like)
+    assert look(sick, doctor.distinct_docids) == ["FAIL"]
+
+
+def test_documents_missing_from_the_docid_table(sick):
+    change_docids(sick, lambda codes: codes[:-3])
+    checks = doctor.counts, doctor.round_trip, doctor.reachable
+    assert look(sick, *checks) == ["FAIL"] * 3
+    patient = doctor.Patient(sick, 20, "cpu")
+    assert patient.ids[49] in patient.ids and "3 not indexed" in doctor.reachable(patient).measured
+
+
+def test_doc_ids_out_of_order_and_changed_hashes(sick):
+    lines = (sick / "doc_ids.txt").read_text().splitlines()
+    (sick / "doc_ids.txt").write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
+    found = doctor.counts(doctor.Patient(sick, 20, "cpu"))
+    assert found.verdict == "FAIL" and "2 other lines" in found.measured
+    assert look(sick, doctor.round_trip, doctor.reachable, doctor.learnt) == ["ok"] * 3
+    (sick / "doc_ids.txt").write_text("\n".join(lines) + "\n")
+    assert look(sick, doctor.counts) == ["ok"]
+    saved = store.read_json(sick / "corpus.json")
+    saved["corpora"][1]["ids_sha256"] = "0" * 64
+    store.write_json(sick / "corpus.json", saved)
+    found = doctor.counts(doctor.Patient(sick, 20, "cpu"))
+    assert found.verdict == "FAIL" and "['D1']" in found.measured
+
+
+def test_embeddings_of_another_run(sick):
+    torch.manual_seed(0)
+    path = sick / "embeddings.npy"
+    np.save(path, torch.randn(50, 32).mul(float(np.load(path).std())).numpy())
+    checks = doctor.fresh_embeddings, doctor.fresh_docids, doctor.dense_recall
+    assert look(sick, *checks) == ["FAIL"] * 3
+    assert look(sick, doctor.counts, doctor.docid_table, doctor.updates) == ["ok"] * 3
+
+
+def test_cross_entropy_of_the_log_that_did_not_fall_and_gradients_without_measure(sick):
+    path, checks = sick / "metrics.jsonl", (doctor.log_of_d0, doctor.gradient_norms)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def with_changes(**values) -> list[str]:
+        changed = [line | {k: v for k, v in values.items() if k in line} for line in lines]
+        path.write_text("".join(json.dumps(line) + "\n" for line in changed))
+        return look(sick, *checks)
+
+    assert with_changes() == ["ok", "ok"]
+    assert with_changes(ce=4.0) == ["FAIL", "ok"]
+    assert with_changes(gradient_norm=1e4) == ["ok", "warn"]
+    lines[-1]["gradient_norm"] = float("nan")
+    assert with_changes() == ["ok", "FAIL"]
+    path.unlink()
+    assert look(sick, *checks) == ["skip", "skip"]
+
+
+@pytest.mark.parametrize(
+    "checkpoint, name, told",
+    [
+        ("D2.pt", "encoder.0.ff.w_in", "frozen but moved: ['D2 encoder']"),
+        ("D2.pt", "decoder.1.ff.old.in_a", "frozen but moved: ['D2 experts']"),
+        ("D1.pt", "decoder.0.ff.router_old", "D1 routers"),
+        ("D0.pt", "word", "D0 word table"),
+    ],
+)
+def test_a_frozen_tensor_that_moved(sick, checkpoint, name, told):
+    change(sick / checkpoint, lambda value: value["model"][name].mul_(1 + 1e-5))
+    found = doctor.updates(doctor.Patient(sick, 20, "cpu"))
+    assert found.verdict == "FAIL" and told in found.measured
+    assert look(sick, doctor.learnt, doctor.ood_statistics) == ["ok", "ok"]
+
+
+def test_a_docid_table_that_did_not_train(sick):
+    before = store.read_tensors(sick / "D0.pt")["model"]["rq"]
+    change(sick / "D1.pt", lambda value: value["model"].update(rq=before))
+    found = doctor.updates(doctor.Patient(sick, 20, "cpu"))
+    assert found.verdict == "FAIL" and "did not train: ['D1 docid table']" in found.measured
+
+
+def test_a_docid_table_that_jumped(sick):
+    change(sick / "D2.pt", lambda value: value["model"]["rq"].mul_(3))
+    found = doctor.updates(doctor.Patient(sick, 20, "cpu"))
+    assert found.verdict == "warn" and "large: ['D2 docid table']" in found.measured
+
+
+@pytest.mark.parametrize(
+    "recalls, verdict, advice",
+    [  # training and test queries: of D_0 after D_0, of D_2 after D_2, of D_0 after D_2
+        ((0.9, 0.8, 0.9, 0.6, 0.7, 0.5), "ok", ""),
+        ((0.9, 0.8, 0.9, 0.6, 0.3, 0.2), "warn", "forgot D_0"),
+        ((0.9, 0.8, 0.2, 0.2, 0.7, 0.6), "warn", "D2.pt has not learnt D_2"),
+        ((0.05, 0.0, 0.9, 0.8, 0.0, 0.0), "FAIL", "D0.pt has not learnt D_0"),
+        ((0.9, 0.3, 0.9, 0.8, 0.8, 0.3), "warn", "D0.pt knows its training queries by heart"),
+        ((0.9, 0.3, 0.9, 0.1, 0.8, 0.3), "FAIL", "D2.pt knows its training queries by heart"),
+        ((0.9, 0.8, float("nan"), 0.5, 0.8, 0.8), "FAIL", "D2.pt has not learnt D_2"),
+    ],
+)
+def test_learnt_forgotten_or_known_by_heart(healthy, monkeypatch, recalls, verdict, advice):
+    left = iter(recalls)
+    monkeypatch.setattr(doctor.Patient, "recall", lambda *_: next(left))
+    found = doctor.learnt(doctor.Patient(healthy, 20, "cpu"))
+    assert (
+        found.verdict == verdict and found.advice.startswith("D" if advice else "") and advice in found.advice
+    )
+
+
+def test_weights_that_never_learnt(sick):
+    """With random weights and one beam, the best docid is pruned as well."""
+    torch.manual_seed(0)
+    change(
+        sick / "D2.pt",
+        lambda value: [
+            w.copy_(0.3 * torch.randn_like(w)) for name, w in value["model"].items() if name != "rq"
+        ],
+    )
+    set_config(sick, beam=1)
+    assert look(sick, doctor.learnt, doctor.updates, doctor.scores_agree) == ["FAIL", "FAIL", "ok"]
+    assert look(sick, doctor.beam_reaches_best)[0] != "ok"
+
+
+def test_training_queries_known_by_heart(sick):
+    """A T5 from random weights learns one meaningless query of each document, which are all that the run has."""
+    for name in ("D1.pt", "D2.pt"):
+        (sick / name).unlink()
+    torch.manual_seed(0)
+    noise = [" ".join("bcdfghjklmnpqrstvwxz"[i] for i in row) for row in torch.randint(20, (50, 9)).tolist()]
+    list_queries(sick, noise, np.arange(51))
+    patient = doctor.Patient(sick, 50, "cpu")
+    ids, codes, model = patient.tokens(noise[:30]), patient.codes[:30], T5(patient.start.config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        hidden, _ = model.docid_hidden(*model.encode(ids), codes)
+        loss = losses.docid_cross_entropy(model, hidden, codes, "segment")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    store.save_model(sick / "D0.pt", model, [])
+    found = doctor.learnt(doctor.Patient(sick, 50, "cpu"))
+    assert found.verdict == "FAIL" and "by heart" in found.advice, found
+    assert look(sick, doctor.round_trip, doctor.fresh_docids, doctor.scores_agree) == ["ok"] * 3
+
+
+def list_queries(folder: Path, queries: list[str], starts: np.ndarray) -> None:
+    """Stores pseudo-queries as a run does that was given a file of them."""
+    writer = StringsWriter(folder / "pseudo_queries" / "queries.bin")
+    for text in queries:
+        writer.add(text)
+    writer.close()
+    np.save(folder / "pseudo_queries" / "starts.npy", starts)
+
+
+def test_a_test_document_without_a_training_query(sick):
+    list_queries(sick, [f"query {i}" for i in range(49)], np.minimum(np.arange(51), 49))
+    patient = doctor.Patient(sick, 20, "cpu")
+    found = doctor.reachable(patient)
+    assert found.verdict == "FAIL" and f"1 without a query ['{patient.ids[49]}']" in found.measured
+
+
+def test_a_search_that_loses_its_cache_scores_otherwise_than_training(healthy, monkeypatch):
+    decode = T5.decode
+    monkeypatch.setattr(
+        T5, "decode", lambda model, x, cross, padding, past=None: decode(model, x, cross, padding)
+    )
+    assert look(healthy, doctor.scores_agree, doctor.dense_recall) == ["FAIL", "ok"]
+
+
+def test_weights_that_are_not_numbers(sick):
+    change(sick / "D2.pt", lambda value: value["model"]["decoder_norm.weight"].fill_(float("nan")))
+    assert look(sick, doctor.scores_agree) == ["FAIL"]
+
+
+def test_an_expert_that_never_trained(sick):
+    def zero(value):
+        for name in ("in_b", "out_b"):
+            value["model"][f"decoder.1.ff.new.{name}"].zero_()
+
+    change(sick / "D2.pt", zero)
+    found = doctor.expert_load(doctor.Patient(sick, 20, "cpu"))
+    assert found.verdict == "FAIL" and "B = 0: ['layer 1 expert 3']" in found.measured
+    assert look(sick, doctor.updates, doctor.ood_statistics) == ["ok", "ok"]
+
+
+def test_an_expert_whose_router_row_points_away_from_all_tokens(sick):
+    def turn(value):
+        rows = value["model"]["decoder.0.ff.router_old"]
+        value["model"]["decoder.0.ff.router_new"].copy_(-rows[-1:])
+
+    rows = store.read_tensors(sick / "D2.pt")["model"]["decoder.0.ff.router_old"]
+    assert len(rows) == 3
+    change(sick / "D2.pt", turn)
+    found = doctor.expert_load(doctor.Patient(sick, 20, "cpu"))
+    assert found.verdict == "warn" and "layer 0 expert 3" in found.measured
+
+
+def test_energy_statistics_that_are_missing_or_make_no_sense(sick):
+    whole = (sick / "D1.pt").read_bytes()
+
+    def with_fault(edit) -> list[str]:
+        (sick / "D1.pt").write_bytes(whole)
+        change(sick / "D1.pt", edit)
+        return look(sick, doctor.ood_statistics)
+
+    def paper_code(value):
+        value["stats"] = [ood.new_stats("paper_code", 3, 4).state() for _ in value["stats"]]
+
+    assert with_fault(lambda value: value.update(stats=[])) == ["FAIL"]
+    assert with_fault(lambda value: value["stats"][0]["mean"].fill_(float("nan"))) == ["FAIL"]
+    assert with_fault(lambda value: value["stats"][1]["variance"].zero_()) == ["FAIL"]
+    assert with_fault(lambda value: value["stats"][1].update(threshold=float("inf"))) == ["FAIL"]
+    assert with_fault(lambda value: value["stats"][0].update(experts=2)) == ["FAIL"]
+    assert with_fault(paper_code) == ["warn"]  # energies that no batch moved
+
+
+def test_a_plain_t5_has_no_experts_to_look_at(sick):
+    model = store.load_model(sick / "dense.pt")[0]
+    model.rq.data = store.read_tensors(sick / "rq.pt")
+    store.save_model(sick / "D0.pt", model, [])
+    for name in ("D1.pt", "D2.pt"):
+        (sick / name).unlink()
+    checks = doctor.expert_load, doctor.ood_statistics, doctor.docid_table, doctor.updates
+    assert look(sick, *checks) == ["skip", "skip", "ok", "FAIL"]  # nothing trained
+
+
+def test_bad_input_is_named(sick, tmp_path):
+    with pytest.raises(ValueError, match="config.json"):
+        doctor.main([str(tmp_path / "nowhere")])
+    with pytest.raises(ValueError, match="--queries 0"):
+        doctor.main([str(sick), "--queries", "0"])
+    config = store.read_json(sick / "config.json")
+    store.write_json(sick / "config.json", {"K": 16})
+    with pytest.raises(ValueError, match="config.json: lacks"):
+        doctor.main([str(sick)])
+    store.write_json(sick / "config.json", config)
+    saved = store.read_json(sick / "corpus.json")
+    saved["corpora"][2]["documents"] -= 1
+    store.write_json(sick / "corpus.json", saved)
+    with pytest.raises(ValueError, match="different runs"):
+        doctor.main([str(sick)])
+
+
+def test_the_command_says_what_is_wrong_with_exit_status_1(tmp_path):
+    command = [sys.executable, doctor.__file__, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("doctor.py: found no ")
