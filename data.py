@@ -36,7 +36,18 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from mapped import Chain, Documents, Lookup, Strings, StringsWriter, Tokens, digest, digests, save_array
+from mapped import (
+    Chain,
+    Documents,
+    Lookup,
+    Strings,
+    StringsWriter,
+    Tokens,
+    digest,
+    digests,
+    load_array,
+    save_array,
+)
 
 PAD, EOS, UNK = 0, 1, 2  # T5's ids; PAD is also the decoder's start token
 
@@ -135,8 +146,8 @@ def read_boolq(seed: int, cache: Path = CACHE, store: Path | None = None) -> Col
     """
     passages: dict[str, list[str]] = {}
     questions: dict[str, list[str]] = {}
-    for line in fetch_boolq(cache).decode("utf-8").splitlines():
-        row = json.loads(line)
+    lines = numbered_lines(io.BytesIO(fetch_boolq(cache)), cache)
+    for _, row in json_objects(lines, ("passage", "question")):
         title, _, text = row["passage"].partition(" -- ")
         if text not in passages.setdefault(title, []):
             passages[title].append(text)
@@ -159,22 +170,34 @@ def read_boolq(seed: int, cache: Path = CACHE, store: Path | None = None) -> Col
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, line) of every non-blank line; place is `file:number`. Raises ValueError where it is not UTF-8."""
+    """(place, line) of every non-blank line of a file. Raises ValueError where it is missing or not UTF-8."""
     if not path.is_file():
         raise ValueError(f"found no file {path}; README lists the files of each layout")
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file") from None
-            if line.strip():
-                yield f"{path}:{number}", line
+        yield from numbered_lines(file, path)
+
+
+def numbered_lines(file: Iterable[bytes], path: Path) -> Iterator[tuple[str, str]]:
+    """(place, line) of every non-blank line; place is `path:number`."""
+    for number, raw in enumerate(file, 1):
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file") from None
+        if line.strip():
+            yield f"{path}:{number}", line
 
 
 def read_jsonl(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
-    """(place, object) of every line; each object must hold `keys`, whose values must be strings."""
-    for place, line in read_lines(path):
+    """(place, object) of every line of a file; see `json_objects`."""
+    return json_objects(read_lines(path), keys)
+
+
+def json_objects(lines: Iterable[tuple[str, str]], keys: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
+    """(place, object) of every line; each object must hold `keys`, whose values must be strings. The first, which
+    names the object, must not be blank.
+    """
+    for place, line in lines:
         try:
             row = json.loads(line)
             json.dumps(row, ensure_ascii=False).encode()
@@ -184,6 +207,8 @@ def read_jsonl(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
             raise ValueError(
                 f"{place}: wanted an object with the string fields {', '.join(keys)}; found {line[:80]}"
             )
+        if not row[keys[0]].strip():
+            raise ValueError(f"{place}: found an empty {keys[0]}; each line needs one")
         yield place, row
 
 
@@ -420,26 +445,32 @@ def load_tokenizer(model: bytes | Path) -> sentencepiece.SentencePieceProcessor:
     """A SentencePiece model from bytes or from a file such as T5's spiece.model. Raises ValueError on other
     ids.
     """
+    name = "tokenizer"
     if isinstance(model, Path):
         if not model.is_file():
             raise ValueError(
                 f"found no tokenizer at {model}; wanted a SentencePiece file such as spiece.model"
             )
-        model = model.read_bytes()
+        name, model = f"{model}: tokenizer", model.read_bytes()
     tokenizer = sentencepiece.SentencePieceProcessor()
     try:
         tokenizer.load_from_serialized_proto(model)
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"not a SentencePiece model: {error}") from None
+        raise ValueError(f"{name} is not a SentencePiece model: {error}") from None
     found = (tokenizer.pad_id(), tokenizer.eos_id(), tokenizer.unk_id())
     if found != (PAD, EOS, UNK):
-        raise ValueError(f"tokenizer has pad, eos, unk = {found}, wanted {(PAD, EOS, UNK)} as T5 has them")
+        raise ValueError(f"{name} has pad, eos, unk = {found}, wanted {(PAD, EOS, UNK)} as T5 has them")
     return tokenizer
 
 
 def tokenize(tokenizer, texts: list[str], max_length: int) -> Tensor:
     """Texts -> ids (B, S) int64 with a trailing </s>, cut to max_length pieces, padded with 0 to the longest."""
-    pieces = [ids[: max_length - 1] + [EOS] for ids in tokenizer.encode(texts)]
+    try:
+        pieces = [ids[: max_length - 1] + [EOS] for ids in tokenizer.encode(texts)]
+    except TypeError:  # half a surrogate pair, as the terminal makes of bytes that are not UTF-8
+        raise ValueError(
+            f"found a text that is no Unicode among {texts[:3]!r:.200}; type it in UTF-8"
+        ) from None
     batch = torch.full((len(pieces), max(map(len, pieces), default=1)), PAD)
     for row, ids in zip(batch, pieces):
         row[: len(ids)] = torch.tensor(ids)
@@ -562,7 +593,7 @@ class ListedPseudoQueries:
 
     def __init__(self, folder: Path):
         self.queries = Strings.open(folder / "queries.bin")
-        self.starts = np.load(folder / "starts.npy", allow_pickle=False)  # (N + 1,)
+        self.starts = load_array(folder / "starts.npy", np.int64, 1)  # (N + 1,)
 
     def draw(self, row: int, rng: random.Random) -> str:
         """One of the document's pseudo-queries."""

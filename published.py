@@ -287,13 +287,15 @@ def read_nq320k(folder: Path, store: Path | None = None) -> Collection:
 
 
 def read_tsv(path: Path, columns: int) -> Iterator[tuple[str, list[str]]]:
-    """(place, cells) of every line; the last cell takes what is left of the line."""
+    """(place, cells) of every line; the first cell is an id, the last takes what is left of the line."""
     for place, line in read_lines(path):
         cells = line.split("\t", columns - 1)
         if len(cells) != columns:
             raise ValueError(
                 f"{place}: wanted {columns} cells between tabs, found {len(cells)}: {line[:80]!r}"
             )
+        if not cells[0].strip():
+            raise ValueError(f"{place}: wanted an id before the first tab, found {line[:80]!r}")
         yield place, cells
 
 
@@ -310,8 +312,11 @@ def read_labels(path: Path, documents: Documents) -> Iterator[tuple[str, str, in
 
 
 def read_queries(path: Path, wanted: set[str]) -> dict[str, str]:
-    """Texts of the wanted query ids. Raises ValueError where one has none."""
-    found = {qid: text.strip() for _, (qid, text) in read_tsv(path, 2) if qid in wanted}
+    """Texts of the wanted query ids. Raises ValueError where one has none, or two that differ."""
+    found: dict[str, str] = {}
+    for place, (qid, text) in read_tsv(path, 2):
+        if qid in wanted and found.setdefault(qid, text.strip()) != text.strip():
+            raise ValueError(f"{place}: query {qid!r} has another text above; ids must be unique")
     if missing := sorted(qid for qid in wanted if not found.get(qid)):
         raise ValueError(f"{path}: {len(missing)} labelled queries have no text here, first {missing[0]!r}")
     return found
@@ -350,7 +355,12 @@ def read_authors(folder: Path, store: Path | None = None) -> Collection:
 
     A later part may repeat the documents of those before it, or hold its own alone.
     """
-    parts, documents, sizes = authors_parts(folder), Documents(store), []
+    parts, sizes = authors_parts(folder), []
+    if not parts:
+        raise ValueError(
+            f"found no file {folder / 'full_collection' / 'raw.tsv'}, nor one below {folder / 'd0'}"
+        )
+    documents = Documents(store)
     for part in parts:
         before = sum(sizes)
         added = sum(
@@ -399,8 +409,10 @@ def read_json_labels(path: Path, documents: Documents) -> dict[str, dict[str, in
     labels = {}
     with path.open("rb") as file:
         for qid, found in json_items(file, str(path), opens="{"):
-            if not isinstance(found, dict) or not all(isinstance(label, int) for label in found.values()):
+            if not isinstance(found, dict) or not all(type(label) is int for label in found.values()):
                 raise ValueError(f"{path}: query {qid!r}: wanted {{docid: label}}, found {str(found)[:80]}")
+            if qid in labels:
+                raise ValueError(f"{path}: query {qid!r} is listed twice; ids must be unique")
             for doc_id in found:
                 if documents.row(doc_id) is None:
                     raise ValueError(
@@ -426,18 +438,21 @@ def read_numbered_pseudo_queries(path: Path) -> Iterator[tuple[str, str, str]]:
 
 def read_docids(path: Path, ids, codebooks: int, centroids: int) -> list[list[int]]:
     """Docids made elsewhere, one per id: a JSON object {docid: [M codes]}, a leading -1 being dropped."""
+    if not path.is_file():
+        raise ValueError(f"found no {path}; wanted a JSON object {{docid: [codes]}}")
     found: dict[str, list[int]] = {}
     with path.open("rb") as file:
         for doc_id, codes in json_items(file, str(path), opens="{"):
             codes = codes[1:] if isinstance(codes, list) and codes[:1] == [-1] else codes
             if not (
                 isinstance(codes, list) and len(codes) == codebooks
-                and all(isinstance(code, int) and 0 <= code < centroids for code in codes)
+                and all(type(code) is int and 0 <= code < centroids for code in codes)
             ):  # fmt: skip
                 raise ValueError(
                     f"{path}: document {doc_id!r}: wanted M={codebooks} codes below K={centroids}, found {str(codes)[:80]}"
                 )
-            found[doc_id] = codes
+            if found.setdefault(doc_id, codes) != codes:
+                raise ValueError(f"{path}: document {doc_id!r} has another docid above; ids must be unique")
     if missing := [doc_id for doc_id in ids if doc_id not in found]:
         raise ValueError(f"{path}: {len(missing)} documents have no docid, first {missing[0]!r}")
     return [found[doc_id] for doc_id in ids]

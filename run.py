@@ -13,7 +13,6 @@ Every file is written under a temporary name, flushed to disk and renamed. Tenso
 import fcntl
 import hashlib
 import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -51,8 +50,11 @@ def read_json(path: Path):
 
 def read_array(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        found = np.load(path, allow_pickle=False)
+        if not isinstance(found, np.ndarray):
+            raise ValueError("an archive of arrays")
+        return found
+    except Exception as error:  # damaged headers raise almost anything
         raise ValueError(
             f"{path}: cannot be read ({error}); go on with train.py --resume to make it anew"
         ) from None
@@ -102,10 +104,12 @@ def load_corpora(folder: Path) -> list[Corpus]:
             first, n = item["first_row"], item.pop("documents")
             item.pop("ids_sha256")
             item["train"] = [tuple(pair) for pair in item["train"]]
+            if first != listed or not 0 <= n <= len(documents) - listed:
+                raise ValueError(f"{folder}: documents and corpus.json are of different runs; start it anew")
             rows = slice(first, first + n)
             texts = dict(ids=documents.ids[rows], titles=documents.titles[rows], texts=documents.texts[rows])
-            listed += n
             corpora.append(Corpus(**item, **texts))
+            listed += n
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'corpus.json'}: not the corpora of a run ({error!r})") from None
     if listed != len(documents):

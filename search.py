@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
     def answer(query: str) -> None:
         if not query.strip():
             raise ValueError("the query is empty; type some words")
-        length, beam = run.config["query_length"], max(args.beam, args.k)
+        length, beam = run.config["query_length"], min(max(args.beam, args.k), len(trie.documents))
         ranking = retrieve(model, trie, run.tokenizer, [query], run.ids, args.k, beam, max_length=length)[0]
         for place, (row, score) in enumerate(ranking, 1):
             docid = "-".join(map(str, run.docids[row].tolist()))
@@ -148,7 +148,7 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"search.py: {error}")
     except KeyboardInterrupt:
         print()

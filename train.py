@@ -523,7 +523,8 @@ class MovingEnergies:
     def step(self) -> None:
         distributed.add_up(self.sums.values())
         for number, batch in self.sums.items():
-            ood.move(self.stats[number], batch)
+            if batch.isfinite().all():  # a step without a finite gradient is skipped
+                ood.move(self.stats[number], batch)
         self.sums = {}
 
 

@@ -375,10 +375,10 @@ def copy_without_models(run_folder: Path, folder: Path) -> None:
 
 def test_a_document_without_a_title_is_shown_by_its_first_words(run_folder, tmp_path, capsys):
     copy_without_models(run_folder, tmp_path)
-    shutil.copy(run_folder / "D1.pt", tmp_path / "D0.pt")
     texts = [f"The {TEXTS[row]} and so on" for row in range(12)]
     corpus = Corpus(0, [f"doc{row}" for row in range(12)], [""] * 12, texts)
     store.save_corpora(tmp_path, "made up", [corpus], {}, {})
+    store.save_model(tmp_path / "D0.pt", store.load_model(run_folder / "D1.pt")[0], [])
     search.main([str(tmp_path), "red river king", "-k", "3"])
     for line in capsys.readouterr().out.splitlines():
         found = re.search(r"doc(\d+)  (.*)$", line)

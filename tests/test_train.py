@@ -622,3 +622,19 @@ def test_a_run_that_cannot_fit_into_memory_says_so_before_it_trains(toy, tmp_pat
     with pytest.raises(ValueError, match="needs about .* --no-check_memory"):
         experts_after(toy, tmp_path / "run")
     assert not (tmp_path / "run" / "dense.pt").exists()
+
+
+def test_a_batch_that_is_not_finite_moves_no_energies():
+    stats = [ood.new_stats("paper_code", 2, 3)]
+    averages = train.MovingEnergies(train.Config(ood_mode="paper_code"), stats)
+    scores = torch.rand(4, 3, 2)
+    good, bad = (
+        mixlora.Route(None, scores * factor, mixlora.top_gates(scores, 2), None, 2)
+        for factor in (1, torch.nan)
+    )
+    for route in (bad, good):
+        averages.see([route])
+        averages.step()
+    alone = ood.new_stats("paper_code", 2, 3)
+    ood.update(alone, good.scores, good.gates)
+    assert torch.equal(stats[0].mean, alone.mean) and stats[0].mean.isfinite().all()
