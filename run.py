@@ -1,13 +1,13 @@
 """The run folder: everything that is needed to search, evaluate or continue, written so that nothing
 half-done counts.
 
+Paper    none
 In       tensors, arrays, JSON values and lines
-Out      runs/NAME/: config.json, tokenizer.model, corpus.json, dense.pt, rq.pt, docids.npy, D0.pt .. DT.pt,
-         ood.json, results.json, metrics.jsonl, log.txt
+Out      runs/NAME/: config.json, tokenizer.model, corpus.json, documents/, dense.pt, embeddings.npy, rq.pt,
+         docids.npy, D0.pt .. DT.pt, ood.json, results.json, metrics.jsonl, log.txt
 Next     search.py and eval.py load a model from it; train.py skips the stages whose files exist
-
-Every file is written under a temporary name, flushed to disk and renamed. Tensors are read with
-`weights_only=True`.
+Differs  every file is written under a temporary name, flushed and renamed; every checkpoint says what it was made
+         for; tensors are read with `weights_only=True`. The released code pickles tries and rewrites JSON in place
 """
 
 import fcntl
