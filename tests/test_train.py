@@ -274,7 +274,7 @@ def test_negatives_that_a_run_saved_teach_the_next_one(toy, tmp_path, exact):
 def test_the_sample_of_nq320k_runs_through_every_stage_with_t5_s_own_tokenizer(tmp_path, capsys):
     train.main([
         "--data", "nq320k", "--data-dir", str(SAMPLE), "--preset", "beir", "--splits", "paper", "--tokenizer", str(SPIECE),
-        "--run", str(tmp_path / "nq"), *TOY[2:], "--K", "32", "--d0_fragments", "1",
+        "--run", str(tmp_path / "nq"), *TOY[2:], "--M", "4", "--K", "64", "--d0_fragments", "1",
     ])  # fmt: skip
     manifest = store.read_json(tmp_path / "nq" / "corpus.json")["manifest"]
     assert (
@@ -283,7 +283,7 @@ def test_the_sample_of_nq320k_runs_through_every_stage_with_t5_s_own_tokenizer(t
     )
     assert manifest["paper"]["documents"] == [98_743, 2_743, 2_743, 2_743, 2_743]
     assert "sample" in manifest["difference"]
-    assert np.load(tmp_path / "nq" / "docids.npy").shape == (597, 3)
+    assert np.load(tmp_path / "nq" / "docids.npy").shape == (597, 4)
     printed = capsys.readouterr().out
     assert printed.count("ids sha256") == 5 and "after D4" in printed
     search.main([str(tmp_path / "nq"), "who sings this song", "-k", "2"])
