@@ -1,6 +1,6 @@
 """A synthetic corpus of a million documents through quantiser, docid table, trie and search: time and memory.
 
-    python benchmarks/million.py [--documents 1000000] [--beam 5] [--width 768] [--folder /tmp/million]
+    python benchmarks/million.py [--documents 1000000] [--beam 5] [--width 768] [--folder FOLDER]
 
 Embeddings and codebooks are random, so nothing here says how well documents are found; what it shows is that
 each step runs in chunks. The embeddings lie on disk (3 GB at the default width).
