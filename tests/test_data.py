@@ -1069,7 +1069,9 @@ def test_first_words_that_are_a_test_query_become_no_pseudo_query(tmp_path):
     corpora = [Corpus(0, ["a", "b"], ["", ""], ["Who is King?", "second"], test={"q": "who is king"})]
     exclude = {"who is king"}
     data.store_pseudo_queries([("f:1", "b", "asked")], tmp_path, corpora, exclude, strict=False)
-    check_no_leak(0, corpora, data.ListedPseudoQueries(tmp_path).pairs(range(2)))
+    pairs = data.ListedPseudoQueries(tmp_path).pairs(range(2))
+    check_no_leak(0, corpora, pairs)
+    assert pairs == [(0, "Who is"), (1, "asked")]
 
 
 def test_store_of_pseudo_queries_that_was_cut_short_does_not_count_beside_an_earlier_one(
