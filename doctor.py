@@ -142,16 +142,16 @@ class Patient:
         pairs = data.draw_pseudo_queries(self.samplers[t], rows[: self.count], each, seed)
         return [({row}, query) for row, query in rng.sample(pairs, min(self.count, len(pairs)))]
 
-    def test_queries(self, t: int, count: int) -> list[tuple[set[int], str]]:
+    def asked(self, t: int, count: int) -> list[tuple[set[int], str]]:
         """Some test queries of D_t with the rows of their documents."""
         corpus = self.corpora[t]
         chosen = random.Random(f"doctor {t}").sample(list(corpus.test), min(count, len(corpus.test)))
         return [({self.row_of(doc_id) for doc_id in corpus.qrels[q]}, corpus.test[q]) for q in chosen]
 
-    def all_test_queries(self, count: int) -> list[tuple[set[int], str]]:
+    def asked_of_all(self, count: int) -> list[tuple[set[int], str]]:
         """Test queries of every corpus so far, equally many of each where it has them."""
         share = math.ceil(count / len(self.corpora))
-        return [pair for t in range(len(self.corpora)) for pair in self.test_queries(t, share)]
+        return [pair for t in range(len(self.corpora)) for pair in self.asked(t, share)]
 
     def recall(self, model: T5, trie: rq.Trie, queries: list[tuple[set[int], str]]) -> float:
         """Recall@10 of docid search, beyond chance."""
@@ -264,7 +264,7 @@ def distinct_docids(patient: Patient) -> Finding:
 def dense_recall(patient: Patient) -> Finding:
     """The bi-encoder on D_0, by its embeddings and by what their docids keep of them."""
     n0 = len(patient.corpora[0].ids)
-    queries = [pair for pair in patient.test_queries(0, patient.count) if max(pair[0]) < n0]
+    queries = [pair for pair in patient.asked(0, patient.count) if max(pair[0]) < n0]
     embedded = dense.embed(patient.start, patient.tokens([query for _, query in queries]).cpu())
     d0, codes = patient.embeddings[:n0], patient.codes[:n0]
     quantised = (rq.decode(patient.books, part) for part in codes.split(dense.CHUNK))
@@ -411,7 +411,7 @@ def learnt(patient: Patient) -> Finding:
     for t, i in pairs:  # corpus D_i by the model after D_t
         model, trie = patient.last if t == patient.t else patient.run.at(t)
         trained = patient.recall(model, trie, patient.training_queries(i))
-        tested = patient.recall(model, trie, patient.test_queries(i, patient.count))
+        tested = patient.recall(model, trie, patient.asked(i, patient.count))
         said.append(f"D_{i} after D{t} {percent(trained)} trained on, {percent(tested)} test")
         first = tested if first is None else first
         if i < t:
@@ -459,7 +459,7 @@ def reachable(patient: Patient) -> Finding:
 def scores_agree(patient: Patient) -> Finding:
     """The beam's scores are those of teacher forcing: cache, positions and tables of the two agree."""
     (model, trie), differences = patient.last, []
-    for _, query in patient.all_test_queries(min(FORCED, patient.count)):
+    for _, query in patient.asked_of_all(min(FORCED, patient.count)):
         ids = patient.tokens([query])
         leaves, scores = beam_search(model, trie, ids, patient.config["beam"])
         codes = trie.rows[trie.starts[-1][leaves[0][leaves[0] >= 0]]]
@@ -480,7 +480,7 @@ def beam_reaches_best(patient: Patient) -> Finding:
     docids = trie.rows[trie.starts[-1][:-1]]  # each once
     docids = docids[patient.some(len(docids), EXACT_DOCIDS)]
     hits = []
-    for _, query in patient.all_test_queries(min(EXACT, patient.count)):
+    for _, query in patient.asked_of_all(min(EXACT, patient.count)):
         ids = patient.tokens([query])
         found = beam_search(model, trie, ids, patient.config["beam"])[1].max()
         hits.append(bool(found >= exact_scores(model, ids, docids.to(patient.device)).max() - TOLERANCE))
@@ -503,7 +503,7 @@ def expert_load(patient: Patient) -> Finding:
     model = patient.last[0]
     if not mixed_layers(model):
         return Finding(name, "skip", f"D{patient.t}.pt has no mixture", wanted, "")
-    queries = patient.all_test_queries(patient.count)
+    queries = patient.asked_of_all(patient.count)
     codes = patient.codes[[min(rows) for rows, _ in queries]].to(patient.device)
     routes = model.docid_hidden(*model.encode(patient.tokens([query for _, query in queries])), codes)[1]
     said, idle, zero = [], [], []

@@ -119,11 +119,6 @@ def move(stats: Stats, batch: Tensor, momentum: float = 0.1) -> None:
     stats.variance = torch.where(seen, momentum * variance + (1 - momentum) * stats.variance, stats.variance)
 
 
-def update(stats: Stats, scores: Tensor, gates: Tensor, momentum: float = 0.1) -> None:
-    """paper_code: `move` by a whole batch, scores and gates (B, M, E)."""
-    move(stats, sums(scores, gates), momentum)
-
-
 def remember_base(stats: Stats) -> None:
     """paper_code: keeps expert 0's statistics after the first mixed corpus; later experts start from them."""
     stats.base = {"mean": stats.mean[0].clone(), "variance": stats.variance[0].clone()}

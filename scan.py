@@ -4,7 +4,8 @@ Paper    section 3.2: D_t is scanned with the model before it, teacher-forced al
 In       the model, token ids of pseudo-queries, their docids
 Out      encoder outputs, the model's last hidden states, router scores, mean direction of the OOD router inputs
 Next     ood.py decides from the scores; train.py trains from the cache
-Differs  the released code runs encoder, all 24 blocks and a second model again in every step of every epoch
+Differs  the released code runs encoder, all 24 blocks and a second model again in every step of every epoch; what
+         is cached here is kept in bfloat16 on CUDA, and in float32 on the CPU
 """
 
 from dataclasses import dataclass

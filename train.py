@@ -310,7 +310,8 @@ class Job:
         return pairs
 
     def sample(self, t: int, count: int, purpose: str) -> list[tuple[int, str]]:
-        """Some `count` pairs of D_t, as evenly over its documents as that goes."""
+        """Some `count` pairs of D_t, at least one, as evenly over its documents as that goes."""
+        count = max(1, count)
         rows, rng = self.corpora[t].rows, random.Random(f"{self.config.seed} {purpose} {t}")
         chosen = list(rows) * (count // len(rows)) or rng.sample(rows, count)
         pairs = [(row, self.samplers[t].draw(row, rng)) for row in chosen]

@@ -346,7 +346,7 @@ def test_model_whose_experts_are_all_frozen_comes_back(tmp_path):
 def test_statistics_of_both_modes_come_back(tmp_path):
     torch.manual_seed(0)
     calibrated, grown = ood.calibrate(torch.randn(50, 3), 2, 0.02), ood.new_stats("paper_code", 2, 3)
-    ood.update(grown, torch.randn(8, 3, 2), torch.ones(8, 3, 2))
+    ood.move(grown, ood.sums(torch.randn(8, 3, 2), torch.ones(8, 3, 2)))
     ood.remember_base(grown)
     ood.grow(grown)
     stats = [calibrated, grown, ood.new_stats("calibrated", 2, 3)]

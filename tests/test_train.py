@@ -146,7 +146,7 @@ def test_each_method_runs_through_and_grows_as_the_paper_says(toy, tmp_path, met
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--mask", "full_vocab"],
+        ["--mask", "full_vocab", "--control_queries", "0"],
         ["--mask", "docid_vocab", "--slow", "grad", "--kl_reduction", "mean"],
         ["--ood_mode", "paper_code", "--router_row", "random", "--lora_in_site", "pre_act"],
         ["--kl_coef", "0", "--slow", "none", "--no-d0_mixture", "--aux_layers", "expanded"],
@@ -636,5 +636,5 @@ def test_a_batch_that_is_not_finite_moves_no_energies():
         averages.see([route])
         averages.step()
     alone = ood.new_stats("paper_code", 2, 3)
-    ood.update(alone, good.scores, good.gates)
+    ood.move(alone, ood.sums(good.scores, good.gates))
     assert torch.equal(stats[0].mean, alone.mean) and stats[0].mean.isfinite().all()
