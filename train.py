@@ -730,7 +730,9 @@ def train(config: Config, folder: Path, log: store.Log) -> dict:
     def finish(stage: str, begin: float, **record) -> None:
         done[stage] = {"seconds": time.monotonic() - begin} | record
         if distributed.first():
-            store.write_json(folder / "stages.json", done)
+            decisions = {s: done[s]["decisions"] for s in done if "decisions" in done[s]}
+            store.write_json(folder / "ood.json", decisions)
+            store.write_json(folder / "stages.json", done)  # last: a stage that it names is not run again
         distributed.wait()
 
     begin = time.monotonic()
@@ -778,9 +780,6 @@ def train(config: Config, folder: Path, log: store.Log) -> dict:
             evaluations.append(evaluate_stage(job, t, model, codes))
             store.write_json(folder / f"evaluation_D{t}.json", asdict(evaluations[-1]))
         finish(stage, begin, **record)
-        if distributed.first():
-            found = {s: done[s]["decisions"] for s in done if "decisions" in done[s]}
-            store.write_json(folder / "ood.json", found)
 
     results = {}
     if distributed.first():

@@ -172,6 +172,43 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def test_stopped_after_every_file_that_it_names_a_run_ends_with_the_same_bits(
+    whole, tmp_path, monkeypatch, one_thread
+):
+    """Between any two files that belong together: once after each file, in each state of stages.json."""
+    run, rename, stopped = tmp_path / "run", os.replace, set()
+
+    def rename_and_stop(source, target):
+        rename(source, target)
+        done = store.read_json(run / "stages.json") if (run / "stages.json").exists() else {}
+        moment = (Path(target).name, *done)
+        if not moment[0].startswith("latest") and moment not in stopped:
+            stopped.add(moment)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", rename_and_stop)
+    while True:
+        flags = ["--data", str(whole[0] / "beir"), "--run", str(run), *FLAGS]
+        if (run / "corpus.json").exists():
+            flags = ["--resume", str(run)]
+        try:
+            train.main(flags)
+            break
+        except KeyboardInterrupt:
+            pass
+    assert outcome(run) == outcome(whole[0] / "run")
+    names = {moment[0] for moment in stopped}
+    assert {
+        "D0.pt",
+        "D2.pt",
+        "evaluation_D1.json",
+        "ood.json",
+        "stages.json",
+        "rq.pt",
+        "results.json",
+    } <= names
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "of another run", "of another format"])
 def test_a_latest_that_cannot_be_trusted_is_named_and_the_one_before_it_is_used(
     whole, tmp_path, monkeypatch, capsys, damage, one_thread
