@@ -191,13 +191,11 @@ def round_trip(patient: Patient) -> Finding:
     lost = patient.corpora[-1].rows.stop - len(trie.documents)
     if fits:
         rows = patient.some(len(trie.documents), patient.count)
-        nodes = torch.zeros(len(rows), dtype=torch.long)
+        nodes = trie.root(len(rows))
         for depth in range(m):
-            child, code = trie.children(depth, nodes)  # (R, C)
-            nodes = child.where((child >= 0) & (code == codes[rows, depth, None]), -1).amax(1)
-            nodes = nodes.clamp(min=0)  # a code that the trie lacks leads astray, and so to another leaf
-        lost += sum(row not in trie.at_leaf(leaf) for row, leaf in zip(rows.tolist(), nodes.tolist()))
-        lost += int((codes[trie.documents] != trie.rows).any(1).sum())
+            nodes = trie.child(depth, nodes, codes[rows, depth])
+        lost += sum(row not in trie.documents_at(leaf) for row, leaf in zip(rows.tolist(), nodes.tolist()))
+        lost += int((codes[trie.documents.long()] != trie.rows).any(1).sum())
     return Finding(
         "docid round trip", verdict(not fits or lost > 0),
         f"shape {tuple(codes.shape)}, codes {int(codes.min())} to {int(codes.max())}, {lost} documents not in the trie",
@@ -462,7 +460,8 @@ def scores_agree(patient: Patient) -> Finding:
     for _, query in patient.asked_of_all(min(FORCED, patient.count)):
         ids = patient.tokens([query])
         leaves, scores = beam_search(model, trie, ids, patient.config["beam"])
-        codes = trie.rows[trie.starts[-1][leaves[0][leaves[0] >= 0]]]
+        first, end = leaves[0].T
+        codes = trie.rows[first[first < end]].long()
         forced = exact_scores(model, ids, codes.to(patient.device))[0]
         differences.append((scores[0, : len(forced)] - forced).abs().max())
     worst = float(torch.stack(differences).max())  # NaN where one is
@@ -477,7 +476,7 @@ def scores_agree(patient: Patient) -> Finding:
 def beam_reaches_best(patient: Patient) -> Finding:
     """How often the best docid of all survives the beam."""
     model, trie = patient.last
-    docids = trie.rows[trie.starts[-1][:-1]]  # each once
+    docids = trie.rows.unique(dim=0).long()
     docids = docids[patient.some(len(docids), EXACT_DOCIDS)]
     hits = []
     for _, query in patient.asked_of_all(min(EXACT, patient.count)):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 ITERATIONS = 25  # Lloyd iterations per level
 POINTS_PER_CENTROID = 256  # of k-means, faiss's default: more are sampled
+ROWS_A_CHILD = 8  # rows of a trie's node that are looked at for each of its children
 CHUNK = 65_536  # embeddings reported on together
 BATCH = 4096  # embeddings encoded together
 MOST_POINTS = 200_000  # of k-means at least; more than these and its sample are not even computed
@@ -175,43 +176,73 @@ def require_distinct(found: Report, wanted: float = 0.95) -> None:
 
 
 class Trie:
-    """The prefix tree of all docids, as sorted rows.
+    """The prefix tree of all docids, as sorted rows: at most 2 M + M / 2 + 4 bytes a document, 24 at M = 8.
 
-    rows (N, M) holds the docids in lexicographic order and document (N,) the row of each in the stream; equal
-    docids stand in order of document. A node at depth m is a run of rows that share their first m codes;
-    starts[m] holds the first row of each depth-m node (and N at the end), so the children of a node are the
-    nodes of starts[m + 1] that begin inside its run.
+    rows (N, M) int16 holds the docids in lexicographic order and documents (N,) int32 the row of each in the stream;
+    equal docids stand in order of document. A node at depth m is a run [first, end) of rows that share their first m
+    codes. Its children are the runs of equal codes m within it, found by looking at each of its rows, but where that
+    would be more than 8 rows a child: of such nodes, `starts[m]` holds the children's first rows, in order.
     """
 
     def __init__(self, codes: Tensor, documents: Tensor | None = None):
-        """codes (N, M) int64; documents (N,) rows of the stream, 0..N-1 where None."""
+        """codes (N, M), below 2^15; documents (N,) rows of the stream, 0..N-1 where None."""
+        codes = codes.to(torch.int16)
         documents = torch.arange(len(codes)) if documents is None else documents
         order = torch.from_numpy(np.lexsort((documents.numpy(), *codes.numpy().T[::-1])))
-        self.rows, self.documents = codes[order], documents[order]
+        columns = torch.stack([column[order] for column in codes.T])  # (M, N): a run's codes lie side by side
+        self.rows, self.documents = columns.T, documents[order].to(torch.int32)
         n = len(codes)
-        changed = torch.ones(n, dtype=torch.bool)  # row differs from the one before in its first m codes
-        changed[1:] = False
-        self.starts = [torch.tensor([0, n])]
-        for column in self.rows.T:
-            changed[1:] |= column[1:] != column[:-1]
-            self.starts.append(torch.cat([changed.nonzero()[:, 0], torch.tensor([n])]))
+        first, self.starts = torch.tensor([0]), []  # first rows of the nodes at this depth
+        differs = torch.zeros(n, dtype=torch.bool)  # row differs from the one before in its first m codes
+        differs[0] = True
+        for column in columns:
+            differs[1:] |= column[1:] != column[:-1]
+            child = differs.nonzero()[:, 0]
+            parent = torch.searchsorted(first, child, right=True) - 1
+            rows = torch.diff(first, append=torch.tensor([n]))
+            crowded = rows > ROWS_A_CHILD * torch.bincount(parent, minlength=len(first))
+            self.starts.append(child[crowded[parent]].to(torch.int32))
+            first = child
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.rows, self.documents, *self.starts))
 
     def add(self, codes: Tensor, documents: Tensor) -> "Trie":
         """A new trie that holds these documents too."""
-        return Trie(torch.cat([self.rows, codes]), torch.cat([self.documents, documents]))
+        return Trie(torch.cat([self.rows, codes.to(torch.int16)]), torch.cat([self.documents, documents]))
 
-    def children(self, depth: int, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Children of `nodes` (R,) at `depth`: their indices at depth + 1 and their codes, both (R, C).
+    def root(self, count: int = 1) -> Tensor:
+        """The run of all rows, as often as asked for: (count, 2)."""
+        return torch.tensor([0, len(self.rows)]).expand(count, 2)
 
-        C is the largest number of children; shorter rows end in index -1.
+    def allowed(self, depth: int, nodes: Tensor, centroids: int) -> Tensor:
+        """Which codes go on from the nodes (R, 2) at `depth`: (R, K) bool. An empty run has none."""
+        (first, end), starts = nodes.T.contiguous(), self.starts[depth]
+        begin, stop = torch.searchsorted(starts, nodes.to(torch.int32)).T
+        listed = begin < stop
+        count = torch.where(listed, stop - begin, end - first)  # rows to look at
+        node = torch.arange(len(nodes)).repeat_interleave(count)
+        at = torch.arange(len(node)) + (torch.where(listed, begin, first) - count.cumsum(0) + count)[node]
+        listed = listed[node]
+        at[listed] = starts[at[listed]].long()
+        mask = torch.zeros(len(nodes), centroids, dtype=torch.bool)
+        mask[node, self.rows[:, depth][at].long()] = True
+        return mask
+
+    def child(self, depth: int, nodes: Tensor, codes: Tensor) -> Tensor:
+        """The nodes below `nodes` (R, 2) at `depth` along one code (R,) each: (R, 2), empty where there is none.
+
+        By halving both ends at once: where `code` begins among the run's codes, and where the next one would.
         """
-        begin = torch.searchsorted(self.starts[depth + 1], self.starts[depth][nodes])
-        end = torch.searchsorted(self.starts[depth + 1], self.starts[depth][nodes + 1])
-        child = begin[:, None] + torch.arange(int((end - begin).max()))
-        valid = child < end[:, None]
-        code = self.rows[self.starts[depth + 1][child.clamp(max=len(self.starts[depth + 1]) - 2)], depth]
-        return child.masked_fill(~valid, -1), code
+        column, wanted = self.rows[:, depth], torch.stack([codes, codes + 1], dim=1)
+        low, high = (row[:, None].expand(-1, 2) for row in nodes.T)
+        for _ in range(int((high - low).max()).bit_length()):
+            middle = (low + high) // 2
+            after = (low < high) & (column[middle.clamp(max=len(column) - 1)] < wanted)
+            low, high = torch.where(after, middle + 1, low), torch.where(after, high, middle)
+        return low
 
-    def at_leaf(self, leaf: int) -> list[int]:
-        """Documents (rows of the stream) that have this docid, ascending."""
-        return self.documents[self.starts[-1][leaf] : self.starts[-1][leaf + 1]].tolist()
+    def documents_at(self, leaf: list[int]) -> list[int]:
+        """Documents (rows of the stream) of a node at depth M, ascending: those that have its docid."""
+        first, end = leaf
+        return self.documents[first:end].tolist()

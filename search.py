@@ -33,34 +33,30 @@ def beam_search(model: T5, trie: Trie, ids: Tensor, beam: int) -> tuple[Tensor, 
         ids: (B, S) token ids of the queries, padded with 0.
 
     Returns:
-        leaves (B, beam) int64 and scores (B, beam), score descending; where the trie has fewer docids, -1 and
-        -inf.
+        leaves (B, beam, 2) int64, runs of the trie's rows, and scores (B, beam), score descending; where the trie has
+        fewer docids, empty runs and -inf.
     """
+    batch, device, centroids = len(ids), ids.device, model.config.centroids
     assert trie.rows.shape[1] == model.config.codebooks, "trie and model are of different docids"
-    batch, device = len(ids), ids.device
     source, padding = model.encode(ids)
     cross = model.cross_keys_values(source)
     x, past = model.start(batch), None  # (R, 1, D); R = B * live beams
-    nodes, scores = torch.zeros(batch, 1, dtype=torch.long), torch.zeros(batch, 1, device=device)
+    nodes, scores = trie.root(batch), torch.zeros(batch, 1, device=device)
     for m in range(model.config.codebooks):
         hidden, past, _ = model.decode(x, cross, padding, past)
         log_p = F.log_softmax(segment_logits(hidden, model.rq[m : m + 1])[:, 0].float(), dim=-1)  # (R, K)
-        child, code = trie.children(m, nodes.flatten().clamp(min=0))  # (R, C)
-        code, valid = code.to(device), ((child >= 0) & (nodes.flatten() >= 0)[:, None]).to(device)
-        total = (scores.flatten()[:, None] + log_p.gather(1, code)).masked_fill(~valid, -torch.inf)
-
-        children = child.shape[1]
-        total = total.reshape(batch, -1)  # (B, live beams * C)
-        scores, best = total.topk(min(beam, total.shape[1]), dim=1)
-        parent = best // children + torch.arange(batch, device=device)[:, None] * nodes.shape[1]  # into R
-        best_code = code.flatten()[(parent * children + best % children).flatten()]
-        nodes = child.flatten()[(parent * children + best % children).cpu()].masked_fill(
-            scores.isinf().cpu(), -1
-        )
-        past = [(k[parent.flatten()], v[parent.flatten()]) for k, v in past]
-        x = model.rq[m][best_code][:, None]
-    missing = beam - nodes.shape[1]
-    return F.pad(nodes, (0, missing), value=-1), F.pad(scores, (0, missing), value=-torch.inf)
+        log_p += scores.flatten()[:, None]
+        log_p.masked_fill_(~trie.allowed(m, nodes, centroids).to(device), -torch.inf)
+        scores, best = log_p.reshape(batch, -1).topk(
+            min(beam, log_p.numel() // batch), dim=1
+        )  # of live beams * K
+        first = torch.arange(batch, device=device)[:, None] * (len(log_p) // batch)
+        parent, code = (first + best // centroids).flatten(), (best % centroids).flatten()
+        nodes = trie.child(m, nodes[parent.cpu()], code.cpu())  # empty where the score is -inf
+        past = [(k[parent], v[parent]) for k, v in past]
+        x = model.rq[m][code][:, None]
+    leaves, missing = nodes.reshape(batch, -1, 2), beam - scores.shape[1]
+    return F.pad(leaves, (0, 0, 0, missing)), F.pad(scores, (0, missing), value=-torch.inf)
 
 
 @torch.no_grad()
@@ -87,7 +83,7 @@ def documents(trie: Trie, leaves: Tensor, scores: Tensor, doc_ids: list[str], k:
     """
     rankings = []
     for row, row_scores in zip(leaves.tolist(), scores.tolist()):
-        found = [(doc, s) for leaf, s in zip(row, row_scores) if leaf >= 0 for doc in trie.at_leaf(leaf)]
+        found = [(doc, s) for leaf, s in zip(row, row_scores) for doc in trie.documents_at(leaf)]
         rankings.append(sorted(found, key=lambda pair: (-pair[1], doc_ids[pair[0]]))[:k])
     return rankings
 

@@ -72,8 +72,7 @@ def main() -> None:
         assert Lookup(ids)(f"doc-{n - 1}") == n - 1
     with step("trie"):
         trie = rq.Trie(codes)
-    held = [trie.rows, trie.documents, *trie.starts]
-    print(f"trie: {sum(t.numel() * t.element_size() for t in held) / n:.1f} bytes a document")
+    print(f"trie: {trie.nbytes() / n:.1f} bytes a document")
 
     torch.manual_seed(0)
     model = T5(T5Config(
@@ -86,7 +85,7 @@ def main() -> None:
         rankings = documents(trie, leaves, scores, ids, 10)
     for ranking, row in zip(rankings, leaves.tolist()):
         assert len(ranking) == 10 and {doc for doc, _ in ranking} <= {
-            d for leaf in row for d in trie.at_leaf(leaf)
+            d for leaf in row for d in trie.documents_at(leaf)
         }
     shutil.rmtree(args.folder)
 

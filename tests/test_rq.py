@@ -291,20 +291,22 @@ def brute_children(docids: list[tuple], prefix: tuple) -> list[int]:
 
 def check_against_brute_force(trie: Trie, codes: list[tuple], documents: list[int]) -> None:
     """Walks the whole trie level by level and compares every node's children, and every leaf's documents."""
-    prefixes = [()]
+    centroids = max(max(docid) for docid in codes) + 2
+    prefixes, nodes = [()], trie.root()
     for depth in range(len(codes[0])):
-        child, code = trie.children(depth, torch.arange(len(prefixes)))
-        below = []
-        for prefix, row, row_codes in zip(prefixes, child.tolist(), code.tolist()):
-            valid = [(node, c) for node, c in zip(row, row_codes) if node >= 0]
-            assert [c for _, c in valid] == brute_children(codes, prefix)
-            assert row[len(valid) :] == [-1] * (len(row) - len(valid))
-            assert [node for node, _ in valid] == list(range(len(below), len(below) + len(valid)))
-            below += [(*prefix, c) for _, c in valid]
-        prefixes = below
+        allowed = trie.allowed(depth, nodes, centroids)
+        assert [row.nonzero()[:, 0].tolist() for row in allowed] == [
+            brute_children(codes, p) for p in prefixes
+        ]
+        parent, code = (torch.ones_like(allowed)).nonzero().T  # those that do not exist too
+        below = trie.child(depth, nodes[parent], code)
+        assert torch.equal((below[:, 0] < below[:, 1]).view(len(nodes), -1), allowed)
+        prefixes = [(*prefixes[p], c) for p, c in allowed.nonzero().tolist()]
+        nodes = below[allowed.flatten()]
     assert prefixes == sorted(set(codes))
-    for leaf, docid in enumerate(prefixes):
-        assert trie.at_leaf(leaf) == sorted(doc for doc, code in zip(documents, codes) if code == docid)
+    for leaf, docid in zip(nodes.tolist(), prefixes, strict=True):
+        found = trie.documents_at(leaf)
+        assert found == sorted(doc for doc, code in zip(documents, codes) if code == docid)
 
 
 # few values, so that prefixes and whole docids repeat; up to five codes
@@ -338,7 +340,7 @@ def test_adding_documents_equals_building_from_all(codes, random):
 
 def test_documents_are_numbered_by_row_where_none_are_given():
     trie = Trie(torch.tensor([[1, 0], [0, 2], [1, 0]]))
-    assert [trie.at_leaf(leaf) for leaf in (0, 1)] == [[1], [0, 2]]
+    assert [trie.documents_at(leaf) for leaf in ([0, 1], [1, 3])] == [[1], [0, 2]]
 
 
 def test_codes_sort_as_numbers_up_to_the_papers_k():
@@ -350,13 +352,46 @@ def test_codes_sort_as_numbers_up_to_the_papers_k():
 
 
 def test_one_document_is_one_path():
-    trie = Trie(torch.tensor([[3, 1, 2]]), torch.tensor([7]))
+    trie, node = Trie(torch.tensor([[3, 1, 2]]), torch.tensor([7])), torch.tensor([[0, 1]])
+    assert torch.equal(trie.root(), node)
     for depth, code in enumerate((3, 1, 2)):
-        child, found = trie.children(depth, torch.tensor([0]))
-        assert (child.tolist(), found.tolist()) == ([[0]], [[code]])
-    assert trie.at_leaf(0) == [7]
+        assert trie.allowed(depth, node, 4)[0].nonzero().tolist() == [[code]]
+        assert torch.equal(trie.child(depth, node, torch.tensor([code])), node)
+    assert trie.documents_at([0, 1]) == [7]
 
 
 def test_documents_that_all_share_a_docid_are_one_leaf():
     trie = Trie(torch.tensor([[3, 1]] * 4), torch.tensor([9, 2, 5, 4]))
-    assert trie.at_leaf(0) == [2, 4, 5, 9] and [len(starts) for starts in trie.starts] == [2, 2, 2]
+    assert trie.documents_at([0, 4]) == [2, 4, 5, 9] and trie.documents_at([2, 2]) == []
+
+
+def test_an_empty_run_has_no_children():
+    trie, nowhere = Trie(torch.tensor([[0, 1], [2, 1]])), torch.tensor([[1, 1], [0, 2]])
+    assert trie.allowed(0, nowhere, 3).tolist() == [[False] * 3, [True, False, True]]
+    below = trie.child(0, nowhere, torch.tensor([2, 2]))
+    assert below[0, 0] == below[0, 1] and below[1].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("shape", ["few prefixes", "random", "one long tail", "all alike"])
+def test_crowded_nodes_list_their_children_and_equal_a_search_through_their_rows(shape):
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(7, (3000, 4), generator=generator)
+    if shape == "few prefixes":
+        codes[:, :3] %= 2
+    elif shape == "one long tail":
+        codes[100:, :3] = 1
+    elif shape == "all alike":
+        codes[:] = 5
+    trie = Trie(codes)
+    assert trie.nbytes() <= len(codes) * (2 * 4 + 4 + 4 / 2) + 64
+    check_against_brute_force(trie, list(map(tuple, codes.tolist())), list(range(3000)))
+    plain = Trie(codes)
+    plain.starts = [starts[:0] for starts in plain.starts]  # every row is looked at
+    assert sum(map(len, trie.starts)) > 0
+    check_against_brute_force(plain, list(map(tuple, codes.tolist())), list(range(3000)))
+
+
+def test_a_trie_of_the_papers_docid_takes_at_most_24_bytes_a_document():
+    generator = torch.Generator().manual_seed(2)
+    for n in (1000, 30_000, 300_000):
+        assert Trie(torch.randint(2048, (n, 8), generator=generator)).nbytes() <= 24 * n

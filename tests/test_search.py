@@ -62,7 +62,7 @@ def ids() -> Tensor:
 
 
 def docids_of(trie: Trie, leaves: Tensor) -> list[tuple]:
-    return [tuple(trie.rows[trie.starts[-1][leaf]].tolist()) for leaf in leaves.tolist() if leaf >= 0]
+    return [tuple(trie.rows[first].tolist()) for first, end in leaves.tolist() if first < end]
 
 
 @torch.no_grad()
@@ -121,7 +121,9 @@ def test_scores_are_not_renormalised_over_the_trie(model, ids):
     total = exact_scores(model, ids, every).exp().sum(1)
     torch.testing.assert_close(total, torch.ones(len(ids)))  # all K^M docids share one unit of probability
     leaves, scores = beam_search(model, Trie(every[:1]), ids, beam=1)
-    assert leaves.tolist() == [[0]] * 6 and (scores < -0.5).all()  # a lone docid keeps its own share of it
+    assert (
+        leaves.tolist() == [[[0, 1]]] * 6 and (scores < -0.5).all()
+    )  # a lone docid keeps its own share of it
 
 
 @pytest.mark.parametrize("extra", [0, 7])
@@ -131,11 +133,11 @@ def test_a_beam_as_wide_as_the_corpus_equals_exhaustive_scoring(model, codes, id
     leaves, scores = beam_search(model, trie, ids, beam=len(distinct) + extra)
     want = exact_scores(model, ids, distinct).sort(dim=1, descending=True)
     assert want.values.diff(dim=1).abs().min() > 2e-5  # no tie within rounding, so one order is right
-    assert torch.equal(
-        leaves[:, : len(distinct)], want.indices
-    )  # leaves are numbered as sorted distinct docids
+    for row, order in zip(leaves[:, : len(distinct)], want.indices):
+        assert docids_of(trie, row) == list(map(tuple, distinct[order].tolist()))
     torch.testing.assert_close(scores[:, : len(distinct)], want.values, atol=1e-5, rtol=0)
-    assert (leaves[:, len(distinct) :] == -1).all() and (scores[:, len(distinct) :] == -torch.inf).all()
+    beyond = leaves[:, len(distinct) :]
+    assert torch.equal(beyond[..., 0], beyond[..., 1]) and (scores[:, len(distinct) :] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("beam", [1, 2, 5, 11])
@@ -161,30 +163,32 @@ def test_every_docid_found_is_in_the_trie_and_none_twice(model, codes, ids, n):
         some = codes[torch.randperm(60, generator=torch.Generator().manual_seed(seed))[:n]]
         trie, indexed = Trie(some), set(map(tuple, some.tolist()))
         leaves, scores = beam_search(model, trie, ids, beam=10)
-        assert leaves.shape == scores.shape == (6, 10)
+        assert leaves.shape == (6, 10, 2) and scores.shape == (6, 10)
         for row, row_scores in zip(leaves, scores):
             found = docids_of(trie, row)
-            assert set(found) <= indexed and len(set(found)) == len(found) == (row >= 0).sum()
+            exists = row[:, 0] < row[:, 1]
+            assert set(found) <= indexed and len(set(found)) == len(found) == exists.sum()
             assert len(indexed) > 10 or set(found) == indexed  # a corpus within the beam is found whole
             assert row_scores.tolist() == sorted(row_scores.tolist(), reverse=True)
-            assert torch.equal(row >= 0, row_scores > -torch.inf)
+            assert torch.equal(exists, row_scores > -torch.inf)
 
 
 def test_fewer_docids_than_beams_end_in_no_leaf_and_minus_infinity(model, ids):
     # two docids part at the first code, two at the last: the live beams grow from 2 to 3
     trie = Trie(torch.tensor([[0, 1, 2], [4, 1, 2], [4, 1, 3], [4, 1, 3]]))
     leaves, scores = beam_search(model, trie, ids, beam=5)
-    assert [sorted(row) for row in leaves[:, :3].tolist()] == [[0, 1, 2]] * 6 and scores[
-        :, :3
-    ].isfinite().all()
-    assert (leaves[:, 3:] == -1).all() and (scores[:, 3:] == -torch.inf).all()
+    assert [sorted(row) for row in leaves[:, :3].tolist()] == [[[0, 1], [1, 2], [2, 4]]] * 6
+    assert scores[:, :3].isfinite().all() and (scores[:, 3:] == -torch.inf).all()
+    assert torch.equal(leaves[:, 3:, 0], leaves[:, 3:, 1])
 
 
 def test_a_beam_whose_branch_is_narrow_does_not_fill_up_with_invalid_children(model, ids):
     # under code 0 one docid, under code 1 five: the children of beam 0 are padded with four that do not exist
     trie = Trie(torch.tensor([[0, 3, 3], *([1, 2, k] for k in range(5))]))
     leaves, scores = beam_search(model, trie, ids, beam=6)
-    assert [sorted(row) for row in leaves.tolist()] == [list(range(6))] * 6 and scores.isfinite().all()
+    assert [sorted(row) for row in leaves[..., 0].tolist()] == [
+        list(range(6))
+    ] * 6 and scores.isfinite().all()
 
 
 def test_a_query_scores_the_same_alone_and_in_a_padded_batch(model, codes, ids):
@@ -203,8 +207,8 @@ def test_the_papers_shape_of_docid_is_searched():
     codes[150:, :3] = codes[:150, :3]  # shared prefixes, as residual quantisation gives
     ids = torch.randint(1, VOCAB, (2, 5), generator=generator)
     leaves, scores = beam_search(model, Trie(codes), ids, beam=300)
-    assert leaves.sort(dim=1).values.tolist() == [list(range(300))] * 2
-    want = exact_scores(model, ids, Trie(codes).rows).gather(1, leaves)
+    assert leaves[..., 0].sort(dim=1).values.tolist() == [list(range(300))] * 2
+    want = exact_scores(model, ids, Trie(codes).rows.long()).gather(1, leaves[..., 0])
     torch.testing.assert_close(scores, want, atol=1e-4, rtol=0)
     assert (scores.diff(dim=1) <= 0).all()
 
@@ -213,11 +217,11 @@ def test_the_papers_shape_of_docid_is_searched():
 
 
 def test_documents_that_tie_stand_in_order_of_document_id():
-    # leaves 0: rows 1 and 3, 1: row 0, 2: row 2; leaves 1 and 2 have the same score, above leaf 0's
+    # [0, 0] has rows 1 and 3, [1, 0] row 0, [1, 1] row 2; the last two have the same score, above the first's
     trie = Trie(torch.tensor([[1, 0], [0, 0], [1, 1], [0, 0]]))
     names = ["p9", "p7", "p10", "p1"]
     leaves, scores = (
-        torch.tensor([[2, 1, 0], [0, -1, -1]]),
+        torch.tensor([[[3, 4], [2, 3], [0, 2]], [[0, 2], [0, 0], [4, 4]]]),
         torch.tensor([[-1.0, -1, -2], [-3, -torch.inf, -torch.inf]]),
     )
     first, second = documents(trie, leaves, scores, names, k=10)
