@@ -62,8 +62,19 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_tensors(path: Path, value) -> None:
+    """Raises OSError where the disk is full, as any other write."""
     with StreamedFile(path) as file:
-        torch.save(value, file)
+        failed = ()
+        try:
+            torch.save(value, file)
+        except (
+            RuntimeError
+        ) as error:  # torch may close its archive after a write that failed, and complain of that
+            if not isinstance(error.__context__, OSError):
+                raise
+            failed = error.__context__.args
+        if failed:  # raised here, so that it does not hold on to torch's error and all of its frames
+            raise OSError(*failed)
 
 
 def read_tensors(path: Path):
