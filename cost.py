@@ -5,7 +5,8 @@ In       the Config of the run, a Workload
 Out      one Row per stage, and all of them as text
 Next     train.py prints `table()` for --dry-run; nothing else reads it
 Differs  the paper gives no hours. Matrix products only are counted, two FLOPs per multiply-add, the way this
-         code computes them: K logits per position, a frozen encoder that runs once, cached keys and values
+         code computes them: K logits per position, a frozen encoder that runs once, no padding in it, keys and
+         values of the source in the search alone, scans that end at the last router
 
 Letters as in t5.py; I = H * Dh is the inner width of an attention. Training makes three products of y = x W:
 itself, and backward dx = dy W^T and dW = x^T dy. Recomputation makes those within a block once more.
@@ -144,19 +145,22 @@ def trained(config, net: T5Config, t: int) -> int:
 # ------------------------------------------------------------------------------------------------------ FLOPs
 
 
-def products(net: T5Config, mix, batch: int, source: int, target: int, keys: int = 0) -> dict[str, int]:
-    """T5.encode of (B, S) and T5.decode of (B, T), where a position looks at `keys` positions (T if 0).
+def products(net: T5Config, mix, batch: int, source: int, target: int, tokens=0, keys=0) -> dict[str, int]:
+    """T5.encode of (B, S), with `tokens` of S on average no padding (all if 0), and T5.decode of (B, T).
 
-    In parts, which a backward treats differently. An attention's scores and their use take I each per pair.
+    In parts, which a backward treats differently. An attention's scores and their use take I each per pair, or H D
+    each to the source itself (Attention.to_source), whose T positions pass all four matrices. With `keys`, in a
+    search, a position looks at so many positions, not T, and S source positions become keys and values once.
     """
-    inner, tokens, positions = net.heads * net.head_width, 2 * batch * source, 2 * batch * target
-    cross_kv = 2 * net.width * inner
+    inner, texts, positions = net.heads * net.head_width, 2 * batch, 2 * batch * target
+    tokens, cross_kv = tokens or source, 2 * net.width * inner if keys else 0
+    across = inner if keys else net.heads * net.width
     return {
-        "encoder": net.encoder_blocks * tokens * (block_weights(net, 1) + 2 * source * inner),
-        "keys_values": net.decoder_blocks * tokens * cross_kv,  # of the source, once for all positions
+        "encoder": net.encoder_blocks * texts * (tokens * block_weights(net, 1) + 2 * source**2 * inner),
+        "keys_values": net.decoder_blocks * texts * source * cross_kv,
         "decoder": net.decoder_blocks * positions * (block_weights(net, 2) - cross_kv),
         "self": net.decoder_blocks * positions * 2 * (keys or target) * inner,
-        "cross": net.decoder_blocks * positions * 2 * source * inner,
+        "cross": net.decoder_blocks * positions * 2 * source * across,
         "experts": positions * parameters(net, mix)["mixture"],  # 2 r (D + F), and D of the router, each
     }
 
@@ -164,6 +168,13 @@ def products(net: T5Config, mix, batch: int, source: int, target: int, keys: int
 def embedding(net: T5Config, batch: int, source: int) -> int:
     """T5.embed of (B, S): the encoder and one decoder position."""
     return sum(products(net, None, batch, source, 1).values())
+
+
+def routing(net: T5Config, mix: MixConfig, batch: int, source: int, target: int) -> int:
+    """mixlora.routes_of, of an encoded source: L decoder blocks, the last without feed-forward and experts."""
+    parts = products(replace(net, decoder_blocks=mix.layers), mix, batch, source, target)
+    unused = block_weights(net, 0) + mix.experts * expert_parameters(net.width, net.feed_forward, mix.rank)
+    return sum(parts.values()) - parts["encoder"] - 2 * batch * target * unused
 
 
 def logits(net: T5Config, mask: str = "segment") -> int:
@@ -178,7 +189,7 @@ def beam_search(net: T5Config, mix: MixConfig | None, batch: int, source: int, b
     flops = 0
     for m in range(net.codebooks):
         live = min(beam, net.centroids**m)
-        parts = products(net, mix, batch, source, live, m + 1)
+        parts = products(net, mix, batch, source, live, keys=m + 1)
         if m > 0:  # the source is encoded once
             parts |= {"encoder": 0, "keys_values": 0}
         flops += sum(parts.values()) + 2 * batch * live * net.centroids * net.width
@@ -186,25 +197,27 @@ def beam_search(net: T5Config, mix: MixConfig | None, batch: int, source: int, b
 
 
 def quantiser(net: T5Config, beam: int, points: int, documents: int) -> int:
-    """rq.fit of `points` and rq.encode of `documents`. Level m compares the residuals of all live beams with
-    K centroids: of the documents once, of the points in the fit of each later level, of k-means' sample often.
+    """rq.fit of `points` and rq.encode of `documents`. Level m multiplies K centroids with the documents once, with
+    the points in the fit of each later level, and with k-means' sample often; tables hold the products of codebooks.
     """
-    flops = 0
-    for m in range(net.codebooks):
-        live = min(beam, net.centroids**m)
-        sample = min(points * live, POINTS_PER_CENTROID * net.centroids)
-        encoded = (documents + (net.codebooks - 1 - m) * points) * live
+    count = net.codebooks
+    tables = math.comb(count, 2) * (documents > 0) + math.comb(count, 3) * (points > 0)  # pairs of codebooks
+    flops = 2 * tables * net.centroids**2 * net.width
+    for m in range(count):
+        sample = min(points * min(beam, net.centroids**m), POINTS_PER_CENTROID * net.centroids)
+        encoded = documents + (count - 1 - m) * points
         flops += 2 * (encoded + ITERATIONS * sample) * net.centroids * net.width
     return flops
 
 
-def dense_step(config, net: T5Config, windows: int, query: int, window: int) -> int:
-    """Queries and `windows` documents of each: two in a round (positive, negative), one in the warm-up."""
+def dense_step(config, net: T5Config, windows: int, query: tuple, window: tuple) -> int:
+    """Queries and `windows` documents of each: two in a round (positive, negative), one in the warm-up. Their
+    lengths are padded and mean ones.
+    """
     batch, micro = config.dense_batch, min(config.dense_batch, config.micro_batch or config.dense_batch)
     flops = 0
-    for texts, length in (batch, query), (windows * batch, window):
-        parts = products(net, None, texts, length, 1)
-        flops += (3 + config.recompute) * sum(parts.values()) - config.recompute * parts["keys_values"]
+    for texts, (source, tokens) in (batch, query), (windows * batch, window):
+        flops += (3 + config.recompute) * sum(products(net, None, texts, source, 1, tokens).values())
     contrastive = windows == 1 or config.dense_contrastive > 0  # queries by documents, within a micro-batch
     return flops + contrastive * 3 * 2 * batch * windows * micro * net.width
 
@@ -215,60 +228,63 @@ def docid_terms(config, t: int) -> tuple[int, int]:
     return 1 + old, old + (t > 0 and config.kl_coef > 0)
 
 
-def docid_step(config, net: T5Config, t: int, batch: int, source: int) -> int:
-    """A step of D_t: B queries of S tokens, M docid positions.
+def docid_step(config, net: T5Config, t: int, batch: int, source: int, tokens=0) -> int:
+    """A step of D_t: B queries of S tokens, `tokens` of them no padding on average (all if 0), M docid positions.
 
     D_0 and BASE train encoder and decoder; words at rest save nothing, since dx must reach the first norm.
     Later corpora run no encoder. Their docid table feeds the decoder, so dx runs through every block, but
     frozen weights have no dW: one product backward, not two. Self-attention multiplies x by x and keeps two;
-    the source is constant, so cross-attention keeps one and its keys and values none. Old and new experts are
-    stacked: dW is computed for all of them, unless none is new.
+    the source is constant, so cross-attention keeps one. Old and new experts are stacked: dW is computed for all
+    of them, unless none is new.
     """
     passes, divergences = docid_terms(config, t)
     # Cross-entropy: forward, backward. A KL: the same, and the previous model's logits.
     loss = 2 * batch * net.width * (3 * logits(net, config.mask) + divergences * 4 * logits(net))
     mix, grown = mixture(config, t), mixture(config, t) != mixture(config, t - 1)
-    parts = products(net, mix, batch, source, net.codebooks)
+    parts = products(net, mix, batch, source, net.codebooks, tokens)
     if t and config.mixture:
         parts["encoder"] = 0
         backward = parts["decoder"] + parts["cross"] + 2 * parts["self"] + (1 + grown) * parts["experts"]
     else:
         backward = 2 * sum(parts.values())
-    again = config.recompute * (sum(parts.values()) - parts["keys_values"])
-    return passes * (sum(parts.values()) + backward + again) + loss
+    return passes * ((1 + config.recompute) * sum(parts.values()) + backward) + loss
 
 
 # ----------------------------------------------------------------------------------------------------- memory
 
 
-def block_bytes(net: T5Config, target: int, source: int = 0, mix: MixConfig | None = None) -> int:
+def block_bytes(net: T5Config, target: int, source=0, mix=None, encode=True, cached=False) -> int:
     """What autograd keeps of (T, D) in a block under bfloat16 autocast; with a source, in a decoder's block.
 
     Per position 4 bytes of the residual stream and of its normalised copy, 2 of every input of a product (cast
-    anew for each), 1 of a dropout mask; per score 7: its softmax in both precisions, and a mask.
+    anew for each), 1 of a dropout mask; per score 7: its softmax in both precisions, and a mask. To the source
+    itself each head has a query and a mixture of width D; unless the source has a gradient (`encode`), the query
+    and the cast weights are not kept. Of a `cached` source keys and values are.
     """
-    D, F, inner = net.width, net.feed_forward, net.heads * net.head_width
+    D, F, H, inner = net.width, net.feed_forward, net.heads, net.heads * net.head_width
     position = 15 * D + 8 * inner + (13 * D + 9 * F if net.gated else 11 * D + 5 * F)
-    position += 11 * D + 4 * inner if source else 0  # cross-attention
     position += 7 * D + 3 * F + 8 * mix.experts * mix.rank if mix else 0
-    return target * position + source * 4 * (D + inner) + 7 * net.heads * target * (target + source)
+    found = target * position + 7 * H * target**2
+    if source:  # cross-attention
+        found += target * (11 * D + 4 * inner) + 4 * D * source + (5 + 2 * encode) * H * target * source
+        found += 4 * inner * source if cached else (2 + 2 * encode) * H * D * target
+    return found
 
 
-def kept(net, mix, source: int, target: int, encode: bool = True, recompute: bool = False) -> int:
-    """Bytes kept of one text for the backward: S tokens encoded (unless cached) and T decoded. Within 5%, but a
-    frozen decoder keeps less. With `recompute` a block keeps its inputs (in the decoder also the source's keys
-    and values), and one block is whole.
+def kept(net, mix, source: int, target: int, encode=True, recompute=False, cached=False) -> int:
+    """Bytes kept of one text for the backward: S tokens encoded (unless frozen) and T decoded, with `cached` from
+    the source's keys and values. Within 5%, but a frozen decoder keeps less. With `recompute` a block keeps its
+    input, and one block is whole.
     """
     layers = mix.layers if mix else 0
     blocks = encode * net.encoder_blocks * [block_bytes(net, source)]
-    blocks += layers * [block_bytes(net, target, source, mix)]
-    blocks += (net.decoder_blocks - layers) * [block_bytes(net, target, source)]
+    blocks += layers * [block_bytes(net, target, source, mix, encode, cached)]
+    blocks += (net.decoder_blocks - layers) * [block_bytes(net, target, source, None, encode, cached)]
     ends = 14 * net.width * (encode * source + target) + encode * 4 * net.heads * source**2  # and its bias
     if not recompute:
         return ends + sum(blocks)
     streams = encode * net.encoder_blocks * source + net.decoder_blocks * target
-    keys_values = net.decoder_blocks * 2 * source * net.heads * net.head_width
-    return ends + 4 * net.width * streams + 2 * keys_values + max(blocks)
+    return ends + 4 * net.width * streams + max(blocks)
 
 
 # ------------------------------------------------------------------------------------------------- the stages
@@ -283,12 +299,14 @@ def training(config, stage, t, steps, batch, flops, n, n_trained, made, held) ->
     return Row(stage, t, steps, "bf16", steps * flops, steps * traffic, weights, micro * held)
 
 
-def inference(stage, t, flops, net, mix, batch, texts, source, target, held=0, rate="tf32") -> Row:
-    """Texts of S tokens and T positions. Without gradients about as much is alive as with recomputation."""
+def inference(stage, t, flops, net, mix, batch, texts, source, target, caches=0, rate="tf32") -> Row:
+    """Texts of S tokens and T positions; bytes of the keys and values that a search caches. Without gradients about as
+    much is alive as with recomputation.
+    """
     weights = 4 * sum(parameters(net, mix).values())
-    traffic = math.ceil(texts / batch) * weights + 2 * texts * kept(net, mix, source, target)
-    activations = batch * kept(net, mix, source, target, recompute=True) + held
-    return Row(stage, t, 0, rate, flops, traffic, weights, activations)
+    made, held = (kept(net, mix, source, target, True, again, caches > 0) for again in (False, True))
+    traffic = math.ceil(texts / batch) * weights + 2 * texts * made
+    return Row(stage, t, 0, rate, flops, traffic, weights, batch * held + caches)
 
 
 def first_rows(config, workload: Workload) -> Iterator[Row]:
@@ -298,7 +316,8 @@ def first_rows(config, workload: Workload) -> Iterator[Row]:
     n, n_trained = sum(parts.values()), parts["words"] + parts["encoder"] + parts["decoder"]
     rounds = config.dense_rounds * config.dense_steps
     for stage, steps, windows in ("dense warm-up", config.dense_warmup_steps, 1), ("dense rounds", rounds, 2):
-        batch, flops = config.dense_batch, dense_step(config, net, windows, longest, window)
+        lengths = (longest, query), (window, min(workload.document_tokens, window))
+        batch, flops = config.dense_batch, dense_step(config, net, windows, *lengths)
         made, held = (
             kept(net, None, longest, 1, True, again) + windows * kept(net, None, window, 1, True, again)
             for again in (False, config.recompute)
@@ -333,25 +352,28 @@ def corpus_rows(config, workload: Workload, t: int) -> Iterator[Row]:
     batch, steps = (config.batch, config.steps) if t else (config.d0_batch, config.d0_steps)
     steps = steps if steps or t == 0 else math.ceil(config.epochs * queries / batch)
     n, n_trained = sum(parameters(net, mix).values()), trained(config, net, t)
-    flops = docid_step(config, net, t, batch, longest)
+    flops = docid_step(config, net, t, batch, longest, query)
     encode, n_logits = t == 0 or not config.mixture, logits(net, config.mask) + 2 * divergences * logits(net)
     made, held = (passes * kept(net, mix, longest, M, encode, again) for again in (False, config.recompute))
     loss = (2 + 4 + 4 + 4) * n_logits  # bytes: in both precisions, their log-softmax and gradient
     yield training(config, "training", t, steps, batch, flops, n, n_trained, made + loss, held + loss)
 
     if mix:
-        control = config.control_queries if before else 0
-        first = passes * queries + control if t else 0  # decoded by the model before D_t
-        last = queries if t else min(queries, config.calibration_queries)  # by the one after it
-        old, new = (products(net, model, 1, query, M) for model in (before, mix))
-        flops = first * sum(old.values()) + last * sum(new.values())
-        flops -= (first - control) * new["encoder"]  # each query is encoded once
-        yield inference("scans", t, flops, net, mix, SCAN_BATCH, first + last, query, M)
+        old = products(net, before, 1, query, M)
+        encoder, whole = old.pop("encoder"), sum(old.values())
+        first = passes * queries if t else 0  # decoded to the end, by the model before D_t
+        control = config.control_queries if before else 0  # to the last router, by that model,
+        last = queries if t else min(queries, config.calibration_queries)  # and by the one after D_t
+        flops = (last + control) * encoder + first * whole + last * routing(net, mix, 1, query, M)
+        flops += control * routing(net, before, 1, query, M) if before else 0
+        texts = first + control + last  # bytes at most: as if each were encoded and decoded to the end
+        yield inference("scans", t, flops, net, mix, SCAN_BATCH, texts, query, M)
 
     tests, batch, beam = sum(counts.test_queries[: t + 1]), config.eval_batch, config.beam
-    caches = batch * beam * M * net.decoder_blocks * 2 * net.heads * net.head_width * 4  # float32
+    cached = 2 * beam * M + query  # positions, the beams' twice, since they are reordered
+    caches = batch * cached * net.decoder_blocks * 2 * net.heads * net.head_width * 4  # float32
     flops = beam_search(net, mix, tests, query, beam)
-    yield inference("evaluation", t, flops, net, mix, batch, tests, query, beam * M, 2 * caches)  # reordered
+    yield inference("evaluation", t, flops, net, mix, batch, tests, query, beam * M, caches)
 
 
 def rows(config, workload: Workload) -> list[Row]:
@@ -435,7 +457,8 @@ def assumptions(config, workload: Workload, accelerators=(A100, H100)) -> list[s
         f"  network: {net.encoder_blocks} + {net.decoder_blocks} blocks of width {net.width}, by the flags, not by --t5",
         "  growth: every mixed layer at every corpus, an upper bound; none with --expand never",
         f"  tokens: a query {query} on average, {longest} when padded for training, an indexed document {document} "
-        f"on average, a window of dense training {config.dense_length}",
+        f"on average, a window of dense training at most {config.dense_length}",
+        "  padding: the encoder leaves it out; bytes and cross-attention do not",
         "  traffic: weights once per pass, activations written and read once, the optimiser; about",
         f"  memory: micro-batch {config.micro_batch or 'as the batch'}, activations "
         f"{'recomputed' if config.recompute else 'kept'}; about; if none fits: --micro_batch, --recompute",

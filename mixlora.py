@@ -8,16 +8,16 @@ Differs  top-2 is deterministic (the released code drops the second expert at ra
          router row is normalised inside the forward instead of overwritten, all experts are computed as one
          product, and what is frozen is a parameter of its own instead of a gradient mask. New router rows may
          start from the mean of the out-of-distribution inputs (`ood_mean`), where the released code draws
-         them at random.
+         them at random. A layer whose experts are all frozen leaves their dropout out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t5 import T5, FeedForward
+from t5 import T5, FeedForward, dropout
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ class Route:
     router: Tensor  # (E, D) float32 router rows, the newest last
     newest: int  # how many of the last rows train
 
+    def rows(self, chosen: slice) -> "Route":
+        """That of some of the B rows."""
+        return replace(self, x=self.x[chosen], scores=self.scores[chosen], gates=self.gates[chosen])
+
 
 class Experts(nn.Module):
     """E LoRA experts, stacked: `in` adapts W_in (F, D), `out` adapts W_out (D, F)."""
@@ -74,15 +78,16 @@ class Experts(nn.Module):
         return len(self.in_a)
 
 
-def mixed_delta(x: Tensor, a: Tensor, b: Tensor, gates: Tensor) -> Tensor:
-    """sum_e g_e B_e A_e x of every token, all experts in two products.
+def mixed_delta(x: Tensor, a: Tensor, b: Tensor, gates: Tensor, onto: Tensor) -> Tensor:
+    """onto + sum_e g_e B_e A_e x of every token, all experts in two products.
 
-    x (B, T, D), a (E, r, D), b (E, F, r), gates (B, T, E) -> (B, T, F).
+    x (B, T, D), a (E, r, D), b (E, F, r), gates (B, T, E), onto (B, T, F) -> (B, T, F).
     """
     experts, rank, _ = a.shape
     z = x @ a.flatten(0, 1).T  # (B, T, E * r)
     z = z.unflatten(-1, (experts, rank)) * gates[..., None].to(x.dtype)  # (B, T, E, r)
-    return z.flatten(-2) @ b.permute(0, 2, 1).flatten(0, 1)  # (E * r, F)
+    wide = b.permute(0, 2, 1).flatten(0, 1)  # (E * r, F)
+    return torch.addmm(onto.flatten(0, 1), z.flatten(2).flatten(0, 1), wide).view_as(onto)
 
 
 def top_gates(scores: Tensor, active: int) -> Tensor:
@@ -129,17 +134,18 @@ class MixedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Route]:
         route = self.route(x)
-        drop = self.config.dropout if self.training else 0.0
+        gates = self.scale * route.gates
+        drop = self.config.dropout if len(self.new) else 0.0  # it is for experts that train
 
-        def delta(y: Tensor, side: str) -> Tensor:
+        def add_delta(y: Tensor, side: str, onto: Tensor) -> Tensor:
             a, b = self.stacked(f"{side}_a"), self.stacked(f"{side}_b")
-            return self.scale * mixed_delta(F.dropout(y, drop, self.training), a, b, route.gates)
+            return mixed_delta(dropout(y, drop, self.training), a, b, gates, onto)
 
         if self.config.lora_in_site == "pre_act":
-            u = self.plain.hidden(x, before=delta(x, "in"))
+            u = self.plain.activate(add_delta(x, "in", x @ self.plain.w_in.T), x)
         else:
-            u = self.plain.hidden(x) + delta(x, "in")
-        return u @ self.plain.w_out.T + delta(u, "out"), route
+            u = add_delta(x, "in", self.plain.hidden(x))
+        return add_delta(u, "out", u @ self.plain.w_out.T), route
 
     @torch.no_grad()
     def freeze_all(self) -> None:
@@ -191,6 +197,23 @@ def add_mixture(
 
 def mixed_layers(model: T5) -> list[MixedFeedForward]:
     return [block.ff for block in model.decoder if isinstance(block.ff, MixedFeedForward)]
+
+
+@torch.no_grad()
+def routes_of(model: T5, source: Tensor, padding: Tensor, codes: Tensor) -> list[Route]:
+    """The routes that T5.docid_hidden returns, in evaluation mode, without what comes after the last router."""
+    assert not model.training, "dropout would change what the routers see"
+    x, bias, routes = model.docid_inputs(codes), model.causal_bias(0, codes.shape[1]), []
+    for block in model.decoder[: len(mixed_layers(model))]:
+        x, _ = block.attend(x, bias, None, source, padding)
+        y = block.ff_norm(x)
+        if len(routes) + 1 < len(mixed_layers(model)):
+            y, route = block.ff(y)
+            x = x + y
+        else:
+            route = block.ff.route(y)
+        routes.append(route)
+    return routes
 
 
 # ---------------------------------------------------------------------------------------------- router losses

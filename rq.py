@@ -15,13 +15,14 @@ from dataclasses import dataclass
 import faiss
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ITERATIONS = 25  # Lloyd iterations per level
 POINTS_PER_CENTROID = 256  # of k-means, faiss's default: more are sampled
 ROWS_A_CHILD = 8  # rows of a trie's node that are looked at for each of its children
 CHUNK = 65_536  # embeddings reported on together
-BATCH = 4096  # embeddings encoded together
+CACHED = 2**22  # partial errors of a batch of embeddings that are encoded together
 MOST_POINTS = 200_000  # of k-means at least; more than these and its sample are not even computed
 
 
@@ -43,7 +44,8 @@ def fit(embeddings: Tensor, codebooks: int, centroids: int, seed: int, beam: int
         embeddings = embeddings[torch.randperm(n, generator=generator)[:most].sort().values]
     books = torch.empty(0, centroids, width)
     for m in range(codebooks):
-        partial = torch.cat([_beam_encode(part, books, beam) for part in embeddings.split(BATCH)])
+        crossed, batch = cross_products(books), max(1, CACHED // (beam * centroids))
+        partial = torch.cat([_beam_encode(part, books, crossed, beam) for part in embeddings.split(batch)])
         partial = partial.flatten(0, 1)  # (N * beam, m), or (N, 0)
         chosen = torch.arange(len(partial))
         if len(partial) > most:
@@ -78,29 +80,45 @@ def fit_to_docids(embeddings: Tensor, codes: Tensor, centroids: int, sweeps: int
     return books
 
 
-def encode(embeddings: Tensor, books: Tensor, beam: int = 5, batch: int = BATCH, device="cpu") -> Tensor:
+def encode(embeddings: Tensor, books: Tensor, beam: int = 5, batch: int = 0, device="cpu") -> Tensor:
     """Docids (N, M) int64 of embeddings (N, D): the best of a beam search for the least squared error.
 
-    With beam 1 this is the greedy argmin_k || residual - C^m[k] ||^2, level by level.
+    With beam 1 this is the greedy argmin_k || residual - C^m[k] ||^2, level by level. `batch` embeddings are encoded
+    together, by default as many as keep their errors (batch, beam, K) within a cache.
     """
-    books, parts = books.to(device), embeddings.split(batch)
-    return torch.cat([_beam_encode(part.to(device), books, beam)[:, 0].cpu() for part in parts])
+    books = books.to(device)
+    crossed, batch = cross_products(books), batch or max(1, CACHED // (beam * books.shape[1]))
+    parts = embeddings.split(batch)
+    return torch.cat([_beam_encode(part.to(device), books, crossed, beam)[:, 0].cpu() for part in parts])
 
 
-def _beam_encode(x: Tensor, books: Tensor, beam: int) -> Tensor:
-    """(N, D) -> the `beam` best partial encodings of each row, (N, beam or fewer, m), best first."""
-    n, (_, centroids, width) = len(x), books.shape
-    codes = torch.empty(n, 1, 0, dtype=torch.long, device=x.device)
-    residual = x[:, None]  # (N, b, D)
-    for book in books:
-        # || r - c ||^2 = || r ||^2 - 2 <r, c> + || c ||^2
-        error = residual.pow(2).sum(-1, keepdim=True) - 2 * residual @ book.T + book.pow(2).sum(-1)
-        best = error.flatten(1).topk(min(beam, error[0].numel()), dim=1, largest=False).indices  # (N, b')
+def cross_products(books: Tensor) -> list[Tensor]:
+    """Of each codebook (K, D), 2 <c, c'> of every centroid c of the codebooks before it with its own c': (m * K, K)."""
+    return [2 * books[:m].flatten(0, 1) @ book.T for m, book in enumerate(books)]
+
+
+def _beam_encode(x: Tensor, books: Tensor, crossed: list[Tensor], beam: int) -> Tensor:
+    """(N, D) -> the `beam` best partial encodings of each row, (N, beam or fewer, m), best first.
+
+    The residuals themselves are never formed. One more centroid c changes the squared error of a partial encoding by
+    || c ||^2 - 2 <x, c> + 2 sum_j <c_j, c>: one product with x, which all of the beam share, and rows of a table.
+    """
+    n, (_, centroids, _) = len(x), books.shape
+    codes, error = torch.empty(n, 1, 0, dtype=torch.long, device=x.device), x.new_zeros(n, 1)
+    for m, (book, table) in enumerate(zip(books, crossed)):
+        change = (book.pow(2).sum(-1) - 2 * x @ book.T)[:, None]  # (N, 1, K)
+        if m:
+            rows = codes + torch.arange(m, device=x.device) * centroids  # (N, b, m)
+            change = (
+                F.embedding_bag(rows.flatten(0, 1), table, mode="sum").unflatten(0, codes.shape[:2]) + change
+            )
+        error, best = (
+            (change + error[..., None])
+            .flatten(1)
+            .topk(min(beam, error.shape[1] * centroids), dim=1, largest=False)
+        )  # (N, b')
         parent, code = best // centroids, best % centroids
-        codes = torch.cat(
-            [codes.gather(1, parent[..., None].expand(-1, -1, codes.shape[2])), code[..., None]], dim=2
-        )
-        residual = residual.gather(1, parent[..., None].expand(-1, -1, width)) - book[code]
+        codes = torch.cat([codes.gather(1, parent[..., None].expand(-1, -1, m)), code[..., None]], dim=2)
     return codes
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import ood
 from data import PAD
 from mapped import scratch
-from mixlora import mixed_layers
+from mixlora import mixed_layers, routes_of
 from t5 import T5
 
 
@@ -60,29 +60,38 @@ class SourceCache:
 class Scan:
     """One pass of a model over a corpus's pseudo-queries along their own docids, in evaluation mode."""
 
-    hidden: Tensor  # (Q, M, D) final decoder states: the KL teacher, with the model's docid table
+    hidden: Tensor | None  # (Q, M, D) final decoder states: the KL teacher, with the model's docid table
     scores: list[Tensor]  # per mixed layer, router scores (Q, M, E)
     direction: list[Tensor]  # per mixed layer, (D,) summed unit router inputs of OOD queries, else of all
 
 
 @torch.no_grad()
-def scan(model: T5, cache: SourceCache, codes: Tensor, stats: list[ood.Stats], batch: int = 512) -> Scan:
-    """Runs the decoder over cached queries with docids (Q, M). Directions need the layers' statistics."""
+def scan(
+    model: T5, cache: SourceCache, codes: Tensor, stats: list[ood.Stats], batch: int = 512, hidden: bool = True
+) -> Scan:  # fmt: skip
+    """Runs the decoder over cached queries with docids (Q, M). Directions need the layers' statistics.
+
+    Without `hidden` it ends at the last mixed layer's router.
+    """
     model.eval()
     device, layers = model.word.device, len(mixed_layers(model))
-    hidden = scratch(cache.folder, (*codes.shape, model.config.width), kept_as(device))
+    kept = scratch(cache.folder, (*codes.shape, model.config.width), kept_as(device)) if hidden else None
     scores = [[] for _ in range(layers)]
     every, flagged = torch.zeros(2, layers, model.config.width)
     by_length = cache.lengths.argsort()
     for rows in by_length.split(batch):
-        out, routes = model.docid_hidden(*cache.get(rows, device), codes[rows].to(device))
-        hidden[rows] = out.to(hidden.dtype).cpu()
+        inputs = *cache.get(rows, device), codes[rows].to(device)
+        if hidden:
+            out, routes = model.docid_hidden(*inputs)
+            kept[rows] = out.to(kept.dtype).cpu()
+        else:
+            routes = routes_of(model, *inputs)
         for layer, route in enumerate(routes):
             scores[layer].append(route.scores.cpu())
-            inputs = F.normalize(route.x.float().cpu(), dim=-1)
-            every[layer] += inputs.sum((0, 1))
+            seen = F.normalize(route.x.float().cpu(), dim=-1)
+            every[layer] += seen.sum((0, 1))
             if stats:
                 is_ood = ood.is_ood(ood.energy(route.scores.cpu()), stats[layer])
-                flagged[layer] += inputs[is_ood].sum((0, 1))
+                flagged[layer] += seen[is_ood].sum((0, 1))
     direction = [one if one.any() else other for one, other in zip(flagged, every)]
-    return Scan(hidden, [torch.cat(parts)[by_length.argsort()] for parts in scores], direction)
+    return Scan(kept, [torch.cat(parts)[by_length.argsort()] for parts in scores], direction)

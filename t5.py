@@ -77,6 +77,20 @@ class T5Config:
                 raise ValueError(f"T5 shape: found {item.name}={value}, wanted {wanted}")
 
 
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """F.dropout: zeroes a share p of x and scales the rest by 1 / (1 - p), where `training`.
+
+    On a CPU most of F.dropout's time goes into one random number for each entry and half of a layer's memory into
+    its mask. Here 64 random bits serve four entries (p is met to 2^-17), and the mask takes a byte an entry.
+    """
+    if not (training and p) or x.device.type != "cpu":
+        return F.dropout(x, p, training)
+    dropped = round(p * 2**16)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = (bits.view(torch.int16)[: x.numel()] >= dropped - 2**15).view(x.shape)
+    return torch.where(kept, x, 0.0).mul_(2**16 / (2**16 - dropped))
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in float32: no mean, no bias, epsilon 1e-6."""
 
@@ -123,6 +137,25 @@ class RelativeBias(nn.Module):
         return F.embedding(bucket, self.weight).permute(2, 0, 1)[None]
 
 
+class Packing:
+    """Leaves the padding of a batch out: (B, S, ..) to (n, ..) and back, n being the number of its tokens."""
+
+    def __init__(self, real: Tensor):
+        """real (B, S) bool: no padding here."""
+        self.shape = real.shape
+        self.at = None if real.all() else real.flatten().nonzero()[:, 0]
+
+    def pack(self, x: Tensor) -> Tensor:
+        x = x.flatten(0, 1)
+        return x if self.at is None else x.index_select(0, self.at)
+
+    def pad(self, x: Tensor) -> Tensor:
+        if self.at is not None:
+            room = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
+            x = room.index_copy(0, self.at, x)
+        return x.unflatten(0, self.shape)
+
+
 class Attention(nn.Module):
     """Multi-head attention of T5: no linear biases, and no division of the scores by sqrt(Dh)."""
 
@@ -143,12 +176,44 @@ class Attention(nn.Module):
         """(B, T, D) -> keys and values, each (B, H, T, Dh)."""
         return self.split(x @ self.k.T), self.split(x @ self.v.T)
 
+    def weights(self, scores: Tensor, bias: Tensor) -> Tensor:
+        """Scores (B, H, Tq, Tk), which it overwrites, and a bias that broadcasts to them -> weights."""
+        scores += bias
+        weights = F.softmax(scores.float(), dim=-1).to(scores.dtype)
+        return dropout(weights, self.dropout, self.training)
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """softmax(q K^T + bias) V by heads: q (B, H, Tq, Dh) -> (B, Tq, H * Dh)."""
+        if torch.is_grad_enabled() or self.training:
+            y = self.weights(q @ keys.transpose(-1, -2), bias) @ values
+        else:  # the same in one call that never holds all scores
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias.to(q.dtype), scale=1.0)
+        return y.transpose(1, 2).flatten(2)
+
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         """x (B, Tq, D) attends to keys and values (B, H, Tk, Dh); bias broadcasts to (B, H, Tq, Tk)."""
-        scores = self.split(x @ self.q.T) @ keys.transpose(-1, -2) + bias  # (B, H, Tq, Tk)
-        weights = F.softmax(scores.float(), dim=-1).to(x.dtype)
-        weights = F.dropout(weights, self.dropout, self.training)
-        return (weights @ values).transpose(1, 2).flatten(2) @ self.o.T  # (B, Tq, D)
+        return self.attend(self.split(x @ self.q.T), keys, values, bias) @ self.o.T
+
+    def among(self, x: Tensor, packing: Packing, bias: Tensor) -> Tensor:
+        """Self-attention of packed tokens (n, D): all products but its own two leave the padding out."""
+        q, k, v = (self.split(packing.pad(x @ w.T)) for w in (self.q, self.k, self.v))
+        return packing.pack(self.attend(q, k, v, bias)) @ self.o.T
+
+    def to_source(self, x: Tensor, source: Tensor, bias: Tensor) -> Tensor:
+        """forward(x, *keys_values(source), bias) without the keys and values: x (B, Tq, D), source (B, Tk, D).
+
+        Head by head, q_t . (W_k s) = (W_k^T q_t) . s, and sum_s w_s W_v s = W_v (sum_s w_s s). With few x and a longer
+        source, as a docid's codes and a query, that is less to compute: B Tq rows instead of B Tk pass W_k and W_v.
+        """
+        batch, length, _ = x.shape
+        q = (x @ self.q.T).flatten(0, 1).unflatten(1, (self.heads, -1)).transpose(0, 1)  # (H, B * Tq, Dh)
+        q = q @ self.k.unflatten(0, (self.heads, -1))  # (H, B * Tq, D)
+        q = q.unflatten(1, (batch, length)).transpose(0, 1).flatten(1, 2)  # (B, H * Tq, D)
+        scores = (q @ source.transpose(1, 2)).unflatten(1, (self.heads, length))
+        mixed = self.weights(scores, bias).flatten(1, 2) @ source  # (B, H * Tq, D)
+        mixed = mixed.unflatten(1, (self.heads, length)).transpose(0, 1).flatten(1, 2)  # (H, B * Tq, D)
+        y = mixed @ self.v.unflatten(0, (self.heads, -1)).transpose(1, 2)  # (H, B * Tq, Dh)
+        return (y.transpose(0, 1).flatten(1) @ self.o.T).unflatten(0, (batch, length))
 
 
 class FeedForward(nn.Module):
@@ -166,11 +231,18 @@ class FeedForward(nn.Module):
             nn.Parameter(torch.randn_like(self.w_in) * config.width**-0.5) if config.gated else None
         )
 
-    def hidden(self, x: Tensor, before: Tensor | None = None) -> Tensor:
-        """u of x (B, T, D); `before` (B, T, F) is added to W_in x, before its ReLU or GELU. -> (B, T, F)."""
-        u = x @ self.w_in.T if before is None else x @ self.w_in.T + before
-        u = F.relu(u) if self.w_linear is None else F.gelu(u, approximate="tanh") * (x @ self.w_linear.T)
-        return F.dropout(u, self.dropout, self.training)
+    def activate(self, inner: Tensor, x: Tensor) -> Tensor:
+        """u from W_in x (B, T, F), which it may overwrite, and x itself (B, T, D)."""
+        u = (
+            F.relu_(inner)
+            if self.w_linear is None
+            else F.gelu(inner, approximate="tanh") * (x @ self.w_linear.T)
+        )
+        return dropout(u, self.dropout, self.training)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """u of x: (B, T, D) -> (B, T, F)."""
+        return self.activate(x @ self.w_in.T, x)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         return self.hidden(x) @ self.w_out.T, None
@@ -183,13 +255,11 @@ class EncoderBlock(nn.Module):
         self.self_norm, self.self_attention = RMSNorm(config.width), Attention(config)
         self.ff_norm, self.ff = RMSNorm(config.width), FeedForward(config)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x (B, S, D), bias (B, H, S, S) of positions and padding."""
-        y = self.self_norm(x)
-        x = x + F.dropout(
-            self.self_attention(y, *self.self_attention.keys_values(y), bias), self.dropout, self.training
-        )
-        return x + F.dropout(self.ff(self.ff_norm(x))[0], self.dropout, self.training)
+    def forward(self, x: Tensor, packing: Packing, bias: Tensor) -> Tensor:
+        """x (n, D), packed; bias (B, H, S, S) of positions and padding."""
+        y = self.self_attention.among(self.self_norm(x), packing, bias)
+        x = x + dropout(y, self.dropout, self.training)
+        return x + dropout(self.ff(self.ff_norm(x))[0], self.dropout, self.training)
 
 
 class DecoderBlock(nn.Module):
@@ -200,27 +270,37 @@ class DecoderBlock(nn.Module):
         self.cross_norm, self.cross_attention = RMSNorm(config.width), Attention(config)
         self.ff_norm, self.ff = RMSNorm(config.width), FeedForward(config)
 
-    def forward(self, x: Tensor, bias: Tensor, past, cross: tuple[Tensor, Tensor], cross_bias: Tensor):
+    def forward(
+        self, x: Tensor, bias: Tensor, past, cross: tuple[Tensor, Tensor] | Tensor, cross_bias: Tensor
+    ):
         """x (B, T, D), the newest T positions; past, their predecessors' keys and values (B, H, T', Dh) or
         None.
 
-        cross holds the source's keys and values for B or, when R = B / queries beams share a query, for B / R
-        rows.
+        cross is the source (B, S, D), or its keys and values; when R = B / queries beams share a query, of B / R rows.
         Returns x, the self-attention keys and values including the past, and what the feed-forward tells of
         its routing.
         """
+        x, keys_values = self.attend(x, bias, past, cross, cross_bias)
+        y, route = self.ff(self.ff_norm(x))
+        return x + dropout(y, self.dropout, self.training), keys_values, route
+
+    def attend(
+        self, x: Tensor, bias: Tensor, past, cross: tuple[Tensor, Tensor] | Tensor, cross_bias: Tensor
+    ):
+        """The block up to its feed-forward: x (B, T, D) with both attentions added, and keys and values as `forward`."""
         y = self.self_norm(x)
         keys, values = self.self_attention.keys_values(y)
         if past is not None:
             keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
-        x = x + F.dropout(self.self_attention(y, keys, values, bias), self.dropout, self.training)
+        x = x + dropout(self.self_attention(y, keys, values, bias), self.dropout, self.training)
         # Beams of one query are folded into the query dimension: (B * R, 1, D) -> (B, R, D), no key is
         # copied.
-        y = self.cross_norm(x).reshape(len(cross[0]), -1, x.shape[-1])
-        y = self.cross_attention(y, *cross, cross_bias).reshape(x.shape)
-        x = x + F.dropout(y, self.dropout, self.training)
-        y, route = self.ff(self.ff_norm(x))
-        return x + F.dropout(y, self.dropout, self.training), (keys, values), route
+        y = self.cross_norm(x)
+        if isinstance(cross, Tensor):
+            y = self.cross_attention.to_source(y.reshape(len(cross), -1, x.shape[-1]), cross, cross_bias)
+        else:
+            y = self.cross_attention(y.reshape(len(cross[0]), -1, x.shape[-1]), *cross, cross_bias)
+        return x + dropout(y.reshape(x.shape), self.dropout, self.training), (keys, values)
 
 
 class T5(nn.Module):
@@ -245,7 +325,7 @@ class T5(nn.Module):
             self.head = nn.Parameter(head, requires_grad=False)
 
     def drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.config.dropout, self.training)
+        return dropout(x, self.config.dropout, self.training)
 
     def through(self, block: nn.Module, *inputs):
         """block(*inputs); with `recompute` its activations are forgotten and made again for the gradient."""
@@ -257,39 +337,44 @@ class T5(nn.Module):
         """Token ids (B, S), padded with 0 -> hidden states (B, S, D) and padding bias (B, 1, 1, S) for the
         decoder.
         """
-        x = self.drop(F.embedding(ids, self.word))
+        packing = Packing(ids != 0)
+        x = self.drop(F.embedding(packing.pack(ids), self.word))  # (n, D)
         padding = torch.zeros(ids.shape, device=x.device).masked_fill(ids == 0, -1e9)[:, None, None, :]
         position = torch.arange(ids.shape[1], device=x.device)
         bias = self.encoder_bias(position, position) + padding  # (B, H, S, S)
         for block in self.encoder:
-            x = self.through(block, x, bias)
-        return self.drop(self.encoder_norm(x)), padding
+            x = self.through(block, x, packing, bias)
+        return packing.pad(self.drop(self.encoder_norm(x))), padding
 
     def cross_keys_values(self, source: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of every decoder block's cross-attention, computed once per query."""
+        """Keys and values of every decoder block's cross-attention, for many positions of each query."""
         return [block.cross_attention.keys_values(source) for block in self.decoder]
 
-    def decode(self, x: Tensor, cross: list, padding: Tensor, past: list | None = None):
+    def causal_bias(self, seen: int, new: int) -> Tensor:
+        """What `new` positions after `seen` ones add to their self-attention scores: (1, H, new, seen + new)."""
+        keys_at = torch.arange(seen + new, device=self.word.device)
+        queries_at = keys_at[seen:]
+        return self.decoder_bias(queries_at, keys_at) + (keys_at[None, :] > queries_at[:, None]) * -1e9
+
+    def decode(self, x: Tensor, cross: list | Tensor, padding: Tensor, past: list | None = None):
         """Runs the decoder over T new positions.
 
         Args:
             x: (B, T, D) input embeddings of the new positions.
-            cross: from `cross_keys_values`; padding: the (B, 1, 1, S) bias from `encode`.
+            cross: the source (B, S, D) or, where many positions will attend to it, `cross_keys_values` of it.
+            padding: the (B, 1, 1, S) bias from `encode`.
             past: what an earlier call returned for the positions before these, or None.
 
         Returns:
             hidden states (B, T, D) after the final norm; keys and values of all positions so far, per block;
             the routes of the mixed layers, in order (mixlora.Route, empty for a plain T5).
         """
-        seen = past[0][0].shape[2] if past else 0
-        keys_at = torch.arange(seen + x.shape[1], device=x.device)
-        queries_at = keys_at[seen:]
-        causal = (keys_at[None, :] > queries_at[:, None]) * -1e9
-        bias = self.decoder_bias(queries_at, keys_at) + causal  # (1, H, T, seen + T)
+        bias = self.causal_bias(past[0][0].shape[2] if past else 0, x.shape[1])
         present, routes = [], []
         x = self.drop(x)
         for i, block in enumerate(self.decoder):
-            x, keys_values, route = self.through(block, x, bias, past[i] if past else None, cross[i], padding)
+            of_block = cross if isinstance(cross, Tensor) else cross[i]
+            x, keys_values, route = self.through(block, x, bias, past[i] if past else None, of_block, padding)
             present.append(keys_values)
             if route is not None:
                 routes.append(route)
@@ -301,12 +386,17 @@ class T5(nn.Module):
 
     def docid_inputs(self, codes: Tensor) -> Tensor:
         """Teacher forcing: docids (B, T) -> [start, code 1, .., code T-1] as embeddings (B, T, D)."""
-        before = [self.rq[m][codes[:, m]] for m in range(codes.shape[1] - 1)]
-        return torch.stack([self.start(len(codes))[:, 0].to(self.rq.dtype), *before], dim=1)
+        codebook = torch.arange(codes.shape[1] - 1, device=codes.device)
+        before = F.embedding(codes[:, :-1] + codebook * self.config.centroids, self.rq.flatten(0, 1))
+        return torch.cat([self.start(len(codes)).to(self.rq.dtype), before], dim=1)
 
-    def docid_hidden(self, source: Tensor, padding: Tensor, codes: Tensor):
-        """Hidden states (B, M, D) that predict each code of the docids (B, M), and the mixed layers' routes."""
-        hidden, _, routes = self.decode(self.docid_inputs(codes), self.cross_keys_values(source), padding)
+    def docid_hidden(self, cross: list | Tensor, padding: Tensor, codes: Tensor):
+        """Hidden states (B, M, D) that predict each code of the docids (B, M), and the mixed layers' routes.
+
+        `cross` is the source, or `cross_keys_values` of it, which cost less where they need no gradient and x does.
+        There may be several docids of each query (B * R, M), those of the first query first.
+        """
+        hidden, _, routes = self.decode(self.docid_inputs(codes), cross, padding)
         return hidden, routes
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -314,7 +404,7 @@ class T5(nn.Module):
         Eq. 8.
         """
         source, padding = self.encode(ids)
-        return self.decode(self.start(len(ids)), self.cross_keys_values(source), padding)[0][:, 0]
+        return self.decode(self.start(len(ids)), source, padding)[0][:, 0]
 
     def word_logits(self, hidden: Tensor) -> Tensor:
         """Published T5's language-model head, tied with a D^-1/2 scale or untied: (B, T, D) -> (B, T, V)."""

@@ -24,6 +24,7 @@ from mixlora import (
     mixed_delta,
     mixed_layers,
     repel_loss,
+    routes_of,
     top_gates,
     z_loss,
 )
@@ -73,12 +74,13 @@ def test_stacked_experts_equal_a_loop_over_experts(experts):
     torch.manual_seed(experts)
     x, gates = torch.randn(4, 3, 16), torch.rand(4, 3, experts)
     a, b = torch.randn(experts, 8, 16), torch.randn(experts, 24, 8)
-    loop = torch.zeros(4, 3, 24)
+    onto = torch.randn(4, 3, 24)
+    loop = onto.clone()
     for e in range(experts):
         for i in range(4):
             for t in range(3):
                 loop[i, t] += gates[i, t, e] * (b[e] @ (a[e] @ x[i, t]))
-    torch.testing.assert_close(mixed_delta(x, a, b, gates), loop, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(mixed_delta(x, a, b, gates, onto), loop, rtol=1e-5, atol=1e-4)
 
 
 def test_an_expert_starts_as_published_lora_does():
@@ -163,6 +165,15 @@ def test_lora_dropout_acts_on_the_experts_input_in_training_only():
     torch.nn.init.zeros_(layer.new.in_b)
     torch.nn.init.zeros_(layer.new.out_b)  # the plain path is left, and no dropout touches it
     assert torch.equal(layer.train()(x)[0], layer.plain(x)[0])
+
+
+def test_experts_that_are_all_frozen_see_no_dropout():
+    layer = mixed(3, 0, dropout=0.5)
+    layer.plain.dropout = 0.0
+    x = torch.randn(4, 3, 16)
+    assert torch.equal(layer.train()(x)[0], layer.eval()(x)[0])
+    layer.add_expert()
+    assert not torch.equal(layer.train()(x)[0], layer.eval()(x)[0])
 
 
 @pytest.mark.parametrize("router", ["cosine", "linear"])
@@ -483,3 +494,33 @@ def test_a_step_against_each_router_loss_moves_the_newest_row_as_it_should():
         with torch.no_grad():
             copy.router_new -= 0.05 * copy.router_new.grad
         assert loss(copy.route(x)) < before
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2, 3])
+def test_routes_alone_are_those_of_the_whole_decoder(layers):
+    torch.manual_seed(0)
+    model = T5(SHAPE)
+    add_mixture(model, MixConfig(layers=layers, experts=3))
+    for layer in mixed_layers(model):
+        torch.nn.init.normal_(layer.new.in_b)
+        torch.nn.init.normal_(layer.new.out_b)
+    model.eval()
+    ids, codes = torch.randint(1, 20, (4, 6)), torch.randint(5, (4, 3))
+    source, padding = model.encode(ids)
+    _, wanted = model.docid_hidden(source, padding, codes)
+    found = routes_of(model, source, padding, codes)
+    assert len(found) == layers
+    for a, b in zip(found, wanted, strict=True):
+        for name in ("x", "scores", "gates"):
+            torch.testing.assert_close(getattr(a, name), getattr(b, name))
+    with pytest.raises(AssertionError, match="dropout"):
+        routes_of(model.train(), source, padding, codes)
+
+
+def test_some_rows_of_a_route():
+    layer = mixed(frozen=1, trainable=1)
+    route = layer.route(torch.randn(6, 3, 16))
+    some = route.rows(slice(1, None, 2))
+    for name in ("x", "scores", "gates"):
+        assert torch.equal(getattr(some, name), getattr(route, name)[[1, 3, 5]])
+    assert some.router is route.router and some.newest == route.newest

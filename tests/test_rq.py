@@ -84,6 +84,32 @@ def test_a_beam_as_wide_as_all_codes_finds_the_least_error():
     assert torch.equal(encode(x, books, beam=64), every[best])
 
 
+def residual_beam_encode(x: torch.Tensor, books: torch.Tensor, beam: int) -> torch.Tensor:
+    """The beam search written with residuals: every partial encoding's, compared with every centroid."""
+    codes, residual = torch.empty(len(x), 1, 0, dtype=torch.long), x[:, None]
+    for book in books:
+        error = (residual[:, :, None] - book).pow(2).sum(-1).flatten(1)
+        best = error.topk(min(beam, error.shape[1]), dim=1, largest=False).indices
+        parent, code = best // len(book), best % len(book)
+        row = torch.arange(len(x))[:, None]
+        codes = torch.cat([codes[row, parent], code[..., None]], dim=2)
+        residual = residual[row, parent] - book[code]
+    return codes[:, 0]
+
+
+@pytest.mark.parametrize("beam", [1, 2, 5, 40])
+def test_encoding_by_inner_products_equals_encoding_by_residuals(fitted, beam):
+    x, books = fitted[0][:200], fitted[1]
+    assert torch.equal(encode(x, books, beam), residual_beam_encode(x, books, beam))
+
+
+def test_cross_products_are_those_of_all_earlier_centroids():
+    books = torch.tensor([[[1.0, 2], [0, 1]], [[3.0, 0], [1, 1]], [[0.0, 5], [2, 2]]])
+    first, second, third = rq.cross_products(books)
+    assert first.shape == (0, 2) and second.tolist() == [[6, 6], [0, 2]]
+    assert third.tolist() == [[20, 12], [10, 4], [0, 12], [10, 8]]
+
+
 def test_encoding_by_hand():
     books = torch.tensor([[[0.0, 0], [10, 0], [0, 10]], [[1.0, 0], [0, 1], [-2, -2]]])
     x = torch.tensor([[10.0, 1.2], [0.9, 0], [-2, 8.5]])

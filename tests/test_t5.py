@@ -134,7 +134,8 @@ def test_states_and_logits_equal_transformers_with_padding(pair):
 
     source, padding = ours.encode(ids)
     hidden, _, routes = ours.decode(ours.word[words], ours.cross_keys_values(source), padding)
-    assert (source - want.encoder_last_hidden_state).abs().max() < 1e-5
+    assert (source - want.encoder_last_hidden_state)[ids != 0].abs().max() < 1e-5
+    assert (source[ids == 0] == 0).all()
     assert (hidden - want.decoder_hidden_states[-1]).abs().max() < 1e-5
     want = want.logits[..., : ours.config.vocab]
     assert (ours.word_logits(hidden) - want).abs().max() < 1e-5
@@ -556,9 +557,9 @@ def test_gated_feed_forward_by_hand():
     u = [gelu(x) * 2 * x, gelu(y) * 3 * y]
     want = torch.tensor([[[u[0], u[0] + u[1]]]])
     torch.testing.assert_close(layer(torch.tensor([[[x, y]]]))[0], want)
-    before = torch.tensor([[[1.0, 0.0]]])
-    u[0] = gelu(x + 1) * 2 * x  # what is added goes into the GELU, not into the linear branch
-    torch.testing.assert_close(layer.hidden(torch.tensor([[[x, y]]]), before), torch.tensor([[u]]))
+    inner, x_y = torch.tensor([[[x + 1, y]]]), torch.tensor([[[x, y]]])  # as with an expert's delta added
+    u[0] = gelu(x + 1) * 2 * x  # it goes into the GELU, not into the linear branch
+    torch.testing.assert_close(layer.activate(inner, x_y), torch.tensor([[u]]))
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -750,3 +751,68 @@ def test_lsa_start_answers_real_questions_at_step_0():
         scores = model.embed(queries) @ model.embed(documents).T
     top10 = (scores.topk(10).indices == relevant[:, None]).any(1).float().mean().item()
     assert top10 > 0.8  # measured 0.92 to 0.94; random word rows give 0.19
+
+
+# --------------------------------------------------------------------------------- fast forms against plain ones
+
+
+@pytest.mark.parametrize("lengths", [[7, 7, 7], [1, 7, 4], [3, 0, 7]])
+def test_packing_leaves_just_the_padding_out_and_puts_it_back_as_zeros(lengths):
+    ids, x = batch(50, lengths), torch.randn(3, 7, 2, requires_grad=True)
+    packing = t5.Packing(ids != 0)
+    packed = packing.pack(x)
+    assert torch.equal(packed, x[ids != 0]) and torch.equal(packing.pack(ids), ids[ids != 0])
+    padded = packing.pad(packed)
+    assert torch.equal(padded, x.masked_fill((ids == 0)[..., None], 0))
+    padded.sum().backward()
+    assert torch.equal(x.grad, (ids != 0)[..., None].expand_as(x).float())
+
+
+@pytest.mark.parametrize("length", [1, 3, 9])
+def test_attention_to_the_source_equals_that_to_its_keys_and_values(length):
+    torch.manual_seed(0)
+    attention = t5.Attention(shape((30, 12, 4, 3, 20, 1, 1), dropout=0.0))
+    x, source = torch.randn(2, length, 12, requires_grad=True), torch.randn(2, 6, 12, requires_grad=True)
+    bias, gradient = torch.zeros(2, 1, 1, 6), torch.randn(2, length, 12)
+    bias[1, ..., 4:] = -1e9
+    inputs = [x, source, *attention.parameters()]
+    plain = attention(x, *attention.keys_values(source), bias)
+    fast = attention.to_source(x, source, bias)
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
+    wanted, found = (torch.autograd.grad(y, inputs, gradient) for y in (plain, fast))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_fused_attention_without_gradients_equals_the_form_with_them(tiny):
+    ids, codes = batch(30, [6, 2, 4]), torch.tensor([[1, 2, 3, 0], [5, 5, 5, 5], [0, 4, 0, 4]])
+    plain = tiny.docid_hidden(*tiny.encode(ids), codes)[0]
+    assert plain.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(tiny.docid_hidden(*tiny.encode(ids), codes)[0], plain, atol=1e-5, rtol=0)
+
+
+def test_several_docids_of_a_query_decode_as_each_alone(tiny):
+    ids, codes = batch(30, [6, 2]), torch.randint(6, (2, 3, 4), generator=torch.Generator().manual_seed(0))
+    source, padding = tiny.encode(ids)
+    together = tiny.docid_hidden(source, padding, codes.flatten(0, 1))[0].unflatten(0, (2, 3))
+    for i in range(3):
+        alone = tiny.docid_hidden(source, padding, codes[:, i])[0]
+        torch.testing.assert_close(together[:, i], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_drops_the_share_that_it_is_told_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.ones(301, 1001, requires_grad=True)
+    for p in (0.05, 0.1, 0.5):
+        y = t5.dropout(x, p, True)
+        dropped = (y == 0).double().mean().item()
+        assert abs(dropped - p) < 5 * math.sqrt(p * (1 - p) / x.numel()) + 2**-17
+        torch.testing.assert_close(y[y != 0].unique(), torch.tensor([1 / (1 - p)]), atol=0, rtol=2e-5)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(gradient, y.detach())  # the same mask forward and backward
+        # neighbours share 64 random bits and are independent all the same
+        gone = (y[:, :1000] == 0).double().view(301, 250, 4)
+        both = (gone[..., :-1] * gone[..., 1:]).mean().item()
+        assert abs(both - p * p) < 6 * p / math.sqrt(gone.numel())
+    assert t5.dropout(x, 0.1, False) is x and t5.dropout(x, 0.0, True) is x

@@ -395,8 +395,12 @@ def test_scan_gives_the_states_and_scores_of_each_query_in_the_order_asked():
     found = scan.scan(model, scan.SourceCache(model, ids), codes, [], batch=6)
     hidden, routes = model.docid_hidden(*model.encode(ids), codes)
     torch.testing.assert_close(found.hidden, hidden)
+    brief = scan.scan(model, scan.SourceCache(model, ids), codes, [], batch=6, hidden=False)
+    assert brief.hidden is None and len(brief.scores) == len(routes) == 2
     for scores, route in zip(found.scores, routes):
         torch.testing.assert_close(scores, route.scores)
+    for a, b in zip((*brief.scores, *brief.direction), (*found.scores, *found.direction), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_ood_direction_is_the_mean_direction_of_flagged_queries_only():
