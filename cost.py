@@ -150,7 +150,7 @@ def products(net: T5Config, mix, batch: int, source: int, target: int, tokens=0,
 
     In parts, which a backward treats differently. An attention's scores and their use take I each per pair, or H D
     each to the source itself (Attention.to_source), whose T positions pass all four matrices. With `keys`, in a
-    search, a position looks at so many positions, not T, and S source positions become keys and values once.
+    search and on D_t, a position looks at so many positions and S source positions become keys and values once.
     """
     inner, texts, positions = net.heads * net.head_width, 2 * batch, 2 * batch * target
     tokens, cross_kv = tokens or source, 2 * net.width * inner if keys else 0
@@ -238,16 +238,20 @@ def docid_step(config, net: T5Config, t: int, batch: int, source: int, tokens=0)
     of them, unless none is new.
     """
     passes, divergences = docid_terms(config, t)
-    # Cross-entropy: forward, backward. A KL: the same, and the previous model's logits.
-    loss = 2 * batch * net.width * (3 * logits(net, config.mask) + divergences * 4 * logits(net))
+    # Logits: forward, backward. On D_t all terms share a position's, and each KL has the previous model's.
+    rows = 3 * logits(net, config.mask) * (t == 0 or config.mask != "segment")
+    rows += (t > 0) * (3 * passes + divergences) * logits(net)
+    loss = 2 * batch * net.width * rows
     mix, grown = mixture(config, t), mixture(config, t) != mixture(config, t - 1)
-    parts = products(net, mix, batch, source, net.codebooks, tokens)
-    if t and config.mixture:
+    resting = t > 0 and config.mixture
+    parts = products(net, mix, batch, source, net.codebooks, tokens, keys=resting * net.codebooks)
+    once = parts.pop("keys_values")  # of the source, for all passes
+    if resting:
         parts["encoder"] = 0
         backward = parts["decoder"] + parts["cross"] + 2 * parts["self"] + (1 + grown) * parts["experts"]
     else:
         backward = 2 * sum(parts.values())
-    return passes * ((1 + config.recompute) * sum(parts.values()) + backward) + loss
+    return once + passes * ((1 + config.recompute) * sum(parts.values()) + backward) + loss
 
 
 # ----------------------------------------------------------------------------------------------------- memory

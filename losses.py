@@ -16,15 +16,18 @@ import mixlora
 from t5 import T5, segment_logits
 
 
-def docid_cross_entropy(model: T5, hidden: Tensor, codes: Tensor, mask: str) -> Tensor:
+def docid_cross_entropy(
+    model: T5, hidden: Tensor, codes: Tensor, mask: str, logits: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """Cross-entropy of docids (B, M) given hidden states (B, M, D), mean over all B * M tokens. Paper Eq.
     4-5.
 
     `segment` normalises over the K codes of a position, `docid_vocab` over all M * K, `full_vocab` over the
-    words too.
+    words too. `logits` (B, M, K) are t5.segment_logits, where they are at hand.
     """
     if mask == "segment":
-        return F.cross_entropy(segment_logits(hidden, model.rq).float().flatten(0, 1), codes.flatten())
+        logits = segment_logits(hidden, model.rq) if logits is None else logits
+        return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
     table = model.rq.flatten(0, 1)  # (M * K, D)
     target = codes + torch.arange(codes.shape[1], device=codes.device) * model.config.centroids
     if mask == "full_vocab":
@@ -33,17 +36,14 @@ def docid_cross_entropy(model: T5, hidden: Tensor, codes: Tensor, mask: str) -> 
     return F.cross_entropy((hidden @ table.T).float().flatten(0, 1), target.flatten())
 
 
-def kl_to_previous(
-    hidden: Tensor, rq_now: Tensor, hidden_before: Tensor, rq_before: Tensor, reduction: str
-) -> Tensor:
+def kl_to_previous(logits: Tensor, logits_before: Tensor, reduction: str) -> Tensor:
     """KL(previous model || this one) over the K codes of each position, mean over queries, sum over
     positions. Eq. 6.
 
-    hidden (B, M, D) and rq (M, K, D) of each; the paper divides by M (`mean`), the released code does not
-    (`sum`).
+    logits (B, M, K) of each model; the paper divides by M (`mean`), the released code does not (`sum`).
     """
-    before = F.log_softmax(segment_logits(hidden_before, rq_before).float(), dim=-1)
-    now = F.log_softmax(segment_logits(hidden, rq_now).float(), dim=-1)
+    before = F.log_softmax(logits_before.float(), dim=-1)
+    now = F.log_softmax(logits.float(), dim=-1)
     kl = (before.exp() * (before - now)).sum(-1).mean(0)  # (M,)
     return kl.mean() if reduction == "mean" else kl.sum()
 

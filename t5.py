@@ -177,9 +177,10 @@ class Attention(nn.Module):
         return self.split(x @ self.k.T), self.split(x @ self.v.T)
 
     def weights(self, scores: Tensor, bias: Tensor) -> Tensor:
-        """Scores (B, H, Tq, Tk), which it overwrites, and a bias that broadcasts to them -> weights."""
-        scores += bias
-        weights = F.softmax(scores.float(), dim=-1).to(scores.dtype)
+        """Scores (B, H, Tq, Tk), which it may overwrite, and a bias that broadcasts to them -> weights."""
+        exact = scores.float()
+        exact += bias
+        weights = F.softmax(exact, dim=-1).to(scores.dtype)
         return dropout(weights, self.dropout, self.training)
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
@@ -233,11 +234,10 @@ class FeedForward(nn.Module):
 
     def activate(self, inner: Tensor, x: Tensor) -> Tensor:
         """u from W_in x (B, T, F), which it may overwrite, and x itself (B, T, D)."""
-        u = (
-            F.relu_(inner)
-            if self.w_linear is None
-            else F.gelu(inner, approximate="tanh") * (x @ self.w_linear.T)
-        )
+        if self.w_linear is None:
+            u = F.relu_(inner)
+        else:
+            u = F.gelu(inner, approximate="tanh") * (x @ self.w_linear.T)
         return dropout(u, self.dropout, self.training)
 
     def hidden(self, x: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ from optim import fit, parameter_groups
 from resume import Resume
 from scan import Scan, SourceCache, scan
 from search import Ranking, retrieve
-from t5 import T5, T5Config, read_published, start_from_lsa
+from t5 import T5, T5Config, read_published, segment_logits, start_from_lsa
 
 
 def flag(default, group: str, text: str):
@@ -570,9 +570,9 @@ def continual_stage(job: Job, t: int, codes: Tensor, previous: tuple[T5, list[oo
     averages = MovingEnergies(config, stats, only_new=True)
     order = dense.Batches(len(pairs), config.batch, torch.Generator().manual_seed(config.seed + t))
 
-    def kl(hidden: Tensor, teacher: Scan, rows: Tensor) -> Tensor:
-        hidden_before = teacher.hidden[rows].to(job.device).float()
-        return kl_to_previous(hidden, model.rq, hidden_before, rq_before, config.kl_reduction)
+    def kl(logits: Tensor, teacher: Scan, rows: Tensor) -> Tensor:
+        logits_before = segment_logits(teacher.hidden[rows].to(job.device).float(), rq_before)
+        return kl_to_previous(logits, logits_before, config.kl_reduction)
 
     def loss_of(rows: Tensor):
         target = docids[rows].to(job.device)
@@ -581,18 +581,19 @@ def continual_stage(job: Job, t: int, codes: Tensor, previous: tuple[T5, list[oo
             cross = model.cross_keys_values(source)  # frozen, as the source is
         else:
             cross, padding = model.encode(ids[rows].to(job.device))
+        asked = target
         if config.kl_old_coef:  # each query with its own docid and an old one, in one pass
-            both = torch.stack([target, old[rows].to(job.device)], dim=1).flatten(0, 1)  # (2B, M)
-            hidden, routes = model.docid_hidden(cross, padding, both)
-            hidden, hidden_old = hidden[::2], hidden[1::2]
-            routes = [route.rows(slice(0, None, 2)) for route in routes]
-        else:
-            hidden, routes = model.docid_hidden(cross, padding, target)
-        terms = {"ce": docid_cross_entropy(model, hidden, target, config.mask)}
-        if config.kl_coef:
-            terms["kl"] = config.kl_coef * kl(hidden, before, rows)
+            asked = torch.stack([target, old[rows].to(job.device)], dim=1).flatten(0, 1)  # (2B, M)
+        hidden, routes = model.docid_hidden(cross, padding, asked)
+        logits = segment_logits(hidden, model.rq)  # shared by all terms
         if config.kl_old_coef:
-            terms["kl_old"] = config.kl_old_coef * kl(hidden_old, before_old, rows)
+            logits_old, hidden, logits = logits[1::2], hidden[::2], logits[::2]
+            routes = [route.rows(slice(0, None, 2)) for route in routes]
+        terms = {"ce": docid_cross_entropy(model, hidden, target, config.mask, logits)}
+        if config.kl_coef:
+            terms["kl"] = config.kl_coef * kl(logits, before, rows)
+        if config.kl_old_coef:
+            terms["kl_old"] = config.kl_old_coef * kl(logits_old, before_old, rows)
         terms |= router_losses(routes, config)
         averages.see(routes)
         return sum(terms.values()), terms

@@ -19,7 +19,7 @@ from losses import docid_cross_entropy, kl_to_previous
 from mixlora import MixConfig, add_mixture, mixed_layers, routes_of
 from rq import Trie, encode
 from search import beam_search
-from t5 import T5, T5Config
+from t5 import T5, T5Config, segment_logits
 
 NET = T5Config(
     vocab=60, width=32, head_width=4, heads=4, feed_forward=48, encoder_blocks=3, decoder_blocks=4,
@@ -273,16 +273,21 @@ def test_continual_step_flops_are_those_that_torch_counts(expand, kl_old, recomp
     train.freeze_old(model)
     model.recompute = recompute
     with torch.no_grad():
-        source = model.encode(queries())
+        source, padding = model.encode(queries())
     before, rq_before = torch.randn(B, net.codebooks, net.width), model.rq.detach().clone()
 
     def step():
-        hidden, _ = model.docid_hidden(*source, docids())
-        loss = docid_cross_entropy(model, hidden, docids(), config.mask)
-        loss = loss + kl_to_previous(hidden, model.rq, before, rq_before, "sum")
+        cross, both = (
+            model.cross_keys_values(source),
+            torch.stack([docids(), docids().flip(0)], 1).flatten(0, 1),
+        )
+        hidden, _ = model.docid_hidden(cross, padding, both if kl_old else docids())
+        logits = segment_logits(hidden, model.rq)
+        own, old = (logits[::2], logits[1::2]) if kl_old else (logits, None)
+        loss = docid_cross_entropy(model, None, docids(), config.mask, own)
+        loss = loss + kl_to_previous(own, segment_logits(before, rq_before), "sum")
         if kl_old:
-            hidden, _ = model.docid_hidden(*source, docids().flip(0))
-            loss = loss + kl_to_previous(hidden, model.rq, before, rq_before, "sum")
+            loss = loss + kl_to_previous(old, segment_logits(before, rq_before), "sum")
         loss.backward()
 
     assert cost.docid_step(config, net, 1, B, S) == counted(step)
@@ -295,10 +300,10 @@ def test_the_first_mixture_of_pt_trains_all_its_experts():
     model = small_model(MixConfig(layers=2, experts=2, rank=4), net)
     train.freeze_old(model)
     with torch.no_grad():
-        source = model.encode(queries())
+        source, padding = model.encode(queries())
 
     def step():
-        hidden, _ = model.docid_hidden(*source, docids())
+        hidden, _ = model.docid_hidden(model.cross_keys_values(source), padding, docids())
         docid_cross_entropy(model, hidden, docids(), "segment").backward()
 
     assert cost.docid_step(config, net, 1, B, S) == counted(step)

@@ -11,7 +11,7 @@ from torch.distributions import Categorical, kl_divergence
 import mixlora
 from losses import docid_cross_entropy, kl_to_previous, router_losses
 from mixlora import MixConfig, Route, add_mixture, mixed_layers
-from t5 import T5, T5Config
+from t5 import T5, T5Config, segment_logits
 from train import freeze_old
 
 V, M, K, D = 20, 3, 5, 16
@@ -87,37 +87,34 @@ def test_loss_of_equal_logits_is_the_log_of_their_number():
 
 
 def two_models(seed: int = 0):
+    """Logits of two models."""
     torch.manual_seed(seed)
-    return torch.randn(4, M, D), torch.randn(M, K, D), torch.randn(4, M, D), torch.randn(M, K, D)
+    return 3 * torch.randn(4, M, K), 3 * torch.randn(4, M, K)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_kl_to_an_identical_model_is_zero(reduction):
-    hidden, rq, _, _ = two_models()
-    assert kl_to_previous(hidden, rq, hidden, rq, reduction).item() == pytest.approx(0, abs=1e-6)
+    logits, _ = two_models()
+    assert kl_to_previous(logits, logits, reduction).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_kl_goes_from_the_previous_model_to_this_one():
-    now, rq_now, before, rq_before = two_models()
+    now, before = two_models()
     expected, reverse = torch.zeros(()), torch.zeros(())
     for m in range(M):
-        old, new = (
-            Categorical(logits=before[:, m] @ rq_before[m].T),
-            Categorical(logits=now[:, m] @ rq_now[m].T),
-        )
+        old, new = Categorical(logits=before[:, m]), Categorical(logits=now[:, m])
         expected += kl_divergence(old, new).mean()
         reverse += kl_divergence(new, old).mean()
-    found = kl_to_previous(now, rq_now, before, rq_before, "sum")
+    found = kl_to_previous(now, before, "sum")
     torch.testing.assert_close(found, expected)
     assert abs(found - reverse) > 0.1
 
 
 def test_kl_by_hand():
     # Codes' logits ln 1, ln 3 before and ln 1, ln 1 now, at the one position of one query.
-    before, now = torch.tensor([[[0.0], [math.log(3)]]]), torch.zeros(1, 2, 1)
-    one = torch.ones(1, 1, 1)
+    before, now = torch.tensor([[[0.0, math.log(3)]]]), torch.zeros(1, 1, 2)
     by_hand = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
-    assert kl_to_previous(one, now, one, before, "sum").item() == pytest.approx(by_hand)
+    assert kl_to_previous(now, before, "sum").item() == pytest.approx(by_hand)
 
 
 def test_kl_summed_over_positions_is_m_times_the_mean():
@@ -245,3 +242,12 @@ def test_frozen_layer_still_pulls_the_docid_table_through_its_input():
     assert [route.newest for route in routes] == [1, 0]
     mixlora.align_loss(routes[1]).backward()
     assert model.rq.grad.abs().sum() > 0
+
+
+def test_given_logits_are_those_that_the_cross_entropy_would_make():
+    torch.manual_seed(0)
+    model = T5(T5Config(20, 8, 4, 2, 12, 1, 1, codebooks=3, centroids=5))
+    hidden, codes = torch.randn(4, 3, 8), torch.randint(5, (4, 3))
+    logits = segment_logits(hidden, model.rq)
+    plain = docid_cross_entropy(model, hidden, codes, "segment")
+    assert torch.equal(docid_cross_entropy(model, None, codes, "segment", logits), plain)

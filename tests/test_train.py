@@ -23,7 +23,7 @@ import run as store
 import scan
 import search
 import train
-from t5 import T5, T5Config, to_published
+from t5 import T5, T5Config, segment_logits, to_published
 
 SHARED = Path(os.environ.get("MIXLORA_DATA") or Path(__file__).parents[1] / "../shared/data")
 SAMPLE, SPIECE = SHARED / "nq320k_sample", SHARED / "t5" / "spiece.model"
@@ -212,7 +212,8 @@ def test_bfloat16_keeps_router_norms_softmax_and_losses_in_float32():
         products.append(model.encoder[0].self_attention.keys_values(source)[0].dtype)
         hidden, routes = model.docid_hidden(source, padding, codes)
         ce = losses.docid_cross_entropy(model, hidden, codes, "segment")
-        kl = losses.kl_to_previous(hidden, model.rq, hidden * 0.5, model.rq, "sum")
+        logits = segment_logits(hidden, model.rq)
+        kl = losses.kl_to_previous(logits, logits * 0.5, "sum")
         return ce, kl, routes
 
     ce, kl, routes = run()
