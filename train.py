@@ -176,7 +176,7 @@ SMALL = dict(  # a T5 from nothing, on two cores
     dense_contrastive=1.0, dense_margin=0.01, dense_scale=0.1, dense_pseudo=8, negatives=50, d0_steps=700,
     d0_fragment_share=0.4, d0_batch=256, d0_lr=2e-3, steps=300, batch=256, lr=5e-3, rank=32, alpha=64.0, warmup=0.03,
     d0_warmup=0.03,
-    router_row="ood_mean", d0_fragments=8, kl_coef=0.25, kl_old_coef=0.3,
+    router_row="ood_mean", d0_fragments=16, kl_coef=0.25, kl_old_coef=0.3,
 )  # fmt: skip
 PAPER = dict(splits="paper", t5="google-t5/t5-base")  # and the defaults of Config
 PRESETS = {
