@@ -88,10 +88,10 @@ def scan(
             routes = routes_of(model, *inputs)
         for layer, route in enumerate(routes):
             scores[layer].append(route.scores.cpu())
-            seen = F.normalize(route.x.float().cpu(), dim=-1)
-            every[layer] += seen.sum((0, 1))
+            unit = F.normalize(route.x.float().cpu(), dim=-1)
+            every[layer] += unit.sum((0, 1))
             if stats:
                 is_ood = ood.is_ood(ood.energy(route.scores.cpu()), stats[layer])
-                flagged[layer] += seen[is_ood].sum((0, 1))
+                flagged[layer] += unit[is_ood].sum((0, 1))
     direction = [one if one.any() else other for one, other in zip(flagged, every)]
     return Scan(kept, [torch.cat(parts)[by_length.argsort()] for parts in scores], direction)

@@ -47,9 +47,8 @@ def beam_search(model: T5, trie: Trie, ids: Tensor, beam: int) -> tuple[Tensor, 
         log_p = F.log_softmax(segment_logits(hidden, model.rq[m : m + 1])[:, 0].float(), dim=-1)  # (R, K)
         log_p += scores.flatten()[:, None]
         log_p.masked_fill_(~trie.allowed(m, nodes, centroids).to(device), -torch.inf)
-        scores, best = log_p.reshape(batch, -1).topk(
-            min(beam, log_p.numel() // batch), dim=1
-        )  # of live beams * K
+        total = log_p.reshape(batch, -1)  # (B, live beams * K)
+        scores, best = total.topk(min(beam, total.shape[1]), dim=1)
         first = torch.arange(batch, device=device)[:, None] * (len(log_p) // batch)
         parent, code = (first + best // centroids).flatten(), (best % centroids).flatten()
         nodes = trie.child(m, nodes[parent.cpu()], code.cpu())  # empty where the score is -inf

@@ -14,7 +14,6 @@ Needs transformers (requirements-dev.txt) and Linux.
 import argparse
 import copy
 import gc
-import inspect
 import json
 import math
 import platform
@@ -505,11 +504,10 @@ def ood_scan(s: Settings) -> list[Row]:
     ids, codes = draw(config, queries, 32)
     cache, rows = SourceCache(model, ids), torch.arange(queries)
     stats = [ood.calibrate(ood.energy(x), x.shape[-1], 0.01) for x in scan(model, cache, codes, []).scores]
-    needed = {"hidden": False} if "hidden" in inspect.signature(scan).parameters else {}
     table = torch.cat([model.word, model.rq.flatten(0, 1)]).detach().T
 
     def ours():
-        return scan(model, cache, codes, stats, **needed).scores
+        return scan(model, cache, codes, stats, hidden=False).scores
 
     @torch.no_grad()
     def theirs():
