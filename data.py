@@ -37,6 +37,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+import topics
 from mapped import (
     Chain,
     Documents,
@@ -81,6 +82,12 @@ class Corpus:
         """Title and text in one string, one per document: what is embedded and indexed."""
         for title, text in zip(self.titles, self.texts):
             yield f"{title}. {text}" if title else text
+
+
+def joined(corpora: list[Corpus]) -> Corpus:
+    """The documents of several corpora as one, for joint retraining; without queries."""
+    parts = [[getattr(corpus, name) for corpus in corpora] for name in ("ids", "titles", "texts")]
+    return Corpus(corpora[0].first_row, *map(Chain, parts))
 
 
 @dataclass
@@ -328,8 +335,9 @@ def normalise(query: str) -> str:
 def split(
     collection: Collection, splits: str, split_by: str, seed: int, spare: int = 0
 ) -> tuple[list[Corpus], dict[str, int]]:
-    """Cuts a collection into corpora D_0..D_T by arrival (`order`) or at random; the last `spare` documents of
-    that order are left out.
+    """Cuts a collection into corpora D_0..D_T by arrival (`order`), at random, or by `topic`, where each D_t, t >= 1,
+    is held out of one topic (topics.py). The last `spare` documents of that order are left out; by topic, they are
+    a random part of those that no later corpus took.
 
     A test query belongs to the last corpus that holds one of its relevant documents: before that it could not
     be answered in full. Annotated queries are kept for D_0 only. One whose text is also a test query is left
@@ -337,8 +345,10 @@ def split(
 
     Returns:
         the corpora, and counts of what was left out.
+    Raises ValueError on sizes that do not add up, `order` without an order, and `topic` without topics.
     """
     documents = collection.documents
+    sizes = split_sizes(splits, len(documents) - spare)
     if collection.order:
         order = [documents.row(doc_id) for doc_id in collection.order]
     else:
@@ -349,11 +359,14 @@ def split(
         raise ValueError(
             "--split_by order: the folder has no file `order` with one document id per line, by arrival"
         )
+    elif split_by == "topic":
+        passages = Corpus(0, documents.ids, documents.titles, documents.texts).passages()
+        order = topics.topic_order(passages, sizes, seed, words)
     order = np.array(order[: len(order) - spare])
     row_of = np.full(len(documents), -1)  # row in file -> row in the stream
     row_of[order] = np.arange(len(order))
     corpora = []
-    for size in split_sizes(splits, len(order)):
+    for size in sizes:
         first = sum(len(corpus.ids) for corpus in corpora)
         rows = order[first : first + size]
         corpora.append(Corpus(first, documents.ids[rows], documents.titles[rows], documents.texts[rows]))
