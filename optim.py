@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import distributed
+from baselines import climb, climb_back
 
 MOST_SKIPPED = 10  # steps in a row without a finite gradient, after which training stops
 
@@ -57,6 +58,7 @@ def fit(
     bf16: bool = False,
     before_clip: Callable[[], None] = lambda: None,
     after_step: Callable[[], None] = lambda: None,
+    sam_rho: float = 0.0,
     resume=None,
     chance: dict | None = None,
 ) -> float:
@@ -73,6 +75,7 @@ def fit(
         micro_batch: the most examples computed together; 0: all.
         bf16: matrix products in bfloat16; norms, softmax, router and losses see to their float32 themselves.
         before_clip, after_step: what else touches gradients (slow learner) or parameters (unit router rows).
+        sam_rho: radius of adaptive SAM (DSI++): the gradient is taken where the loss is worst nearby; 0: where it is.
         resume: saves where the stage stands, and restores it before the first step (resume.Resume).
         chance: by name, whatever `next_batch` and `loss_of` draw from or add up, for `resume`.
 
@@ -84,13 +87,10 @@ def fit(
     peaks = [group["lr"] for group in optimizer.param_groups]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     begin, examples, value, skipped = time.monotonic(), 0, float("nan"), 0
-    first = resume.restore(what, trained, optimizer, chance or {}) if resume else 0
-    for step in range(first, steps):
-        factor = linear_schedule(step, steps, max(1, round(warmup * steps)))
-        for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * factor
+
+    def gradients(batch: Sequence | Tensor) -> dict[str, Tensor]:
+        """Puts the gradient of the batch's mean loss into the parameters; the loss and its terms, of this share."""
         optimizer.zero_grad(set_to_none=True)
-        batch = next_batch()
         mine, total = distributed.share(batch)
         sums: dict[str, Tensor] = {}
         for start in range(0, len(mine), micro_batch or len(mine)):
@@ -102,6 +102,19 @@ def fit(
             for name, term in {"loss": loss, **terms}.items():
                 sums[name] = sums.get(name, 0) + weight * term.detach()
         distributed.add_up_gradients(trained)
+        return sums
+
+    first = resume.restore(what, trained, optimizer, chance or {}) if resume else 0
+    for step in range(first, steps):
+        factor = linear_schedule(step, steps, max(1, round(warmup * steps)))
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = peak * factor
+        batch = next_batch()
+        sums = gradients(batch)
+        if sam_rho:
+            before = climb(trained, sam_rho)
+            gradients(batch)
+            climb_back(trained, before)
         before_clip()
         norm = nn.utils.clip_grad_norm_(trained, clip)
         if norm.isfinite():

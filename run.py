@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from baselines import adapters, add_adapters, add_prompts
 from data import Corpus, load_tokenizer
 from mapped import Chain, Documents, StreamedFile, read_tensors, write_tensors
 from mixlora import MixConfig, add_mixture, mixed_layers
@@ -160,13 +161,15 @@ def check_stamp(path: Path, value: dict) -> None:
 
 
 def save_model(path: Path, model: T5, stats: list[Stats], **extra) -> None:
-    """A model with its shape, its experts and the OOD statistics of its layers."""
-    layers = mixed_layers(model)
+    """A model with its shape, its experts, adapters or prompts, and the OOD statistics of its layers."""
+    layers, bottlenecks, prompts = mixed_layers(model), adapters(model), model.prompts
     value = stamp(path.parent) | {
         "t5": asdict(model.config),
         "mix": asdict(layers[0].config) if layers else None,
         "frozen": [len(layer.old) for layer in layers],
         "trainable": [len(layer.new) for layer in layers],
+        "adapters": len(bottlenecks[0].down) if bottlenecks else None,
+        "prompts": [len(prompts.topics), prompts.length] if prompts is not None else None,
         "model": model.state_dict(),
         "stats": [stat.state() for stat in stats],
     }
@@ -181,6 +184,11 @@ def load_model(path: Path, device: str = "cpu") -> tuple[T5, list[Stats]]:
         model = T5(T5Config(**value["t5"]))
         if value["mix"]:
             add_mixture(model, MixConfig(**value["mix"]), value["frozen"], value["trainable"])
+        if value.get("adapters"):
+            add_adapters(model, value["adapters"])
+        if value.get("prompts"):
+            pool, length = value["prompts"]
+            add_prompts(model, torch.zeros(pool, model.config.width), length)
         model.load_state_dict(value["model"])
         return model.to(device).eval(), [Stats(**item) for item in value["stats"]]
     except (KeyError, TypeError, RuntimeError) as error:

@@ -40,7 +40,7 @@ def beam_search(model: T5, trie: Trie, ids: Tensor, beam: int) -> tuple[Tensor, 
     assert trie.rows.shape[1] == model.config.codebooks, "trie and model are of different docids"
     source, padding = model.encode(ids)
     cross = model.cross_keys_values(source)
-    x, past = model.start(batch), None  # (R, 1, D); R = B * live beams
+    x, past = model.start(batch), model.past(source, padding)  # (R, 1, D); R = B * live beams
     nodes, scores = trie.root(batch), torch.zeros(batch, 1, device=device)
     for m in range(model.config.codebooks):
         hidden, past, _ = model.decode(x, cross, padding, past)
@@ -66,10 +66,10 @@ def exact_scores(model: T5, ids: Tensor, codes: Tensor, chunk: int = 4096) -> Te
     scores = []
     for query in ids:
         source, padding = model.encode(query[None, : max(1, int((query != 0).sum()))])
-        cross = model.cross_keys_values(source)
+        cross, past = model.cross_keys_values(source), model.past(source, padding)
         parts = []
         for part in codes.split(chunk):
-            hidden, _, _ = model.decode(model.docid_inputs(part), cross, padding)
+            hidden, _ = model.docid_hidden(cross, padding, part, past)
             log_p = F.log_softmax(segment_logits(hidden, model.rq).float(), dim=-1)
             parts.append(log_p.gather(2, part[..., None])[..., 0].sum(1))
         scores.append(torch.cat(parts))

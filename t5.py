@@ -167,6 +167,7 @@ class Attention(nn.Module):
         self.k = nn.Parameter(torch.randn(inner, config.width) * config.width**-0.5)
         self.v = nn.Parameter(torch.randn(inner, config.width) * config.width**-0.5)
         self.o = nn.Parameter(torch.randn(config.width, inner) * inner**-0.5)
+        self.after = nn.Identity()  # where baselines.py puts an adapter
 
     def split(self, x: Tensor) -> Tensor:
         """(B, T, H * Dh) -> (B, H, T, Dh)."""
@@ -193,12 +194,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         """x (B, Tq, D) attends to keys and values (B, H, Tk, Dh); bias broadcasts to (B, H, Tq, Tk)."""
-        return self.attend(self.split(x @ self.q.T), keys, values, bias) @ self.o.T
+        return self.after(self.attend(self.split(x @ self.q.T), keys, values, bias) @ self.o.T)
 
     def among(self, x: Tensor, packing: Packing, bias: Tensor) -> Tensor:
         """Self-attention of packed tokens (n, D): all products but its own two leave the padding out."""
         q, k, v = (self.split(packing.pad(x @ w.T)) for w in (self.q, self.k, self.v))
-        return packing.pack(self.attend(q, k, v, bias)) @ self.o.T
+        return self.after(packing.pack(self.attend(q, k, v, bias)) @ self.o.T)
 
     def to_source(self, x: Tensor, source: Tensor, bias: Tensor) -> Tensor:
         """forward(x, *keys_values(source), bias) without the keys and values: x (B, Tq, D), source (B, Tk, D).
@@ -214,7 +215,7 @@ class Attention(nn.Module):
         mixed = self.weights(scores, bias).flatten(1, 2) @ source  # (B, H * Tq, D)
         mixed = mixed.unflatten(1, (self.heads, length)).transpose(0, 1).flatten(1, 2)  # (H, B * Tq, D)
         y = mixed @ self.v.unflatten(0, (self.heads, -1)).transpose(1, 2)  # (H, B * Tq, Dh)
-        return (y.transpose(0, 1).flatten(1) @ self.o.T).unflatten(0, (batch, length))
+        return self.after(y.transpose(0, 1).flatten(1) @ self.o.T).unflatten(0, (batch, length))
 
 
 class FeedForward(nn.Module):
@@ -231,6 +232,7 @@ class FeedForward(nn.Module):
         self.w_linear = (
             nn.Parameter(torch.randn_like(self.w_in) * config.width**-0.5) if config.gated else None
         )
+        self.after = nn.Identity()  # where baselines.py puts an adapter
 
     def activate(self, inner: Tensor, x: Tensor) -> Tensor:
         """u from W_in x (B, T, F), which it may overwrite, and x itself (B, T, D)."""
@@ -245,7 +247,7 @@ class FeedForward(nn.Module):
         return self.activate(x @ self.w_in.T, x)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return self.hidden(x) @ self.w_out.T, None
+        return self.after(self.hidden(x) @ self.w_out.T), None
 
 
 class EncoderBlock(nn.Module):
@@ -274,7 +276,7 @@ class DecoderBlock(nn.Module):
         self, x: Tensor, bias: Tensor, past, cross: tuple[Tensor, Tensor] | Tensor, cross_bias: Tensor
     ):
         """x (B, T, D), the newest T positions; past, their predecessors' keys and values (B, H, T', Dh) or
-        None.
+        None. A prompt's come first of all.
 
         cross is the source (B, S, D), or its keys and values; when R = B / queries beams share a query, of B / R rows.
         Returns x, the self-attention keys and values including the past, and what the feed-forward tells of
@@ -292,6 +294,8 @@ class DecoderBlock(nn.Module):
         keys, values = self.self_attention.keys_values(y)
         if past is not None:
             keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+        if prompts := keys.shape[2] - bias.shape[3]:  # they are at no position, and have no bias
+            bias = F.pad(bias, (prompts, 0))
         x = x + dropout(self.self_attention(y, keys, values, bias), self.dropout, self.training)
         # Beams of one query are folded into the query dimension: (B * R, 1, D) -> (B, R, D), no key is
         # copied.
@@ -314,6 +318,7 @@ class T5(nn.Module):
         self.word = nn.Parameter(torch.randn(config.vocab, config.width))
         self.rq = nn.Parameter(torch.randn(config.codebooks, config.centroids, config.width))
         self.recompute = False  # see `through`
+        self.prompts = None  # of baselines.add_prompts
         self.encoder_bias = RelativeBias(config, bidirectional=True)
         self.decoder_bias = RelativeBias(config, bidirectional=False)
         self.encoder = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_blocks))
@@ -356,6 +361,21 @@ class T5(nn.Module):
         queries_at = keys_at[seen:]
         return self.decoder_bias(queries_at, keys_at) + (keys_at[None, :] > queries_at[:, None]) * -1e9
 
+    def past(self, source: Tensor, padding: Tensor) -> list | None:
+        """What the decoder has seen before the first position, for `decode`: nothing, or each query's prompt."""
+        if self.prompts is None:
+            return None
+        prompt = self.prompts(source, padding)  # keys and values, each (B, H, prompt length, Dh)
+        return [prompt if i == self.prompts.block else None for i in range(len(self.decoder))]
+
+    def seen(self, past: list | None) -> int:
+        """How many positions `past` holds: the keys of a block, but for those of a prompt."""
+        assert past is not None or self.prompts is None, "a model with prompts decodes from model.past(..)"
+        if past is None:
+            return 0
+        block, prompt = (0, 0) if self.prompts is None else (self.prompts.block, self.prompts.length)
+        return past[block][0].shape[2] - prompt
+
     def decode(self, x: Tensor, cross: list | Tensor, padding: Tensor, past: list | None = None):
         """Runs the decoder over T new positions.
 
@@ -363,13 +383,14 @@ class T5(nn.Module):
             x: (B, T, D) input embeddings of the new positions.
             cross: the source (B, S, D) or, where many positions will attend to it, `cross_keys_values` of it.
             padding: the (B, 1, 1, S) bias from `encode`.
-            past: what an earlier call returned for the positions before these, or None.
+            past: what an earlier call returned for the positions before these; before the first, `past` of the source,
+                or None for a model without prompts.
 
         Returns:
             hidden states (B, T, D) after the final norm; keys and values of all positions so far, per block;
             the routes of the mixed layers, in order (mixlora.Route, empty for a plain T5).
         """
-        bias = self.causal_bias(past[0][0].shape[2] if past else 0, x.shape[1])
+        bias = self.causal_bias(self.seen(past), x.shape[1])
         present, routes = [], []
         x = self.drop(x)
         for i, block in enumerate(self.decoder):
@@ -390,13 +411,17 @@ class T5(nn.Module):
         before = F.embedding(codes[:, :-1] + codebook * self.config.centroids, self.rq.flatten(0, 1))
         return torch.cat([self.start(len(codes)).to(self.rq.dtype), before], dim=1)
 
-    def docid_hidden(self, cross: list | Tensor, padding: Tensor, codes: Tensor):
+    def docid_hidden(self, cross: list | Tensor, padding: Tensor, codes: Tensor, past: list | None = None):
         """Hidden states (B, M, D) that predict each code of the docids (B, M), and the mixed layers' routes.
 
         `cross` is the source, or `cross_keys_values` of it, which cost less where they need no gradient and x does.
-        There may be several docids of each query (B * R, M), those of the first query first.
+        There may be several docids of each query (B * R, M), those of the first query first. `past` of the source is
+        for a model with prompts.
         """
-        hidden, _, routes = self.decode(self.docid_inputs(codes), cross, padding)
+        if past is not None:
+            repeats = len(codes) // len(padding)
+            past = [prompt and [part.repeat_interleave(repeats, 0) for part in prompt] for prompt in past]
+        hidden, _, routes = self.decode(self.docid_inputs(codes), cross, padding, past)
         return hidden, routes
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -1,0 +1,235 @@
+"""The methods that the paper compares with, each in the fewest lines that show how it works.
+
+Paper    the rows beside its own in the results: CorpusBrain++ (adapters), PromptDSI (prompts), DSI++ (adaptive SAM,
+         Kwon et al. 2021), CLEVER (EWC); and IncDSI (Kishore et al. 2023)
+In       a plain T5 after D_0, its gradients, or hidden states (n, D) of pseudo-queries
+Out      modules that T5 calls where they are, moved parameters, a penalty, rows of a docid table
+Next     train.py trains with them; run.py keeps adapters and prompts in checkpoints
+Differs  DSI++ is without its generative replay, as in the paper. PromptDSI's released code compares topics with the
+         mean of the decoder's input embeddings, which in training holds the docid that is asked for: here it is
+         the mean of the query's encoder outputs, the same in training and search. Topics come from k-means of
+         these in place of BERTopic. EWC's F is the square of one mean gradient, as released, not Fisher's mean of
+         squares. IncDSI inserts all documents of a corpus at once, by Adam in place of L-BFGS (`insert_rows`).
+"""
+
+import faiss
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from losses import docid_cross_entropy
+from t5 import T5, Attention, FeedForward
+
+# ------------------------------------------------------------------------------------- CorpusBrain++: adapters
+
+
+class Adapter(nn.Module):
+    """y + W_up W_down y of a sub-layer's output y (.., D): a bottleneck without activation. Starts as the identity."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.down = nn.Parameter((torch.rand(inner, width) * 2 - 1) * width**-0.5)  # Kaiming, a = sqrt(5)
+        self.up = nn.Parameter(torch.zeros(width, inner))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y + y @ self.down.T @ self.up.T
+
+
+def inner_width(width: int, reduction: int = 96) -> int:
+    """The bottleneck of the released code: 8 at T5-base's width."""
+    return max(1, width // reduction)
+
+
+def add_adapters(model: T5, inner: int) -> None:
+    """Puts an adapter behind every attention and feed-forward of a plain T5: two in an encoder block, three in a
+    decoder block.
+    """
+    for sub_layer in list(model.modules()):
+        if isinstance(sub_layer, (Attention, FeedForward)):
+            sub_layer.after = Adapter(model.config.width, inner).to(model.word.device)
+
+
+def adapters(model: T5) -> list[Adapter]:
+    return [module for module in model.modules() if isinstance(module, Adapter)]
+
+
+# ------------------------------------------------------------------------------------------ PromptDSI: prompts
+
+
+class Prompts(nn.Module):
+    """P prompts, each some keys and values before the first position of one decoder block's self-attention.
+
+    A query takes the prompt whose topic is nearest to its `representation` by cosine. Topics never train.
+    """
+
+    def __init__(self, topics: Tensor, length: int, heads: int, head_width: int, block: int):
+        super().__init__()
+        self.length, self.block = length, block
+        self.topics = nn.Parameter(topics.clone(), requires_grad=False)  # (P, D)
+        self.keys_values = nn.Parameter(torch.randn(len(topics), 2, heads, length, head_width) * 0.02)
+
+    def choose(self, source: Tensor, padding: Tensor) -> Tensor:
+        """The prompt of each query (B,), from what T5.encode gives."""
+        topics = F.normalize(self.topics, dim=-1)
+        return (F.normalize(representation(source, padding), dim=-1) @ topics.T).argmax(-1)
+
+    def forward(self, source: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, each (B, H, length, Dh)."""
+        keys, values = self.keys_values[self.choose(source, padding)].unbind(1)
+        return keys, values
+
+
+def representation(source: Tensor, padding: Tensor) -> Tensor:
+    """Mean of a query's encoder outputs (B, S, D) where its padding bias (B, 1, 1, S) is 0 -> (B, D) float32."""
+    real = (padding[:, 0, 0] == 0).float()  # (B, S)
+    return (source.float() * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+
+
+def topic_keys(representations: Tensor, topics: int, seed: int) -> Tensor:
+    """Unit centroids (P, D) of spherical k-means over the directions of D_0's query representations (Q, D).
+
+    Raises ValueError where there are fewer queries than topics.
+    """
+    if len(representations) < topics:
+        raise ValueError(
+            f"found {len(representations)} queries, wanted at least one for each of {topics} topics"
+        )
+    points = np.ascontiguousarray(F.normalize(representations.float().cpu(), dim=-1).numpy())
+    kmeans = faiss.Kmeans(
+        points.shape[1], topics, niter=20, seed=seed, spherical=True, min_points_per_centroid=1
+    )
+    kmeans.train(points)
+    return torch.from_numpy(kmeans.centroids.reshape(topics, -1).copy())
+
+
+def add_prompts(model: T5, topics: Tensor, length: int = 10) -> None:
+    """Gives a plain T5 a pool of prompts, one of each topic (P, D), in its second decoder block (of one, the first).
+
+    From then on its decoder starts from `model.past(source, padding)`.
+    """
+    config, block = model.config, min(1, len(model.decoder) - 1)
+    model.prompts = Prompts(topics, length, config.heads, config.head_width, block).to(model.word.device)
+
+
+# ---------------------------------------------------------------------------------------- DSI++: adaptive SAM
+
+
+@torch.no_grad()
+def climb(parameters: list[Tensor], rho: float) -> list[Tensor]:
+    """To where the loss is worst nearby: w + rho * w^2 g / || |w| g ||, g being w.grad and the norm that of all
+    parameters together. Kwon et al., 2021.
+
+    Between this and `climb_back`, the loss's gradient is computed again; the optimiser steps with that one.
+    Returns the values before. Nothing moves where the norm is 0 or not finite.
+    """
+    before = [w.detach().clone() for w in parameters]
+    moved = [w for w in parameters if w.grad is not None]
+    norms = [(w.abs() * w.grad).norm() for w in moved]
+    norm = torch.stack(norms).norm().item() if norms else 0.0
+    if 0 < norm < float("inf"):
+        for w in moved:
+            w += (rho / norm) * w.square() * w.grad
+    return before
+
+
+@torch.no_grad()
+def climb_back(parameters: list[Tensor], before: list[Tensor]) -> None:
+    """Undoes `climb`, bit by bit."""
+    for w, value in zip(parameters, before):
+        w.copy_(value)
+
+
+# ------------------------------------------------------------------------------------------------ CLEVER: EWC
+
+
+def fisher(model: T5, ids: Tensor, codes: Tensor, batch: int = 64) -> dict[str, Tensor]:
+    """F of every parameter that trains, from n queries (n, S) of a corpus and their docids (n, M).
+
+    As released: the squared gradient of one cross-entropy, the mean over all n, without a mask; so queries whose
+    gradients oppose each other cancel, which they do not in Fisher's mean of squared gradients. Computed in parts
+    of `batch`, in evaluation mode. Takes no part in a step: gradients are cleared before and after.
+    """
+    training, device = model.training, model.word.device
+    model.eval().zero_grad()
+    for part, docids in zip(ids.to(device).split(batch), codes.to(device).split(batch)):
+        source, padding = model.encode(part)
+        hidden, _ = model.docid_hidden(source, padding, docids, model.past(source, padding))
+        loss = docid_cross_entropy(model, hidden, docids, "full_vocab")
+        (loss * len(part) / len(ids)).backward()
+    found = {name: p.grad.square() for name, p in model.named_parameters() if p.grad is not None}
+    model.train(training).zero_grad()
+    return found
+
+
+def values_of(model: T5, names) -> dict[str, Tensor]:
+    """theta* of the named parameters, kept beside their F."""
+    parameters = dict(model.named_parameters())
+    return {name: parameters[name].detach().clone() for name in names}
+
+
+def ewc_penalty(model: T5, memory: list[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> Tensor:
+    """sum over earlier corpora's (F, theta*) of F (theta - theta*)^2; the loss takes it times lambda = 0.5."""
+    parameters = dict(model.named_parameters())
+    terms = [
+        (weight * (parameters[name] - theta[name]).square()).sum()
+        for weights, theta in memory
+        for name, weight in weights.items()
+    ]
+    return sum(terms, start=model.rq.new_zeros(()))
+
+
+# ----------------------------------------------------------------------------------- IncDSI: insertion of rows
+
+
+@torch.enable_grad()
+def insert_rows(
+    table: Tensor,
+    represented: Tensor,
+    rows: Tensor,
+    queries: Tensor,
+    owner: Tensor,
+    margin: float = 1.0,
+    guard: float = 1.0,
+    steps: int = 200,
+    lr: float = 0.02,
+    chunk: int = 1024,
+) -> Tensor:
+    """Rows of new documents in a table of one row per document (atomic docids), found without training a model.
+
+    A new row e shall win its own queries q, and must not win those of old documents j, for which their mean z_j
+    stands. As in IncDSI, with margin c and summed over q and j:
+
+        sum_q max(0, c + max_{other} <q, e_other> - <q, e>)^2 + guard * sum_j max(0, c + <z_j, e> - <z_j, e_j>)^2
+
+    IncDSI inserts one document after another by L-BFGS, and one of its corpus is old for those that follow. Here all n
+    move at once by Adam, so `other` runs over the old rows and the other new ones, which give way too.
+
+    Args:
+        table: (N, D) rows e_j of the old documents; they stay.
+        represented: (N, D) their z_j, means of hidden states, kept from when they were inserted.
+        rows: (n, D) where the new ones start, e.g. means of their queries.
+        queries: (Q, D) hidden states of the new documents' pseudo-queries.
+        owner: (Q,) which of the n each belongs to.
+        lr: of Adam, as a share of the standard size of `rows`' and `table`'s entries.
+        chunk: rows of scores held at a time.
+
+    Returns:
+        (n, D)
+    """
+    best_old = torch.cat([(part @ table.T).amax(1) for part in queries.split(chunk)])  # (Q,)
+    kept = (represented * table).sum(1)  # (N,) what z_j gives its own document
+    size = torch.cat([table, rows]).square().mean().sqrt().item()
+    rows = rows.detach().clone().requires_grad_()
+    optimiser = torch.optim.Adam([rows], lr * size)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        for part, mine, best in zip(queries.split(chunk), owner[:, None].split(chunk), best_old.split(chunk)):
+            scores = part @ rows.T  # (q, n)
+            others = torch.maximum(scores.scatter(1, mine, -torch.inf).amax(1), best)
+            short = margin + others - scores.gather(1, mine)[:, 0]
+            short.clamp(min=0).square().sum().backward()
+        for part, own in zip(represented.split(chunk), kept[:, None].split(chunk)):
+            (guard * (margin + part @ rows.T - own).clamp(min=0).square().sum()).backward()
+        optimiser.step()
+    return rows.detach()
