@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import baselines
 import data
 import dense
 import mixlora
@@ -73,9 +74,7 @@ class Patient:
     def __init__(self, folder: Path, queries: int, device: str):
         self.run, self.folder, self.count = store.LoadedRun(folder, device), folder, queries
         self.config, self.device, self.ids = self.run.config, device, self.run.ids
-        needed = (
-            "beam clip d0_words docids document_length pseudo_per_document query_length rq_beam rq_lr seed"
-        )
+        needed = "beam clip d0_words docid_kind docids document_length expand insert pseudo_per_document query_length rq_beam rq_lr seed"
         if missing := [name for name in needed.split() if name not in self.config]:
             path = folder / "config.json"
             raise ValueError(f"{path}: lacks {missing}; written by another version of this program")
@@ -225,9 +224,10 @@ def fresh_embeddings(patient: Patient) -> Finding:
 
 def fresh_docids(patient: Patient) -> Finding:
     """Encodes some embeddings again."""
-    name, wanted, given = "docids of these embeddings", "at least 99%", patient.config["docids"]
-    if given:
-        return Finding(name, "skip", f"docids come from {given}", wanted, "")
+    name, wanted, config = "docids of these embeddings", "at least 99%", patient.config
+    if config["docids"] or config["docid_kind"] == "hierarchical":
+        made = config["docids"] or "the clusters of docids.py, which are not kept"
+        return Finding(name, "skip", f"docids come from {made}", wanted, "")
     n = min(len(patient.embeddings), len(patient.codes))
     rows = patient.some(n, 10 * patient.count)
     again = rq.encode(
@@ -301,12 +301,14 @@ def first_cross_entropy(patient: Patient) -> Finding:
 
 def docid_table(patient: Patient) -> Finding:
     """D_0's docid table is still near the centroids that it starts from."""
-    table = store.load_model(patient.folder / "D0.pt")[0].rq.detach()
-    if table.shape != patient.books.shape:
+    table, books = store.load_model(patient.folder / "D0.pt")[0].rq.detach(), patient.books
+    if patient.config["docid_kind"] == "atomic":
+        books = books[:, : patient.run.corpora[0].rows.stop]
+    if table.shape != books.shape:
         found, near, length = f"shape {tuple(table.shape)}", 0.0, torch.zeros(1)
     else:
-        near = float(F.cosine_similarity(table, patient.books, dim=-1).mean(1).min())
-        length = table.norm(dim=-1).mean(1) / patient.books.norm(dim=-1).mean(1)
+        near = float(F.cosine_similarity(table, books, dim=-1).mean(1).min())
+        length = table.norm(dim=-1).mean(1) / books.norm(dim=-1).mean(1)
         found = f"cosine {near:.2f}, length {length.min():.2f} to {length.max():.2f} times"
     return Finding(
         "docid table of D0.pt",
@@ -352,11 +354,14 @@ def groups(model: T5) -> dict[str, list[Tensor]]:
         plain = b.ff.plain if isinstance(b.ff, MixedFeedForward) else b.ff
         decoder += [b.self_norm, b.self_attention, b.cross_norm, b.cross_attention, b.ff_norm, plain]
     encoder = [model.encoder, model.encoder_bias, model.encoder_norm]
+    bottlenecks = {id(p): p for adapter in baselines.adapters(model) for p in adapter.parameters()}
     return {
         "word table": [model.word],
         "docid table": [model.rq],
-        "encoder": [p for part in encoder for p in part.parameters()],
-        "decoder": [p for part in decoder for p in part.parameters()],
+        "encoder": [p for part in encoder for p in part.parameters() if id(p) not in bottlenecks],
+        "decoder": [p for part in decoder for p in part.parameters() if id(p) not in bottlenecks],
+        "adapters": list(bottlenecks.values()),
+        "prompts": [model.prompts.keys_values] if model.prompts else [],
         "experts": [layer.stacked(name) for layer in layers for name in MATRICES],
         "routers": [torch.cat([layer.router_old, layer.router_new]) for layer in layers],
     }
@@ -369,15 +374,24 @@ def updates(patient: Patient) -> Finding:
     rates = patient.logged("lr")
     for t in range(patient.t + 1):
         after = store.load_model(patient.folder / f"D{t}.pt", patient.device)[0]
-        mixture = bool(mixed_layers(after))
-        frozen = {"word table", "encoder", "decoder", "experts", "routers"} if t and mixture else set()
+        mixture, frozen = bool(mixed_layers(after)), set()
+        if t and (mixture or after.prompts or baselines.adapters(after) or patient.config["insert"]):
+            frozen = {"word table", "encoder", "decoder", "experts", "routers"}
+        if t and patient.config["insert"]:
+            frozen |= {"docid table"}  # its old rows
+        if t and patient.config["expand"] == "fixed":
+            frozen -= {"experts", "routers"}
         if t == 0 and mixture and not patient.config["d0_words"]:
             frozen = {"word table"}
         shown, frozen_moved, now = [], 0.0, groups(after)
         for name, tensors in groups(before).items():
             if not tensors:  # the mixture was not there yet
                 continue
-            change = sum((b[: len(a)] - a).double().pow(2).sum() for a, b in zip(tensors, now[name])) ** 0.5
+            change = 0.0
+            for a, b in zip(tensors, now[name]):  # rows that one has more are no change
+                both = tuple(slice(min(sizes)) for sizes in zip(a.shape, b.shape))
+                change += (b[both] - a[both]).double().pow(2).sum()
+            change **= 0.5
             ratio = float(change / sum(a.double().pow(2).sum() for a in tensors) ** 0.5)
             if name in frozen:
                 frozen_moved = max(frozen_moved, ratio)

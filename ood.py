@@ -66,7 +66,13 @@ def new_stats(mode: str, experts: int, positions: int) -> Stats:
 
 
 def query_score(e: Tensor, stats: Stats) -> Tensor:
-    """Calibrated: the largest standardised energy of a query's positions, (Q, M) -> (Q,)."""
+    """How far out of what the layer has seen each query lies: energies (Q, M) -> (Q,).
+
+    Calibrated: the largest standardised energy of its positions; paper_code: the largest excess over its position's
+    threshold.
+    """
+    if stats.mode == "paper_code":
+        return (e - _paper_threshold(stats, 0.0)).max(dim=1).values
     return ((e - stats.mean) / stats.variance.sqrt().clamp(min=1e-6)).max(dim=1).values
 
 
@@ -152,6 +158,21 @@ def is_ood(e: Tensor, stats: Stats, sigmas: float = 0.0) -> Tensor:
 def _paper_threshold(stats: Stats, sigmas: float) -> Tensor:
     """(M,): an energy above this lies above the threshold of every expert."""
     return (stats.mean + sigmas * stats.variance.clamp(min=0).sqrt()).max(0).values
+
+
+def histogram(e: Tensor, control: Tensor, stats: Stats, bins: int = 60) -> dict:
+    """Counts of query scores for plot.py: energies of a corpus (Q, M) and of a control (Q', M), in the same bins.
+
+    Scores beyond the middle 99.8 % are counted in the outermost bins.
+    """
+    scores = [query_score(part, stats) for part in (e, control)]
+    threshold = stats.threshold if stats.mode == "calibrated" else 0.0
+    both = torch.cat(scores).sort().values
+    ends = both[[round(q * (len(both) - 1)) for q in (0.001, 0.999)]].tolist()
+    low, high = min(*ends, threshold), max(*ends, threshold)
+    edges = torch.linspace(low, high if high > low else low + 1, bins + 1)
+    counts = [torch.histogram(s.clamp(low, float(edges[-1])), edges).hist.int().tolist() for s in scores]
+    return {"edges": edges.tolist(), "queries": counts[0], "control": counts[1], "threshold": threshold}
 
 
 def decide(scores: Tensor, stats: Stats, delta: float, epsilon: float, sigmas: float = 0.0) -> Decision:

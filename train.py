@@ -30,10 +30,12 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+import baselines
 import cost
 import data
 import dense
 import distributed
+import docids as other_docids
 import download
 import eval as scoring
 import mixlora
@@ -66,13 +68,13 @@ class Config:
     data: str = flag("boolq", "data", "boolq, nq320k, msmarco, or a folder in BEIR layout")
     data_dir: str = flag("", "data", "folder of the published files of nq320k or msmarco (default data/NAME; fetched where absent)")
     preset: str = flag("", "data", "recipe: boolq, beir, nq320k, msmarco (default: that of --data, beir for a folder)")
-    method: str = flag("mixlora-dsi", "data", "mixlora-dsi, mixlora-dsi-pt, never-expand, always-expand, naive-expansion, base")
+    method: str = flag("mixlora-dsi", "data", "a name of METHODS: mixlora-dsi, one of its variants, or a baseline of the paper")
     run: str = flag("", "data", "run folder (default runs/<data>)")
     save_seconds: float = flag(600.0, "data", "between two saves of where a stage stands (latest.pt)")
     seed: int = flag(42, "data", "of splits, draws and weights (paper: 42)")
     device: str = flag("", "data", "cpu or cuda (default: cuda where present)")
     splits: str = flag("60,10,10,10,10", "data", "percent of documents in D_0..D_T, counts, or paper: its exact sizes (tables 6-7)")
-    split_by: str = flag("auto", "data", "order (the folder's file `order`), random, or auto: order where there is one")
+    split_by: str = flag("auto", "data", "order (the folder's file `order`), random, topic (each D_t a topic of its own, ours), or auto: order where there is one")
     skip_invalid: bool = flag(False, "data", "leave out empty documents and labels that name missing ones")
     tokenizer: str = flag("", "data", "a SentencePiece file (default: spiece.model beside --t5's weights, else trained on D_0)")
     vocab: int = flag(8000, "data", "pieces of a tokenizer trained on D_0 (ours)")
@@ -114,6 +116,7 @@ class Config:
     K: int = flag(2048, "docids", "centroids of a codebook (paper)")
     rq_pseudo: int = flag(0, "docids", "pseudo-queries of a document of D_0 whose embeddings fit the codebooks too (paper: 0)")
     rq_beam: int = flag(5, "docids", "partial docids kept while encoding (faiss)")
+    docid_kind: str = flag("rq", "docids", "rq (paper), or for its table 9: pq, hierarchical (k-means), atomic (one row a document; M and K then follow)")
     docids: str = flag("", "docids", "docid_to_smtid.json: docids made elsewhere, {docid: [codes]} (default: made here)")
 
     mixture: bool = flag(True, "mixture", "experts and router in the decoder (off: plain T5)")
@@ -127,7 +130,7 @@ class Config:
     router: str = flag("cosine", "mixture", "cosine (paper) or linear (Naive Expansion)")
     router_row: str = flag("random", "mixture", "a new router row: random (released code) or ood_mean (ours)")
 
-    expand: str = flag("ood", "growth", "ood (paper), always, never")
+    expand: str = flag("ood", "growth", "ood (paper), always, never, or fixed: D_0's experts go on training (ours, for comparison)")
     delta: float = flag(1.0, "growth", "percent of OOD queries above which a layer grows (paper: 1 on NQ320k)")
     ood_mode: str = flag("calibrated", "growth", "calibrated (ours) or paper_code")
     epsilon: float = flag(0.005, "growth", "calibrated: share of false alarms (ours)")
@@ -140,6 +143,7 @@ class Config:
     d0_lr: float = flag(1e-3, "training", "peak learning rate (paper)")
     d0_warmup: float = flag(0.1, "training", "share of D_0's steps in which the learning rate rises (paper: 0.1; 0.045 for a plain T5 on MS MARCO)")
     d0_words: bool = flag(False, "training", "word rows train on D_0 with the mixture too (paper: no)")
+    d0_mask: str = flag("", "training", "mask of D_0's loss (default: as --mask)")
     d0_fragments: int = flag(0, "training", "fragments of each document of D_0 that are learnt as documents of their own (ours)")
     d0_fragment_share: float = flag(0.5, "training", "share of D_0's batches that asks for fragments (ours)")
     steps: int = flag(0, "training", "optimiser steps on each D_t; 0: by epochs")
@@ -162,6 +166,16 @@ class Config:
     rq_lr: float = flag(1.0, "training", "learning rate of the docid table on D_t, as a share of lr (paper: 1)")
     slow: str = flag("grad", "training", "slow learner of the docid table on D_t: grad (paper), lr, none")
     slow_factor: float = flag(0.01, "training", "its gradient or learning rate is multiplied by it (paper)")
+
+    sam_rho: float = flag(0.0, "baselines", "radius of adaptive SAM on D_t (paper: 0.15, DSI++ only)")
+    ewc: float = flag(0.0, "baselines", "weight of the EWC penalty on D_t (paper: 0.5, CLEVER only)")
+    ewc_samples: int = flag(512, "baselines", "queries of an earlier corpus behind its Fisher information (paper: 512 and 1024)")
+    ewc_protect_d0: bool = flag(False, "baselines", "EWC protects D_0 too (released code: D_1.. only)")
+    prompts: int = flag(0, "baselines", "prefix prompts of PromptDSI's pool, one a topic (paper: 283 to 310 on NQ320k)")
+    prompt_length: int = flag(10, "baselines", "keys and values of a prompt (paper)")
+    adapters: bool = flag(False, "baselines", "CorpusBrain++'s bottleneck adapters, in both stacks, train on D_t")
+    joint: bool = flag(False, "baselines", "on D_t train anew on all of D_0..D_t, by d0_steps + t * steps steps (ours)")
+    insert: bool = flag(False, "baselines", "on D_t train nothing; find each new document's row of an atomic table (IncDSI)")
 
     beam: int = flag(10, "search", "partial docids kept (paper)")
     eval_batch: int = flag(128, "search", "queries decoded together (paper: 128 to 512)")
@@ -189,6 +203,8 @@ PRESETS = {
     ),
 }  # fmt: skip
 PLAIN_START = dict(d0_mixture=False)
+FROZEN = PLAIN_START | dict(mixture=False, kl_coef=0.0, kl_old_coef=0.0, slow="none")
+BASE = FROZEN | dict(lr=1e-3)
 METHODS = {
     "mixlora-dsi": {},
     "never-expand": dict(expand="never"),
@@ -198,17 +214,32 @@ METHODS = {
         expand="always", router="linear", router_row="random", align_coef=0.0, repel_coef=0.0, balance_coef=0.01,
         z_coef=0.001, kl_coef=0.0, kl_old_coef=0.0, slow="none",
     ),
-    "base": PLAIN_START | dict(mixture=False, kl_coef=0.0, kl_old_coef=0.0, slow="none", lr=1e-3),
+    "base": BASE,
+    "dsi++": BASE | dict(sam_rho=0.15),
+    "clever": BASE | dict(ewc=0.5),
+    "promptdsi": FROZEN | dict(prompts=300),
+    "corpusbrain++": FROZEN | dict(adapters=True, mask="full_vocab", d0_mask="segment"),
+    "joint": FROZEN | dict(joint=True),
+    "incdsi": FROZEN | dict(docid_kind="atomic", insert=True, d0_fragments=0),
 }  # fmt: skip
 # Where the paper's recipe of a method differs from its own preset's (appendix E and the released scripts): methods
 # that start from the plain T5 take larger batches on NQ320k and BASE fewer epochs; on MS MARCO they warm D_0 up less.
 METHOD_RECIPES = {
+    ("boolq", "promptdsi"): dict(prompts=32),
+    ("beir", "promptdsi"): dict(prompts=32),
     ("nq320k", "mixlora-dsi-pt"): dict(batch=128),
     ("nq320k", "naive-expansion"): dict(batch=128),
     ("nq320k", "base"): dict(batch=128, epochs=5),
+    ("nq320k", "dsi++"): dict(batch=128, epochs=5),
+    ("nq320k", "clever"): dict(batch=128, epochs=5),
+    ("nq320k", "promptdsi"): dict(batch=128),
+    ("nq320k", "corpusbrain++"): dict(batch=128),
     ("msmarco", "mixlora-dsi-pt"): dict(d0_warmup=0.045),
     ("msmarco", "naive-expansion"): dict(d0_warmup=0.045),
-    ("msmarco", "base"): dict(d0_warmup=0.045),
+} | {
+    ("msmarco", method): dict(d0_warmup=0.045)
+    for method in METHODS
+    if METHODS[method].get("mixture") is False
 }
 
 
@@ -395,7 +426,11 @@ def rq_stage(job: Job, bi_encoder: T5, embeddings: Tensor) -> tuple[Tensor, Tens
 def make_docids(job: Job, bi_encoder: T5, embeddings: Tensor) -> tuple[Tensor, Tensor]:
     """Fits the codebooks, encodes all documents, and reports what quantisation costs the bi-encoder."""
     config, d0 = job.config, embeddings[: len(job.corpora[0].ids)]
-    if config.docids:
+    if config.docid_kind != "rq":
+        books, codes = other_docids.make(
+            config.docid_kind, embeddings, len(d0), config.M, config.K, config.seed
+        )
+    elif config.docids:
         codes = torch.tensor(published.read_docids(Path(config.docids), job.ids, config.M, config.K))
         books = rq.fit_to_docids(d0, codes[: len(d0)], config.K)
     else:
@@ -427,6 +462,21 @@ def make_docids(job: Job, bi_encoder: T5, embeddings: Tensor) -> tuple[Tensor, T
     return books, codes
 
 
+def table_so_far(job: Job, t: int, books: Tensor) -> Tensor:
+    """What the docid table of D_0..D_t starts from: all codebooks or, of atomic docids, a row for each document that
+    has arrived.
+    """
+    return books[:, : job.corpora[t].rows.stop] if job.config.docid_kind == "atomic" else books
+
+
+def extend_table(model: T5, table: Tensor) -> None:
+    """Appends to the docid table (M, K, D) those columns of a longer `table` that it lacks: new atomic docids."""
+    missing = table[:, model.rq.shape[1] :].to(model.rq)
+    if missing.shape[1]:
+        model.rq = torch.nn.Parameter(torch.cat([model.rq.detach(), missing], dim=1))
+        model.config = replace(model.config, centroids=model.rq.shape[1])
+
+
 def mix_config(config: Config) -> MixConfig:
     return MixConfig(
         config.layers, config.experts, config.rank, config.alpha, config.lora_dropout, router=config.router,
@@ -434,25 +484,32 @@ def mix_config(config: Config) -> MixConfig:
     )  # fmt: skip
 
 
-def d0_stage(job: Job, bi_encoder: T5, books: Tensor, codes: Tensor) -> tuple[T5, list[ood.Stats]]:
+def d0_stage(
+    job: Job, bi_encoder: T5, books: Tensor, codes: Tensor, last: int = 0
+) -> tuple[T5, list[ood.Stats]]:
     """Sequence-to-sequence training on D_0: pseudo-query -> docid, from the bi-encoder's weights, RQ rows =
-    centroids.
+    centroids. With `last` (joint retraining) on the documents of D_0..D_last.
     """
-    config, corpus = job.config, job.corpora[0]
-    torch.manual_seed(config.seed + 1)
-    model = T5(replace(bi_encoder.config, codebooks=config.M, centroids=config.K)).to(job.device)
-    model.load_state_dict(bi_encoder.state_dict() | {"rq": books})
+    config, corpus, sampler = job.config, job.corpora[0], job.samplers[0]
+    if last:
+        corpus = data.joined(job.corpora[: last + 1])
+        exclude = job.exclude(job.corpora)
+        sampler = job.listed or data.PseudoQuerySampler(corpus, data.Idf(corpus.passages()), exclude)
+    torch.manual_seed(config.seed + 1 + last)
+    table = table_so_far(job, last, books)
+    model = T5(replace(bi_encoder.config, codebooks=len(table), centroids=table.shape[1])).to(job.device)
+    model.load_state_dict(bi_encoder.state_dict() | {"rq": table})
     if config.mixture and config.d0_mixture:
         mixlora.add_mixture(model, mix_config(config))
         model.word.requires_grad_(config.d0_words)
     job.ready(model)
     layers = mixed_layers(model)
-    stats = [ood.new_stats(config.ood_mode, len(layer), config.M) for layer in layers]
-    rng = random.Random(f"{config.seed} D0")
+    stats = [ood.new_stats(config.ood_mode, len(layer), codes.shape[1]) for layer in layers]
+    rng = random.Random(f"{config.seed} D{last}")
     targets, n_fragments = codes.to(job.device), len(corpus.ids) * config.d0_fragments
     if n_fragments:  # their docids follow those of the documents
         spans = data.fragments(corpus, config.d0_fragments, rng)
-        sampler = data.PseudoQuerySampler(spans, data.Idf(corpus.passages()), job.exclude(job.corpora))
+        of_fragments = data.PseudoQuerySampler(spans, data.Idf(corpus.passages()), job.exclude(job.corpora))
         tokens = data.tokenize(job.tokenizer, list(spans.passages()), config.document_length)
         found = rq.encode(dense.embed(bi_encoder, tokens, 256), books, config.rq_beam, device=job.device)
         targets = torch.cat([targets, found.to(job.device)])
@@ -460,10 +517,10 @@ def d0_stage(job: Job, bi_encoder: T5, books: Tensor, codes: Tensor) -> tuple[T5
     def next_batch() -> list[tuple[int, str]]:
         """(row of `targets`, pseudo-query)"""
         rows = rng.choices(corpus.rows, k=config.d0_batch)
-        batch = [(row, job.samplers[0].draw(row, rng)) for row in rows]
+        batch = [(row, sampler.draw(row, rng)) for row in rows]
         if n_fragments:
             rows = rng.choices(range(n_fragments), k=int(config.d0_fragment_share * config.d0_batch))
-            batch[: len(rows)] = [(len(codes) + row, sampler.draw(row, rng)) for row in rows]
+            batch[: len(rows)] = [(len(codes) + row, of_fragments.draw(row, rng)) for row in rows]
         return batch
 
     averages = MovingEnergies(config, stats)
@@ -472,7 +529,7 @@ def d0_stage(job: Job, bi_encoder: T5, books: Tensor, codes: Tensor) -> tuple[T5
         docids, ids = targets[[row for row, _ in batch]], job.tokens(batch).to(job.device)
         source, padding = model.encode(ids)
         hidden, routes = model.docid_hidden(source, padding, docids)
-        terms = {"ce": docid_cross_entropy(model, hidden, docids, config.mask)}
+        terms = {"ce": docid_cross_entropy(model, hidden, docids, config.d0_mask)}
         terms |= router_losses(routes, config)
         averages.see(routes)
         return sum(terms.values()), terms
@@ -485,12 +542,12 @@ def d0_stage(job: Job, bi_encoder: T5, books: Tensor, codes: Tensor) -> tuple[T5
     model.train()
     frozen = frozen_hashes(model)
     groups = parameter_groups(model.named_parameters(), config.d0_lr, config.weight_decay)
+    steps = config.d0_steps + last * config.steps
     fit(
-        "D0", groups, config.d0_steps, config.d0_warmup, config.clip, next_batch, loss_of, job.log,
-        config.micro_batch, config.precision == "bf16", after_step=after_step, resume=job.resume,
+        f"D{last}", groups, steps, config.d0_warmup, config.clip, next_batch, loss_of, job.log, config.micro_batch, config.precision == "bf16", after_step=after_step, resume=job.resume,
         chance={"rng": rng, "energies": averages},
     )  # fmt: skip
-    require_unmoved("D0", model, frozen)
+    require_unmoved(f"D{last}", model, frozen)
     if layers:
         pairs = job.sample(0, config.calibration_queries, "calibration")
         docids = codes[[row for row, _ in pairs]]
@@ -539,7 +596,9 @@ def settle(config: Config, stats: list[ood.Stats], found: Scan, first: bool) -> 
     return new if first else [ood.merge(a, b, config.ood_merge) for a, b in zip(stats, new)]
 
 
-def continual_stage(job: Job, t: int, codes: Tensor, previous: tuple[T5, list[ood.Stats]]):
+def continual_stage(
+    job: Job, t: int, books: Tensor, codes: Tensor, previous: tuple[T5, list[ood.Stats]]
+) -> tuple[T5, list[ood.Stats], dict]:
     """D_t, t >= 1: scan, grow, train, calibrate.
 
     Returns the model, its OOD statistics, and a record of the stage for results.json.
@@ -549,42 +608,49 @@ def continual_stage(job: Job, t: int, codes: Tensor, previous: tuple[T5, list[oo
     job.ready(model)
     pairs = job.training_queries(t)
     ids, docids = job.tokens(pairs), codes[[row for row, _ in pairs]]
-    record = {"decisions": []}
+    record, rq_before = {"decisions": []}, model.rq.detach().clone()
     first_mixture = config.mixture and not mixed_layers(model)
-    if config.mixture:
+    cache = None
+    if config.mixture or config.prompts:  # the encoder is frozen
         cache = SourceCache(model, ids, folder=job.folder / "cache")
+    if config.mixture:
         before = scan(model, cache, docids, stats)
-        rq_before = model.rq.detach().clone()
         if config.kl_old_coef:  # an old docid for each query: what the model says where new documents are not
             generator = torch.Generator().manual_seed(config.seed + t)
             old = codes[torch.randint(job.corpora[t].first_row, (len(pairs),), generator=generator)]
             before_old = scan(model, cache, old, [])
         if first_mixture:
             mixlora.add_mixture(model, mix_config(config))
-            stats = [ood.new_stats(config.ood_mode, len(layer), config.M) for layer in mixed_layers(model)]
+            layers = mixed_layers(model)
+            stats = [ood.new_stats(config.ood_mode, len(layer), codes.shape[1]) for layer in layers]
         else:
             record["decisions"] = grow(job, t, codes, model, stats, before)
         freeze_old(model)
-        job.ready(model)
+    else:
+        add_baseline(job, model)
+    extend_table(model, table_so_far(job, t, books))
+    job.ready(model)
+    memory = ewc_memory(job, t, codes) if config.ewc else []
     layers = mixed_layers(model)
     averages = MovingEnergies(config, stats, only_new=True)
     order = dense.Batches(len(pairs), config.batch, torch.Generator().manual_seed(config.seed + t))
 
     def kl(logits: Tensor, teacher: Scan, rows: Tensor) -> Tensor:
         logits_before = segment_logits(teacher.hidden[rows].to(job.device).float(), rq_before)
-        return kl_to_previous(logits, logits_before, config.kl_reduction)
+        return kl_to_previous(logits[..., : rq_before.shape[1]], logits_before, config.kl_reduction)
 
     def loss_of(rows: Tensor):
-        target = docids[rows].to(job.device)
-        if config.mixture:
+        target, past = docids[rows].to(job.device), None
+        if cache:
             source, padding = cache.get(rows, job.device)
+            past = model.past(source, padding)
             cross = model.cross_keys_values(source)  # frozen, as the source is
         else:
             cross, padding = model.encode(ids[rows].to(job.device))
         asked = target
         if config.kl_old_coef:  # each query with its own docid and an old one, in one pass
             asked = torch.stack([target, old[rows].to(job.device)], dim=1).flatten(0, 1)  # (2B, M)
-        hidden, routes = model.docid_hidden(cross, padding, asked)
+        hidden, routes = model.docid_hidden(cross, padding, asked, past)
         logits = segment_logits(hidden, model.rq)  # shared by all terms
         if config.kl_old_coef:
             logits_old, hidden, logits = logits[1::2], hidden[::2], logits[::2]
@@ -594,6 +660,8 @@ def continual_stage(job: Job, t: int, codes: Tensor, previous: tuple[T5, list[oo
             terms["kl"] = config.kl_coef * kl(logits, before, rows)
         if config.kl_old_coef:
             terms["kl_old"] = config.kl_old_coef * kl(logits_old, before_old, rows)
+        if memory:
+            terms["ewc"] = config.ewc * baselines.ewc_penalty(model, memory)
         terms |= router_losses(routes, config)
         averages.see(routes)
         return sum(terms.values()), terms
@@ -617,7 +685,7 @@ def continual_stage(job: Job, t: int, codes: Tensor, previous: tuple[T5, list[oo
     steps = config.steps or math.ceil(config.epochs * len(pairs) / config.batch)
     fit(
         f"D{t}", groups, steps, config.warmup, config.clip, lambda: next(order), loss_of, job.log,
-        config.micro_batch, config.precision == "bf16", before_clip, after_step, job.resume,
+        config.micro_batch, config.precision == "bf16", before_clip, after_step, config.sam_rho, job.resume,
         {"order": order, "energies": averages},
     )  # fmt: skip
     require_unmoved(f"D{t}", model, frozen)
@@ -630,26 +698,94 @@ def continual_stage(job: Job, t: int, codes: Tensor, previous: tuple[T5, list[oo
     return model.eval(), stats, record
 
 
+def later_stage(
+    job: Job, t: int, bi_encoder: T5, books: Tensor, codes: Tensor, previous: tuple[T5, list[ood.Stats]]
+) -> tuple[T5, list[ood.Stats], dict]:
+    """D_t, t >= 1, by the run's method: two baselines do not go on training."""
+    if job.config.joint:
+        model, stats = d0_stage(job, bi_encoder, books, codes, last=t)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return model, stats, {"decisions": [], "trainable_parameters": trained}
+    if job.config.insert:
+        return *previous, insertion_stage(job, t, books, codes, previous[0])
+    return continual_stage(job, t, books, codes, previous)
+
+
+def add_baseline(job: Job, model: T5) -> None:
+    """What PromptDSI and CorpusBrain++ train beside the docid table, put in on D_1; else everything trains (BASE)."""
+    config = job.config
+    if config.prompts and model.prompts is None:
+        model.eval()
+        with torch.no_grad():
+            pairs = job.sample(0, config.calibration_queries, "topics")
+            parts = job.tokens(pairs).split(config.eval_batch)
+            seen = [baselines.representation(*model.encode(part.to(job.device))).cpu() for part in parts]
+        topics = baselines.topic_keys(torch.cat(seen), config.prompts, config.seed)
+        baselines.add_prompts(model, topics, config.prompt_length)
+    if config.adapters and not baselines.adapters(model):
+        baselines.add_adapters(model, baselines.inner_width(model.config.width))
+    if config.prompts or config.adapters:
+        freeze_old(model)
+
+
+def ewc_memory(job: Job, t: int, codes: Tensor) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Fisher information and weights after each corpus that EWC protects on D_t.
+
+    From that corpus's checkpoint and a fixed sample of its queries, and so the same whenever it is computed.
+    """
+    memory = []
+    for i in range(0 if job.config.ewc_protect_d0 else 1, t):
+        model = job.ready(store.load_model(job.folder / f"D{i}.pt")[0])
+        pairs = job.sample(i, job.config.ewc_samples, "ewc")
+        found = baselines.fisher(model, job.tokens(pairs), codes[[row for row, _ in pairs]].to(job.device))
+        memory.append((found, baselines.values_of(model, found)))
+    return memory
+
+
+def insertion_stage(job: Job, t: int, books: Tensor, codes: Tensor, model: T5) -> dict:
+    """D_t by IncDSI: the model stays as D_0 left it, and each new document gets the row that its queries find.
+
+    Old documents' mean queries follow from the frozen model, so that none is stored.
+    """
+    job.ready(model).eval()
+    first, pairs = job.corpora[t].first_row, job.training_queries(t)
+    queries = dense.embed(model, job.tokens(pairs))
+    owner = torch.tensor([row for row, _ in pairs]) - first
+    old = [pair for i in range(t) for pair in job.sample(i, 4 * len(job.corpora[i].ids), "insertion")]
+    seen = torch.tensor([row for row, _ in old])
+    represented = torch.zeros(first, queries.shape[1]).index_add_(
+        0, seen, dense.embed(model, job.tokens(old))
+    )
+    represented /= torch.bincount(seen, minlength=first)[:, None]
+    rows = table_so_far(job, t, books)[0, first:]
+    table = model.rq.detach()[0].cpu()
+    rows = baselines.insert_rows(table, represented, rows, queries, owner)
+    extend_table(model, torch.cat([table, rows])[None])
+    return {"decisions": [], "trainable_parameters": rows.numel()}
+
+
 def grow(job: Job, t: int, codes: Tensor, model: T5, stats: list[ood.Stats], before: Scan) -> list[dict]:
     """Decides for every mixed layer whether D_t makes it expand, and adds the experts. Returns the numbers."""
     config, records = job.config, []
     control = control_scan(job, t, codes, model)
     for number, (layer, stat, scores) in enumerate(zip(mixed_layers(model), stats, before.scores)):
         decision = ood.decide(scores, stat, config.delta, config.epsilon)
-        expand = {"ood": decision.expand, "always": True, "never": False}[config.expand]
+        expand = config.expand == "always" or (config.expand == "ood" and decision.expand)
         expand = distributed.say(expand)  # processes may differ in a last bit, and must not in their experts
         false_alarms = ood.decide(control.scores[number], stat, config.delta, config.epsilon)
         experts = len(layer)
+        histogram = ood.histogram(ood.energy(scores), ood.energy(control.scores[number]), stat)
         if expand:
             layer.add_expert(before.direction[number] if config.router_row == "ood_mean" else None)
             ood.grow(stat)
-        else:
+        elif config.expand != "fixed":
             layer.freeze_all()
         job.log.line(
             f"D{t} layer {number}: {decision.ood_percent:.1f}% of queries OOD (control {false_alarms.ood_percent:.1f}%, "
             f"delta {decision.delta:g}%) -> experts {experts} to {len(layer)}"
         )
         record = asdict(decision) | {"expanded": expand, "control_percent": false_alarms.ood_percent}
+        record |= {"histogram": histogram}
         records.append(record | {"control_expand": false_alarms.expand, "experts": [experts, len(layer)]})
     return records
 
@@ -683,9 +819,15 @@ def require_unmoved(stage: str, model: T5, before: dict[str, str]) -> None:
 
 
 def freeze_old(model: T5) -> None:
-    """Leaves the docid table and the newest experts and router rows to train, and nothing else."""
+    """Leaves the docid table and what was added (the newest experts and router rows, or a baseline's adapters or
+    prompts) to train, and nothing else.
+    """
     model.requires_grad_(False)
     model.rq.requires_grad_(True)
+    for adapter in baselines.adapters(model):
+        adapter.requires_grad_(True)
+    if model.prompts:
+        model.prompts.keys_values.requires_grad_(True)
     for layer in mixed_layers(model):
         grew = len(layer.new) > 0  # an empty tensor that trains would cost the old experts' gradients
         layer.new.requires_grad_(grew)
@@ -712,7 +854,7 @@ def evaluate_stage(job: Job, t: int, model: T5, codes: Tensor) -> scoring.Evalua
     return evaluation
 
 
-def baselines(job: Job, bi_encoder: T5, embeddings: Tensor) -> dict[str, dict]:
+def references(job: Job, bi_encoder: T5, embeddings: Tensor) -> dict[str, dict]:
     """BM25 and the bi-encoder (exact search, later documents added), after each corpus."""
     rows: dict[str, list] = {"bm25": [], "dense": []}
     for t in range(len(job.corpora)):
@@ -728,14 +870,19 @@ def baselines(job: Job, bi_encoder: T5, embeddings: Tensor) -> dict[str, dict]:
             return [list(zip(*pair)) for pair in zip(found.tolist(), scores.tolist())]
 
         rows["dense"].append(scoring.evaluate(corpora, rank))
+    for name, evaluations in rows.items():
+        store.write_json(job.folder / f"evaluation_{name}.json", asdict(evaluations[-1]))
     return {name: scoring.summarise(evaluations, job.config.seed) for name, evaluations in rows.items()}
 
 
 # --------------------------------------------------------------------------------------------------- the loop
 
 
-def train(config: Config, folder: Path, log: store.Log) -> dict:
-    """Runs every stage whose result the folder does not hold yet; returns what results.json holds."""
+def train(config: Config, folder: Path, log: store.Log, last: int | None = None) -> dict:
+    """Runs every stage whose result the folder does not hold yet; returns what results.json holds.
+
+    With `last` it ends after D_last, without results.
+    """
     done = store.read_json(folder / "stages.json") if (folder / "stages.json").exists() else {}
 
     def finish(stage: str, begin: float, **record) -> None:
@@ -772,6 +919,8 @@ def train(config: Config, folder: Path, log: store.Log) -> dict:
 
     evaluations, state = [], None
     for t in range(len(job.corpora)):
+        if t - 1 == last:
+            return {}
         checkpoint, stage = folder / f"D{t}.pt", f"D{t}"
         if stage in done and checkpoint.exists():
             log.line(f"D{t} is done already")
@@ -783,7 +932,7 @@ def train(config: Config, folder: Path, log: store.Log) -> dict:
             record = {}
         else:
             state = state or store.load_model(folder / f"D{t - 1}.pt")
-            model, stats, record = continual_stage(job, t, codes, state)
+            model, stats, record = later_stage(job, t, bi_encoder, books, codes, state)
         state = model, stats
         record |= {
             "experts": [len(layer) for layer in mixed_layers(model)],
@@ -798,7 +947,7 @@ def train(config: Config, folder: Path, log: store.Log) -> dict:
     results = {}
     if distributed.first():
         begin = time.monotonic()
-        rows = baselines(job, bi_encoder, embeddings) if config.baselines else {}
+        rows = references(job, bi_encoder, embeddings) if config.baselines else {}
         done["baselines"] = {"seconds": time.monotonic() - begin}
         results = assemble(config, job, done, scoring.summarise(evaluations, config.seed), rows)
         store.write_json(folder / "results.json", results)
@@ -925,6 +1074,7 @@ def parse(argv: list[str]) -> Command:
     recipe = PRESETS[preset] | METHODS[method] | METHOD_RECIPES.get((preset, method), {})
     config = Config(**(recipe | given | {"data": source, "method": method, "preset": preset}))
     config.t5 = "" if config.t5 == "none" else config.t5
+    config.d0_mask = config.d0_mask or config.mask
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     config.precision = config.precision or ("bf16" if config.device.startswith("cuda") else "float32")
     config.run = config.run or f"runs/{Path(source).name}"
@@ -937,9 +1087,10 @@ def parse(argv: list[str]) -> Command:
 
 def check(config: Config) -> None:
     """Raises ValueError where a setting cannot work, and says which would."""
+    masks = ("segment", "docid_vocab", "full_vocab")
     choices = {
-        "split_by": ("auto", "order", "random"), "router_row": ("random", "ood_mean"), "expand": ("ood",
-        "always", "never"), "ood_mode": ood.MODES, "mask": ("segment", "docid_vocab", "full_vocab"),
+        "split_by": ("auto", "order", "random", "topic"), "docid_kind": ("rq", *other_docids.KINDS), "router_row": ("random", "ood_mean"), "expand": ("ood",
+        "always", "never", "fixed"), "ood_mode": ood.MODES, "mask": masks, "d0_mask": masks,
         "repel_reduction": ("mean", "sum"), "aux_layers": ("all", "expanded"), "kl_reduction": ("sum",
         "mean"), "slow": ("grad", "lr", "none"), "precision": ("float32", "bf16"),
     }  # fmt: skip
@@ -956,6 +1107,14 @@ def check(config: Config) -> None:
         )
     if config.d0_fragment_share > 1 or not 0 < config.epsilon < 1:
         raise ValueError("--d0_fragment_share and --epsilon are shares: wanted at most 1")
+    if config.docid_kind in ("hierarchical", "atomic") and config.d0_fragments:
+        raise ValueError(f"fragments have no {config.docid_kind} docid; pass --d0_fragments 0")
+    if config.insert and config.docid_kind != "atomic":
+        raise ValueError("--insert gives each new document a row of its own; pass --docid_kind atomic")
+    if config.ewc and config.docid_kind == "atomic":
+        raise ValueError("--ewc compares a table with an earlier one, and an atomic one grows; pass --ewc 0")
+    if config.joint and not config.steps:
+        raise ValueError("--joint trains for d0_steps + t * steps steps; pass --steps")
     if config.mixture:
         mix_config(config)
     elif config.kl_coef or config.kl_old_coef:
@@ -1011,17 +1170,10 @@ def keep_freed_memory() -> None:
         mallopt(most_mapped, 0)
 
 
-def main(argv: list[str]) -> None:
-    command = parse(argv)
+def execute(command: Command, last: int | None = None, quiet: bool = False) -> dict:
+    """Trains in the command's run folder, up to D_last where given; returns what results.json holds."""
     keep_freed_memory()
     config = command.config
-    if command.dry_run:
-        if config.data not in cost.WORKLOADS:
-            raise ValueError(
-                f"--dry-run counts --data {' or '.join(cost.WORKLOADS)}, found --data {config.data}"
-            )
-        print(cost.table(config, cost.WORKLOADS[config.data]))
-        return
     config.device = distributed.start(config.device)
     if config.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32, as the paper
@@ -1030,15 +1182,27 @@ def main(argv: list[str]) -> None:
         open_folder(config, command.overwrite)
     distributed.wait()
     lock = store.lock(folder) if distributed.first() else None
-    log = store.Log(folder, writes=distributed.first())
+    log = store.Log(folder, quiet, writes=distributed.first())
     log.line(" ".join(f"{name}={value}" for name, value in asdict(config).items() if value != ""))
-    results = train(config, folder, log)
-    if distributed.first():
+    results = train(config, folder, log, last)
+    if results:
         show(results, log)
         log.line(f'python search.py {folder} "a question"')
     if lock:
         lock.close()
     distributed.stop()
+    return results
+
+
+def main(argv: list[str]) -> None:
+    command = parse(argv)
+    if command.dry_run:
+        source = command.config.data
+        if source not in cost.WORKLOADS:
+            raise ValueError(f"--dry-run counts --data {' or '.join(cost.WORKLOADS)}, found --data {source}")
+        print(cost.table(command.config, cost.WORKLOADS[source]))
+    else:
+        execute(command)
 
 
 if __name__ == "__main__":

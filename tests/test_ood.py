@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ood
 from mixlora import top_gates
 from ood import (
     Stats,
@@ -427,3 +428,28 @@ def test_growth_follows_table_5(percents, delta, experts):
         assert [decision.ood_percent for decision in decisions] == pytest.approx(corpus)
         total.append(total[-1] + sum(decision.expand for decision in decisions))
     assert total == experts
+
+
+@pytest.mark.parametrize("mode", ood.MODES)
+def test_a_histogram_counts_each_query_on_its_side_of_the_threshold(mode):
+    """Where the threshold is an edge of the bins, those to its right hold just the queries that are OOD."""
+    e, control = torch.randn(400, 3) + 1.0, torch.randn(300, 3)
+    stats = ood.new_stats(mode, 2, 3)
+    stats.mean, stats.variance = stats.mean + 0.3, stats.variance + 4.0
+    stats.threshold = 50.0  # beyond every score, and so the last edge
+    found = ood.histogram(e, control, stats, bins=20)
+    assert sum(found["queries"]) == 400 and sum(found["control"]) == 300 and len(found["edges"]) == 21
+    scores = query_score(e, stats)
+    if mode == "calibrated":
+        assert found["threshold"] == found["edges"][-1] == 50.0
+    else:
+        assert found["threshold"] == 0 and torch.equal(scores > 0, ood.is_ood(e, stats))
+    low, high = found["edges"][5], found["edges"][10]
+    inside = ((scores >= low) & (scores < high)).sum().item()
+    assert abs(sum(found["queries"][5:10]) - inside) <= 1  # one may fall on an edge by rounding
+
+
+def test_a_histogram_of_equal_scores_is_one_bar():
+    stats = ood.Stats("calibrated", 2, torch.zeros(2), torch.ones(2), threshold=1.0)
+    found = ood.histogram(torch.ones(7, 2), torch.ones(3, 2), stats)
+    assert sum(found["queries"]) == max(found["queries"]) == 7 and max(found["control"]) == 3

@@ -143,6 +143,103 @@ def test_each_method_runs_through_and_grows_as_the_paper_says(toy, tmp_path, met
     assert trained == whole if method == "base" else 0 < trained < whole
 
 
+def parameters_that_moved(folder: Path, t: int) -> set[str]:
+    """Names of D_t's parameters that are not, where D_{t-1} has them, bit by bit the same."""
+    old, new = (dict(store.load_model(folder / f"D{i}.pt")[0].named_parameters()) for i in (t - 1, t))
+    return {name for name in new if name in old and not torch.equal(old[name], new[name])}
+
+
+def test_promptdsi_trains_its_prompts_and_the_docid_table_alone(toy, tmp_path):
+    experts_after(toy, tmp_path / "run", "--method", "promptdsi", "--prompts", "3")
+    assert parameters_that_moved(tmp_path / "run", 1) == {"rq"}
+    assert parameters_that_moved(tmp_path / "run", 2) == {"rq", "prompts.keys_values"}
+    assert store.load_model(tmp_path / "run" / "D1.pt")[0].prompts.topics.shape == (3, 32)
+
+
+def test_corpusbrain_trains_its_adapters_and_the_docid_table_alone(toy, tmp_path):
+    results = experts_after(toy, tmp_path / "run", "--method", "corpusbrain++")
+    assert parameters_that_moved(tmp_path / "run", 1) == {"rq"}
+    model, moved = store.load_model(tmp_path / "run" / "D2.pt")[0], parameters_that_moved(tmp_path / "run", 2)
+    adapters = {name for name, _ in model.named_parameters() if ".after." in name}
+    assert moved == {"rq", *adapters} and len(adapters) == 2 * 2 + 2 * 3 * 2  # 1 encoder and 2 decoder blocks
+    assert results["trainable_parameters"]["D1"] == model.rq.numel() + len(adapters) * 32
+
+
+def test_incdsi_appends_rows_and_moves_nothing_else(toy, tmp_path):
+    results = experts_after(
+        toy, tmp_path / "run", "--method", "incdsi", "--d0_fragments", "0", "--d0_steps", "60"
+    )
+    for t, (before, after) in enumerate(((30, 40), (40, 50)), 1):
+        assert parameters_that_moved(tmp_path / "run", t) == {"rq"}
+        old, new = (store.load_model(tmp_path / "run" / f"D{i}.pt")[0].rq for i in (t - 1, t))
+        assert old.shape[1] == before and new.shape[1] == after and torch.equal(new[:, :before], old)
+    p = results["metrics"]["recall@10"]["P"]
+    assert results["trainable_parameters"] == {"D1": 320, "D2": 320} and p[2][0] > 0.9 and p[2][2] > 0.8
+
+
+def test_joint_retraining_sees_every_corpus_and_knows_the_last_ones_better(toy, tmp_path):
+    flags = ["--d0_steps", "40", "--steps", "5", "--d0_fragments", "1"]
+    joint = experts_after(toy, tmp_path / "joint", "--method", "joint", *flags)
+    base = experts_after(toy, tmp_path / "base", "--method", "base", *flags)
+    metrics = map(json.loads, (tmp_path / "joint" / "metrics.jsonl").read_text().splitlines())
+    last = {line["stage"]: line["step"] for line in metrics}
+    assert (last["D0"], last["D1"], last["D2"]) == (40, 45, 50)
+    assert joint["metrics"]["recall@10"]["AP"] > base["metrics"]["recall@10"]["AP"]
+
+
+def logged(folder: Path, stage: str, term: str) -> list[float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line[term] for line in lines if line["stage"] == stage and term in line]
+
+
+def test_clever_protects_earlier_corpora_but_d0_only_where_asked(toy, tmp_path):
+    experts_after(toy, tmp_path / "released", "--method", "clever", "--ewc_samples", "20")
+    experts_after(toy, tmp_path / "fair", "--method", "clever", "--ewc_samples", "20", "--ewc_protect_d0")
+    assert logged(tmp_path / "released", "D1", "ewc") == []
+    assert logged(tmp_path / "released", "D2", "ewc")[-1] > 0 == logged(tmp_path / "released", "D2", "ewc")[0]
+    assert logged(tmp_path / "fair", "D1", "ewc")[-1] > 0
+
+
+def test_dsi_plus_plus_steps_by_the_gradient_at_the_climbed_point(toy, tmp_path):
+    """Its first logged loss is BASE's, at the same weights; its gradient is not."""
+    for method in ("base", "dsi++"):
+        experts_after(toy, tmp_path / method, "--method", method)
+    one, other = (logged(tmp_path / method, "D1", "loss")[0] for method in ("base", "dsi++"))
+    assert one == other
+    one, other = (logged(tmp_path / method, "D1", "gradient_norm")[0] for method in ("base", "dsi++"))
+    assert one != other
+
+
+def test_a_fixed_set_of_experts_goes_on_training_without_growing(toy, tmp_path):
+    results = experts_after(toy, tmp_path / "run", "--expand", "fixed")
+    assert results["experts"] == {f"D{t}": [2, 2] for t in range(3)}
+    moved = parameters_that_moved(tmp_path / "run", 2)
+    assert {"rq", "decoder.0.ff.new.in_b", "decoder.1.ff.router_new"} <= moved
+    assert not [
+        name for name in moved if ".ff.new." not in name and "router_new" not in name and name != "rq"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["pq", "hierarchical", "atomic"])
+def test_a_mixture_is_trained_on_docids_of_every_kind(toy, tmp_path, kind):
+    flags = ["--docid_kind", kind, "--d0_fragments", "0", "--splits", "60,40", "--width", "36", "--K", "24"]
+    results = experts_after(toy, tmp_path / "run", *flags)
+    assert results["metrics"]["recall@10"]["P"][1][0] > 0.5
+    run = store.LoadedRun(tmp_path / "run")
+    assert run.docids.shape == (50, 1 if kind == "atomic" else 3)
+    assert run.at(0)[0].config.centroids == {"atomic": 30}.get(kind, 24)
+    assert run.at(1)[0].config.centroids == {"atomic": 50}.get(kind, 24)
+
+
+def test_ood_json_counts_every_query_in_the_histogram_of_its_scores(finished):
+    for stage, layers in store.read_json(finished / "ood.json").items():
+        for layer in layers if stage != "D0" else []:
+            found = layer["histogram"]
+            assert len(found["edges"]) == 61 and sum(found["queries"]) == 20 and sum(found["control"]) >= 10
+            beyond = [n for n, left in zip(found["queries"], found["edges"]) if left >= found["threshold"]]
+            assert abs(100 * sum(beyond) / 20 - layer["ood_percent"]) <= 100 * max(found["queries"]) / 20
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -443,6 +540,10 @@ def test_ood_direction_is_the_mean_direction_of_flagged_queries_only():
         (["--delta", "-1"], "0 or more"),
         (["--experts", "1"], "at least the 2"),
         (["--no-mixture"], "--kl_coef 0"),
+        (["--docid_kind", "atomic"], "--d0_fragments 0"),
+        (["--insert"], "--docid_kind atomic"),
+        (["--docid_kind", "atomic", "--d0_fragments", "0", "--ewc", "1"], "--ewc 0"),
+        (["--joint", "--steps", "0"], "pass --steps"),
         (["--data", "no/such/folder"], "corpus.jsonl"),
         (["--resume", "no/such/run"], "config.json"),
         (["--resume", "runs/x", "--lr", "1"], "remove --lr"),
