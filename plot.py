@@ -1,0 +1,531 @@
+"""The pictures of a run, and of an experiment.
+
+Paper    figures 1 and 3: AP against BWT of each method; which experts the tokens of each corpus choose
+In       results.json and ood.json of a run folder; or an experiment's JSON {"name", "rows"}, see EXPERIMENT
+Out      matplotlib Figures; `python plot.py RUN` writes RUN/plots/*.svg and *.png, `python plot.py
+         EXPERIMENT.json` writes plots/NAME_*.svg and *.png beside the file
+Next     README shows them; nothing reads them
+Differs  the paper's Figure 3 has one layer and the last model; here every mixed layer, after training on each
+         corpus. matplotlib is a development requirement, imported only where something is drawn
+"""
+
+import argparse
+import io
+import json
+import math
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from run import read_json, write
+
+NUMBER, OPTIONAL = int | float, int | float | None  # OPTIONAL may be null or absent
+# What is read of each file: {key: form}, {...: the form of every value}, [the form of every item], or a type.
+CURVES = {"recall@10": {"P": [[NUMBER]]}, "mrr@10": {"P": [[NUMBER]]}}
+RESULTS = {
+    "method": str, "data": str, "seed": int, "metrics": CURVES,
+    "baselines": {...: {"recall@10": {"AP": NUMBER}, "mrr@10": {"AP": NUMBER}}},
+    "experts": {...: [int]}, "routing": {...: [[NUMBER]]}, "first_choice": {...: [[NUMBER]]},
+    "trainable_parameters": {...: int},
+}  # fmt: skip
+HISTOGRAM = {"edges": [NUMBER], "queries": [NUMBER], "control": [NUMBER], "threshold": NUMBER}
+OOD = {...: [{"ood_percent": NUMBER, "control_percent": NUMBER, "histogram": HISTOGRAM}]}
+SEEDS = {"AP": [NUMBER], "BWT": [NUMBER]}
+ROW = {"label": str, "metrics": {"recall@10": SEEDS, "mrr@10": SEEDS}, "trainable_parameters": OPTIONAL}
+EXPERIMENT = {"name": str, "rows": [ROW]}
+
+TITLES = {"recall@10": "Recall@10", "mrr@10": "MRR@10"}
+# Okabe and Ito's colours, which colour-blind readers tell apart, with grey in place of yellow
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888"]
+MARKERS = "osD^vPX*"
+INK, FAINT = "#333333", "#999999"
+RC = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "figure.facecolor": "white",  # README is also read on a dark page
+    "svg.hashsalt": "mixlora-dsi",  # else names inside an SVG are random
+}
+WIDTH = 8.0  # inches; README shows them at about 110 pixels an inch
+
+
+@contextmanager
+def style():
+    """matplotlib with RC upon its defaults, for the length of a block or a function; nothing stays changed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError(
+            "found no matplotlib, which draws the pictures; pip install -r requirements-dev.txt"
+        ) from None
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(RC)
+        yield
+
+
+def new_figure(height: float):
+    """A Figure of the common width that no window system knows of."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def require(value, form, where: str) -> None:
+    """Raises ValueError where a JSON value has another form than wanted (see RESULTS)."""
+    kind = type(form) if isinstance(form, (dict, list)) else form
+    if not isinstance(value, kind):
+        wanted = {dict: "an object", list: "a list", str: "text", int: "a whole number"}.get(kind, "a number")
+        raise ValueError(f"{where}: found {json.dumps(value)[:60]}, wanted {wanted}")
+    if isinstance(form, list):
+        for i, item in enumerate(value):
+            require(item, form[0], f"{where}[{i}]")
+    elif isinstance(form, dict):
+        for key, part in form.items():
+            for name in value if key is ... else [key]:
+                if name not in value and part is OPTIONAL:
+                    continue
+                if name not in value:
+                    found = ", ".join(value) or "nothing"
+                    raise ValueError(f"{where}: found {found[:100]}, wanted {name!r} too")
+                require(value[name], part, f"{where}: {name}")
+
+
+# ------------------------------------------------------------------------------------------------ a run's pictures
+
+
+@style()
+def accuracy(results: dict):
+    """P[t, i] in percent against t, a curve for each corpus i; dashed, the last AP of each baseline."""
+    figure = new_figure(3.9)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, metric in zip(panels, TITLES):
+        p = results["metrics"][metric]["P"]
+        if not p or [len(row) for row in p] != list(range(1, len(p) + 1)):
+            raise ValueError(
+                f"{metric}: found rows of P of lengths {[len(row) for row in p]}, wanted 1, 2, .. T+1"
+            )
+        for i in range(len(p)):
+            axes.plot(
+                range(i, len(p)), [100 * row[i] for row in p[i:]], color=COLOURS[i % len(COLOURS)],
+                marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.6, label=f"D{i}", clip_on=False, zorder=3,
+            )  # fmt: skip
+        for k, (name, summary) in enumerate(results["baselines"].items()):
+            dashes = [(0, (5, 3)), (0, (1.5, 1.8)), (0, (6, 2, 1.5, 2))][k % 3]
+            value = 100 * summary[metric]["AP"]
+            axes.axhline(value, color=INK, linewidth=0.9, linestyle=dashes, label=f"AP of {name}", zorder=2)
+        axes.set(title=TITLES[metric], xlabel="after training on", ylim=(0, 100))
+        axes.set_xticks(range(len(p)), [f"D{t}" for t in range(len(p))])
+        axes.margins(x=0.05)
+        axes.grid(axis="y")
+    panels[0].set_ylabel("test queries of a corpus, percent")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8))
+    figure.suptitle(f"What each corpus keeps: {_run_name(results)}")
+    return figure
+
+
+@style()
+def routing(results: dict):
+    """Heat-maps in percent, one per mixed layer, corpora down and experts across: the mean gate, and the share of
+    tokens whose largest gate it is. Experts that a corpus had not yet are blank.
+    """
+    kinds = {"routing": "mean gate", "first_choice": "largest gate"}
+    stages = [stage for stage, layers in results["routing"].items() if layers]
+    shapes = {key: [list(map(len, results[key].get(stage, []))) for stage in stages] for key in kinds}
+    if shapes["routing"] != shapes["first_choice"]:
+        raise ValueError(
+            f"found routing of {shapes['routing']} experts and first_choice of {shapes['first_choice']} "
+            f"(layers of {', '.join(stages)}), wanted the same"
+        )
+    layers = max(len(results["routing"][stage]) for stage in stages)
+    across = min(layers, 4)
+    down = math.ceil(layers / across)
+    figure = new_figure(2 * down * (0.26 * len(stages) + 0.85) + 0.5)
+    panels = figure.subplots(2 * down, across, squeeze=False)
+    experts = max(len(gates) for stage in stages for gates in results["routing"][stage])
+    for k, (key, title) in enumerate(kinds.items()):
+        for layer in range(down * across):
+            axes = panels[k * down + layer // across, layer % across]
+            if layer >= layers:
+                axes.axis("off")
+                continue
+            table = np.full((len(stages), experts), np.nan)
+            for row, stage in enumerate(stages):
+                if layer < len(results[key][stage]):
+                    shares = results[key][stage][layer]
+                    table[row, : len(shares)] = 100 * np.array(shares)
+            mesh = axes.pcolormesh(
+                np.ma.masked_invalid(table), cmap="Blues", vmin=0, vmax=100, edgecolors="white", linewidth=1.5
+            )
+            for (row, expert), share in np.ndenumerate(table):
+                if math.isfinite(share):
+                    axes.text(
+                        expert + 0.5, row + 0.5, f"{share:.0f}", ha="center", va="center", fontsize=8,
+                        color="white" if share > 65 else "black",
+                    )  # fmt: skip
+            axes.invert_yaxis()
+            axes.set_title(f"layer {layer}, {title}")
+            axes.set_xticks(np.arange(experts) + 0.5, [f"{expert}" for expert in range(experts)])
+            axes.set_yticks(np.arange(len(stages)) + 0.5, stages if layer % across == 0 else [])
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+            if (k, layer // across) == (1, down - 1):
+                axes.set_xlabel("expert")
+    figure.colorbar(mesh, ax=panels, label="percent", aspect=40, pad=0.02)
+    figure.suptitle(f"Which experts the tokens of a corpus use: {_run_name(results)}")
+    return figure
+
+
+@style()
+def growth(results: dict):
+    """Bars, which unlike lines do not hide each other: experts of each mixed layer after each corpus, and the
+    parameters that trained on it.
+    """
+    stages = list(results["experts"])
+    layers = max(map(len, results["experts"].values()), default=0)
+    if not layers:
+        raise ValueError("found no experts after any corpus, wanted those of each mixed layer")
+    figure = new_figure(3.2)
+    left, right = figure.subplots(1, 2)
+    thick = 0.8 / layers
+    for layer in range(layers):
+        bars = [
+            (place + (layer - (layers - 1) / 2) * thick, results["experts"][stage][layer])
+            for place, stage in enumerate(stages)
+            if layer < len(results["experts"][stage])
+        ]
+        left.bar(
+            *zip(*bars), width=thick, color=COLOURS[layer % len(COLOURS)], edgecolor="white",
+            linewidth=0.8, hatch="//" if layer >= len(COLOURS) else None, label=f"layer {layer}",
+        )  # fmt: skip
+    left.set_xticks(range(len(stages)), stages)
+    left.set(xlabel="after training on", ylabel="experts of a mixed layer")
+    left.yaxis.get_major_locator().set_params(integer=True)
+
+    trained = results["trainable_parameters"]
+    bars = right.bar(list(trained), list(trained.values()), width=0.5, color=COLOURS[0])
+    right.bar_label(bars, [_short(value) for value in trained.values()], padding=2)
+    right.yaxis.set_major_formatter(lambda value, _: _short(value))
+    right.margins(y=0.15)
+    right.set(xlabel="while training on", ylabel="trainable parameters")
+    for axes in (left, right):
+        axes.grid(axis="y")
+        axes.tick_params(axis="x", length=0)
+    figure.legend(loc="outside lower center", ncols=min(layers, 8), handlelength=1)
+    figure.suptitle(f"What grows: {_run_name(results)}")
+    return figure
+
+
+@style()
+def energies(ood: dict):
+    """Per corpus and mixed layer, the OOD scores of D_t's queries and of the control, each in percent of its own
+    queries, and the threshold. Corpora without histograms (see `without_histogram`) are left out.
+
+    The vertical axis is logarithmic: what decides is the percent or so beyond the threshold.
+    """
+    stages = [stage for stage in ood if ood[stage] and stage not in without_histogram(ood)]
+    layers = max(len(ood[stage]) for stage in stages)
+    across = min(layers, 4)
+    down = math.ceil(layers / across)
+    figure = new_figure(1.75 * len(stages) * down + 0.9)
+    panels = figure.subplots(len(stages) * down, across, squeeze=False, sharey=True)
+    for row, stage in enumerate(stages):
+        for place, axes in enumerate(panels[row * down : (row + 1) * down].flat):
+            if place >= len(ood[stage]):
+                axes.axis("off")
+            else:
+                _energy_panel(
+                    axes, ood[stage][place], f"{stage}, layer {place}", "\n" if across > 2 else ": "
+                )
+    figure.supylabel("percent of queries in a bin (log scale)", fontsize=9)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    title = "OOD score of a query (the outermost bins also count what lies beyond)"
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, title=title)  # below the lowest axes
+    figure.suptitle("Is a corpus out of distribution for a layer?")
+    return figure
+
+
+def _energy_panel(axes, layer: dict, name: str, between: str) -> None:
+    shown = layer["histogram"]
+    shares = {}
+    for key in ("queries", "control"):
+        counts = np.array(shown[key], dtype=float)
+        if len(shown["edges"]) != len(counts) + 1:
+            raise ValueError(
+                f"{name}: found {len(shown['edges'])} edges of {len(counts)} bins of {key}, wanted {len(counts) + 1}"
+            )
+        shares[key] = 100 * counts / max(counts.sum(), 1)
+    axes.stairs(
+        shares["queries"],
+        shown["edges"],
+        fill=True,
+        color=COLOURS[5],
+        linewidth=0,
+        label="queries of the corpus",
+    )
+    axes.stairs(
+        shares["control"], shown["edges"], color=COLOURS[1], linewidth=1.3,
+        label="control: fresh queries of the corpus before",
+    )  # fmt: skip
+    axes.axvline(shown["threshold"], color=INK, linewidth=1.1, linestyle=(0, (4, 2)), label="threshold")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.grid(axis="y")
+    shares_ood = f"{layer['ood_percent']:.1f} % OOD (control {layer['control_percent']:.1f} %)"
+    axes.set_title(f"{name}{between}{shares_ood}", fontsize=9 if between != "\n" else 8.5)
+
+
+def without_histogram(ood: dict) -> list[str]:
+    """Corpora whose decisions an older version wrote, without "histogram"."""
+    return [stage for stage, layers in ood.items() if not all(layer.get("histogram") for layer in layers)]
+
+
+def _run_name(results: dict) -> str:
+    return f"{results['method']} on {results['data']}, seed {results['seed']}"
+
+
+def _short(number: float) -> str:
+    """65536 as 65.5k."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:g}"
+
+
+# ------------------------------------------------------------------------------------------ an experiment's picture
+
+
+@style()
+def tradeoff(rows: list[dict], metric: str = "recall@10", title: str = ""):
+    """AP against BWT in percent, means over seeds with standard errors; BWT falls to the right, so that better is
+    up and right. A circle's area grows with the logarithm of the trainable parameters; a diamond has none.
+
+    Where systems crowd (see `crowd`), a second panel shows them enlarged, and labels them.
+    """
+    for row in rows:
+        seeds = [len(row["metrics"][metric][key]) for key in ("AP", "BWT")]
+        if seeds[0] != seeds[1] or not seeds[0]:
+            raise ValueError(
+                f"{row['label']}: found {seeds[0]} values of AP and {seeds[1]} of BWT, wanted as many"
+            )
+    values = 100 * np.array([
+        [_mean_and_error(row["metrics"][metric][key]) for key in ("BWT", "AP")] for row in rows
+    ])  # (rows, BWT and AP, mean and standard error)  # fmt: skip
+    centres, errors = values[..., 0], values[..., 1]
+    if not np.isfinite(values).all():
+        bad = rows[int(np.flatnonzero(~np.isfinite(values).all((1, 2)))[0])]["label"]
+        raise ValueError(f"{bad}: found {metric} of AP or BWT that is not finite, wanted numbers")
+    areas = _areas([row.get("trainable_parameters") for row in rows])
+    near = crowd(centres)
+    figure = new_figure(4.9)
+    panels = figure.subplots(1, 2 if near.any() else 1, squeeze=False)[0]
+    for axes in panels:
+        for k, (row, (x, y), (dx, dy)) in enumerate(zip(rows, centres, errors)):
+            colour = COLOURS[k % len(COLOURS)]
+            axes.errorbar(x, y, dy, dx, fmt="none", ecolor=colour, elinewidth=1.1, capsize=2, zorder=2)
+            axes.scatter(
+                [x], [y], s=areas[k], marker="o" if row.get("trainable_parameters") else "D", edgecolors=colour,
+                linewidths=1.3, zorder=3, facecolors=colour if k < len(COLOURS) else "white",
+            )  # fmt: skip
+        axes.margins(0.12)
+        axes.invert_xaxis()
+        axes.grid()
+        axes.set_xlabel(f"BWT in {TITLES[metric]}, percent (forgetting)")
+        axes.set_title("better \N{NORTH EAST ARROW}", loc="right", color=FAINT)
+    panels[0].set_ylabel(f"AP in {TITLES[metric]}, percent")
+    panels[0].set_title(title, loc="left")
+    _size_legend(figure, [row.get("trainable_parameters") for row in rows])
+    if near.any():
+        low, high = (centres - errors)[near].min(0), (centres + errors)[near].max(0)
+        pad = np.maximum(0.18 * (high - low), 0.1)
+        (right, bottom), (left, top) = low - pad, high + pad
+        panels[1].set(xlim=(left, right), ylim=(bottom, top), title="the frame, enlarged")
+        panels[0].add_patch(_frame((right, bottom), left - right, top - bottom))
+        near = ((centres >= low - pad) & (centres <= high + pad)).all(1)
+        _label_points(figure, panels[1], rows, centres, errors, areas, near)
+    _label_points(figure, panels[0], rows, centres, errors, areas, ~near)
+    return figure
+
+
+def crowd(centres: np.ndarray, share: float = 0.06, least: int = 4) -> np.ndarray:
+    """Which points (N, 2) lie within `share` of both axes' ranges of that point which has most of them, if those
+    are at least `least` and not all: (N,) bool.
+    """
+    span = np.ptp(centres, axis=0)
+    near = (abs(centres[:, None] - centres) <= share * span).all(-1)  # (N, N)
+    best = near[near.sum(1).argmax()]
+    return best & (least <= best.sum() < len(centres))
+
+
+def _frame(corner, width: float, height: float):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(corner, width, height, fill=False, edgecolor=FAINT, linewidth=0.9, zorder=1)
+
+
+def _mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The mean over seeds and its standard error, 0 where there is one seed."""
+    n = len(values)
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else 0.0
+
+
+def _areas(parameters: list[float | None]) -> list[float]:
+    """Areas in square points: 30 to 200 between the logarithms of the fewest and the most parameters."""
+    logs = [math.log(number) for number in parameters if number]
+    low, width = min(logs, default=0), max(logs, default=0) - min(logs, default=0)
+    return [
+        30 + 170 * (math.log(number) - low) / width if number and width else 30.0 for number in parameters
+    ]
+
+
+def _size_legend(figure, parameters: list[float | None]) -> None:
+    from matplotlib.lines import Line2D
+
+    known = sorted({number for number in parameters if number})
+    shown = sorted({known[0], known[len(known) // 2], known[-1]}) if known else []
+    areas = dict(zip(parameters, _areas(parameters)))
+    entries = [(areas[number], "o", _short(number)) for number in shown]
+    if len(known) < len(set(parameters)):
+        entries.append((30, "D", "none"))
+    handles = [
+        Line2D([], [], linestyle="", marker=marker, markersize=math.sqrt(area), color=FAINT, label=label)
+        for area, marker, label in entries
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles) + 1, title="trainable parameters; bars are "
+        "standard errors over seeds", title_fontsize=8.5, fontsize=8.5,
+    )  # fmt: skip
+
+
+def _label_points(figure, axes, rows: list[dict], centres, errors, areas: list[float], chosen) -> None:
+    """Writes the label of each chosen point beside it, where it covers least, with a line where that is far."""
+    figure.draw_without_rendering()  # the layout, and with it where the points are
+    renderer, pixels = figure.canvas.get_renderer(), figure.dpi / 72  # pixels a point
+    taken = []  # boxes (left, bottom, right, top) in pixels
+    for (x, y), (dx, dy), area in zip(centres, errors, areas):
+        ends = axes.transData.transform([(x - dx, y), (x + dx, y), (x, y - dy), (x, y + dy), (x, y)])
+        r = math.sqrt(area) / 2 * pixels
+        taken += [
+            [*ends[:2].min(0) - 1, *ends[:2].max(0) + 1], [*ends[2:4].min(0) - 1, *ends[2:4].max(0) + 1],
+            [*ends[4] - r, *ends[4] + r],
+        ]  # fmt: skip
+    inside = axes.get_window_extent(renderer)
+    steps = [(dx, dy) for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))]
+    for k in np.flatnonzero(chosen):
+        label, (x, y), area = rows[k]["label"], centres[k], areas[k]
+        text = axes.annotate(
+            label, (x, y), (0, 0), textcoords="offset points", fontsize=8.5, color=INK, zorder=4,
+            ha="center", va="center",
+        )  # fmt: skip
+        extent = text.get_window_extent(renderer)
+        half = np.array([extent.width, extent.height]) / 2 + 1
+        centre, radius = axes.transData.transform((x, y)), math.sqrt(area) / 2 * pixels
+        best = (math.inf,)
+        for far in (3, 8, 16, 26, 38, 52):
+            for step in steps:
+                away = np.array(step) * (half + (radius + far * pixels) / (math.sqrt(2) if all(step) else 1))
+                box = [*centre + away - half, *centre + away + half]
+                outside = 4 * (half.prod() - _overlap(box, inside.extents) / 4)
+                cost = sum(_overlap(box, other) for other in taken) + 10 * outside + far * pixels
+                if cost < best[0]:
+                    best = (cost, away, box, far)
+        _, away, box, far = best
+        taken.append(box)
+        text.set_position(away / pixels)
+        text.set_in_layout(False)
+        if far > 10:
+            end = np.clip(centre, box[:2], box[2:])  # the label's nearest corner or side
+            axes.annotate(
+                "", (x, y), (end - centre) / pixels, textcoords="offset points", in_layout=False, zorder=1,
+                arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0},
+            )  # fmt: skip
+
+
+def _overlap(a, b) -> float:
+    """Area that two boxes (left, bottom, right, top) share."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+# ----------------------------------------------------------------------------------------------------- the command
+
+
+def run_pictures(folder: Path) -> tuple[dict, list[str]]:
+    """{name: Figure} of a run folder, and a line for each picture that is left out."""
+    results = read_json(folder / "results.json")
+    require(results, RESULTS, str(folder / "results.json"))
+    figures = {"accuracy": accuracy(results)}
+    if not any(results["routing"].values()):
+        return figures, [f"left out routing, growth and energies: {results['method']} routed no corpus"]
+    figures |= {"routing": routing(results), "growth": growth(results)}
+    ood = read_json(folder / "ood.json")
+    require(ood, {...: [dict]}, str(folder / "ood.json"))
+    older = without_histogram(ood)
+    require({t: ood[t] for t in ood if t not in older}, OOD, str(folder / "ood.json"))
+    lines = [f"left out energies of {', '.join(older)}: ood.json holds no histogram of them"] if older else []
+    if any(layers for stage, layers in ood.items() if stage not in older):
+        figures["energies"] = energies(ood)
+    elif not older:
+        lines.append("left out energies: ood.json holds no decision")
+    return figures, lines
+
+
+def experiment_pictures(path: Path) -> dict:
+    """{name: Figure} of an experiment's JSON."""
+    found = read_json(path)
+    require(found, EXPERIMENT, str(path))
+    name = found["name"]
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"{path}: found the name {name!r}, wanted letters, digits, '_', '.' and '-' alone")
+    if not found["rows"]:
+        raise ValueError(f"{path}: found no rows, wanted one for each system")
+    return {
+        f"{name}_tradeoff": tradeoff(found["rows"], "recall@10", name),
+        f"{name}_tradeoff_mrr": tradeoff(found["rows"], "mrr@10", name),
+    }
+
+
+@style()
+def save(figure, path: Path) -> None:
+    """Writes a Figure under each of two endings; equal figures give equal bytes."""
+    for ending, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 150})):
+        content = io.BytesIO()
+        figure.savefig(content, format=ending[1:], **options)
+        write(path.with_name(path.name + ending), content.getvalue())
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="Draw the pictures of a run, or of an experiment.")
+    parser.add_argument("run", type=Path, help="run folder, or an experiment's JSON file")
+    path = parser.parse_args(argv).run
+    if path.is_file():
+        folder, figures, left_out = path.parent / "plots", experiment_pictures(path), []
+    else:
+        folder = path / "plots"
+        figures, left_out = run_pictures(path)
+    folder.mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        save(figure, folder / name)
+        print(f"{folder / name}.svg and .png", flush=True)
+    for line in left_out:
+        print(line)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"plot.py: {error}")

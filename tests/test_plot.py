@@ -1,0 +1,389 @@
+"""What the pictures draw is what the files say."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.collections import PathCollection
+from matplotlib.patches import StepPatch
+
+import plot
+
+P = [[0.9], [0.8, 0.6], [0.7, 0.5, 0.4]]
+HALF = [[value / 2 for value in row] for row in P]
+
+
+def results(**changes) -> dict:
+    """results.json of a run over three corpora with two mixed layers, of which the second grew on D2."""
+    value = {
+        "method": "mixlora-dsi", "data": "made-up", "seed": 42,
+        "metrics": {"recall@10": {"P": P}, "mrr@10": {"P": HALF}},
+        "baselines": {"bm25": {"recall@10": {"AP": 0.75}, "mrr@10": {"AP": 0.5}}},
+        "experts": {"D0": [2, 2], "D1": [2, 2], "D2": [2, 3]},
+        "routing": {"D1": [[0.4, 0.6], [0.5, 0.5]], "D2": [[0.3, 0.7], [0.2, 0.3, 0.5]]},
+        "first_choice": {"D1": [[0.1, 0.9], [1.0, 0.0]], "D2": [[0.0, 1.0], [0.25, 0.25, 0.5]]},
+        "trainable_parameters": {"D1": 65536, "D2": 70000},
+    }  # fmt: skip
+    return value | changes
+
+
+def decision(queries: list[int], control: list[int], threshold: float) -> dict:
+    shown = {"edges": [0.0, 1.0, 2.0, 4.0], "queries": queries, "control": control, "threshold": threshold}
+    return {"ood_percent": 12.34, "control_percent": 0.5, "threshold": [threshold], "histogram": shown}
+
+
+def decisions() -> dict:
+    return {
+        "D1": [decision([5, 3, 2], [1, 1, 0], 2.5), decision([10, 0, 0], [4, 0, 0], 1.5)],
+        "D2": [decision([1, 1, 2], [3, 1, 0], 3.0), decision([0, 0, 7], [2, 2, 0], 0.5)],
+    }
+
+
+def row(label: str, ap: list[float], bwt: list[float], parameters: int | None = 65536) -> dict:
+    metrics = {"AP": ap, "BWT": bwt, "FWT": ap, "P": [[0.5, 0.5] for _ in ap]}
+    half = {name: np.multiply(value, 0.5).tolist() for name, value in metrics.items()}
+    return {
+        "label": label, "metrics": {"recall@10": metrics, "mrr@10": half}, "trainable_parameters": parameters,
+        "seconds_per_corpus": 31.2, "peak_memory_bytes": 123, "experts": None, "ood_percent": None, "paper": None,
+        "p_value": None,
+    }  # fmt: skip
+
+
+def crowded() -> list[dict]:
+    """Thirteen systems, five of them close to each other."""
+    near = [row(f"near {i}", [0.55 + 0.01 * i, 0.56 + 0.01 * i], [0.14, 0.15 - 0.004 * i]) for i in range(5)]
+    far = [row(f"far away {i}", [0.2 + 0.09 * i], [0.9 - 0.1 * i], 10 ** (i + 1)) for i in range(7)]
+    return [*near, *far, row("bm25", [0.94], [0.01], None)]
+
+
+def run_folder(path: Path, results: dict, ood: dict) -> Path:
+    path.mkdir()
+    (path / "results.json").write_text(json.dumps(results))
+    (path / "ood.json").write_text(json.dumps(ood))
+    return path
+
+
+def experiment(path: Path, **changes) -> Path:
+    rows = [row("ours", [0.5, 0.6], [0.1, 0.2]), row("base", [0.3], [0.8], 10**6)]
+    path.write_text(json.dumps({"name": "table1", "rows": rows} | changes))
+    return path
+
+
+def settings() -> dict:
+    """matplotlib's, but for the backend, which it chooses when that is read."""
+    return {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"}
+
+
+def written(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# ------------------------------------------------------------------------------------------------ a run's pictures
+
+
+def test_accuracy_draws_each_corpus_from_its_own_stage_on_in_percent():
+    for axes, p, baseline in zip(plot.accuracy(results()).axes, (P, HALF), (75, 50)):
+        lines = {line.get_label(): line for line in axes.lines}
+        assert set(lines) == {"D0", "D1", "D2", "AP of bm25"}
+        for i in range(3):
+            assert list(lines[f"D{i}"].get_xdata()) == list(range(i, 3))
+            assert lines[f"D{i}"].get_ydata() == pytest.approx([100 * row[i] for row in p[i:]])
+        assert list(lines["AP of bm25"].get_ydata()) == [baseline, baseline]
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["D0", "D1", "D2"]
+        assert axes.get_ylim() == (0, 100)
+
+
+def test_accuracy_needs_no_baselines_and_refuses_a_row_of_another_length():
+    figure = plot.accuracy(results(baselines={}))
+    assert [len(axes.lines) for axes in figure.axes] == [3, 3]
+    cut = {"recall@10": {"P": [[0.9], [0.8]]}, "mrr@10": {"P": HALF}}
+    with pytest.raises(ValueError, match=r"found rows of P of lengths \[1, 1\], wanted 1, 2"):
+        plot.accuracy(results(metrics=cut))
+
+
+def test_routing_shows_gates_and_first_choices_of_each_layer_with_blanks_before_growth():
+    figure = plot.routing(results())
+    found = {axes.get_title(): axes.collections[0].get_array() for axes in figure.axes if axes.get_title()}
+    blank = float("nan")
+    wanted = {
+        "layer 0, mean gate": [[40, 60, blank], [30, 70, blank]],
+        "layer 1, mean gate": [[50, 50, blank], [20, 30, 50]],
+        "layer 0, largest gate": [[10, 90, blank], [0, 100, blank]],
+        "layer 1, largest gate": [[100, 0, blank], [25, 25, 50]],
+    }
+    assert set(found) == set(wanted)
+    for title, cells in wanted.items():
+        np.testing.assert_allclose(found[title].filled(blank), cells)
+    panel = next(axes for axes in figure.axes if axes.get_title() == "layer 1, mean gate")
+    assert panel.yaxis_inverted()
+    written = {(text.get_position(), text.get_text()) for text in panel.texts}
+    assert written == {
+        ((0.5, 0.5), "50"), ((1.5, 0.5), "50"), ((0.5, 1.5), "20"), ((1.5, 1.5), "30"), ((2.5, 1.5), "50")
+    }  # fmt: skip
+
+
+def test_routing_wraps_many_layers_and_leaves_the_rest_of_the_grid_empty():
+    many = {"D1": [[0.5, 0.5]] * 6}
+    figure = plot.routing(results(routing=many, first_choice=many))
+    shown = [axes for axes in figure.axes if axes.collections and axes.get_title()]
+    assert len(shown) == 12 and shown[5].get_title() == "layer 5, mean gate"
+    assert sum(not axes.axison for axes in figure.axes) == 4
+
+
+def test_routing_refuses_two_tables_of_different_shapes():
+    with pytest.raises(ValueError, match="found routing of .* wanted the same"):
+        plot.routing(results(first_choice={"D1": [[0.1, 0.9]]}))
+
+
+def test_growth_draws_experts_of_every_layer_and_the_trainable_parameters():
+    left, right = plot.growth(results()).axes
+    layers = [[bar.get_height() for bar in bars] for bars in left.containers]
+    assert layers == [[2, 2, 2], [2, 2, 3]]
+    for bars, shift in zip(left.containers, (-0.2, 0.2)):
+        assert [bar.get_x() + bar.get_width() / 2 for bar in bars] == pytest.approx(
+            [shift, 1 + shift, 2 + shift]
+        )
+    assert [bar.get_height() for bar in right.containers[0]] == [65536, 70000]
+    assert [text.get_text() for text in right.texts] == ["65.5k", "70k"]
+
+
+def test_growth_leaves_a_corpus_before_the_mixture_empty():
+    left, _ = plot.growth(results(experts={"D0": [], "D1": [2, 2], "D2": [2, 3]})).axes
+    assert [len(bars) for bars in left.containers] == [2, 2]
+    assert left.containers[0][0].get_x() == pytest.approx(0.6)
+    with pytest.raises(ValueError, match="found no experts"):
+        plot.growth(results(experts={"D0": []}))
+
+
+def test_energies_draw_the_histograms_in_percent_and_the_threshold():
+    ood = decisions()
+    figure = plot.energies(ood)
+    assert len(figure.axes) == 4
+    for axes, (stage, layer) in zip(figure.axes, [("D1", 0), ("D1", 1), ("D2", 0), ("D2", 1)]):
+        shown = ood[stage][layer]["histogram"]
+        steps = [patch for patch in axes.patches if isinstance(patch, StepPatch)]
+        for patch, key in zip(steps, ("queries", "control"), strict=True):
+            values, edges, _ = patch.get_data()
+            assert edges.tolist() == shown["edges"]
+            assert values == pytest.approx([100 * n / sum(shown[key]) for n in shown[key]])
+        assert list(axes.lines[0].get_xdata()) == [shown["threshold"]] * 2
+        assert axes.get_title() == f"{stage}, layer {layer}: 12.3 % OOD (control 0.5 %)"
+
+
+def test_energies_leave_out_corpora_without_histogram_and_refuse_edges_that_do_not_fit():
+    ood = decisions()
+    del ood["D1"][1]["histogram"]
+    assert plot.without_histogram(ood) == ["D1"]
+    assert [axes.get_title()[:2] for axes in plot.energies(ood).axes] == ["D2", "D2"]
+    ood["D2"][0]["histogram"]["edges"].pop()
+    with pytest.raises(ValueError, match="D2, layer 0: found 3 edges of 3 bins of queries, wanted 4"):
+        plot.energies(ood)
+
+
+def test_energies_of_a_control_without_queries_are_empty():
+    figure = plot.energies({"D1": [decision([1, 2, 3], [0, 0, 0], 2.0)]})
+    assert figure.axes[0].patches[1].get_data().values.tolist() == [0, 0, 0]
+
+
+# ------------------------------------------------------------------------------------------ an experiment's picture
+
+
+def points(axes) -> list[list[float]]:
+    return [
+        found.get_offsets()[0].tolist() for found in axes.collections if isinstance(found, PathCollection)
+    ]
+
+
+def labels(axes) -> list:
+    return [text for text in axes.texts if text.get_text()]
+
+
+def test_tradeoff_draws_means_over_seeds_with_their_standard_errors():
+    rows = [row("ours", [0.5, 0.6, 0.7], [0.1, 0.1, 0.4]), row("base", [0.3], [0.8])]
+    (axes,) = plot.tradeoff(rows).axes
+    assert points(axes) == [pytest.approx([20, 60]), pytest.approx([80, 30])]  # x is BWT, y is AP
+    bars = [container.lines[2] for container in axes.containers]
+    (across,), (up,) = (bar.get_segments() for bar in bars[0])
+    assert across.tolist() == [pytest.approx([10, 60]), pytest.approx([30, 60])]  # sd 17.3 over the root of 3
+    assert up[:, 1] == pytest.approx([60 - 10 / 3**0.5, 60 + 10 / 3**0.5])
+    assert bars[1][0].get_segments()[0][:, 0].tolist() == [80, 80]  # one seed has no error
+    assert axes.xaxis_inverted() and not axes.yaxis_inverted()
+    assert [text.get_text() for text in labels(axes)] == ["ours", "base"]
+    (half,) = plot.tradeoff(rows, "mrr@10").axes
+    assert points(half)[1] == pytest.approx([40, 15])
+
+
+def test_tradeoff_sizes_grow_with_trainable_parameters_and_a_diamond_has_none():
+    rows = [row("a", [0.5], [0.1], 100), row("b", [0.4], [0.2], 10_000), row("c", [0.3], [0.3], 1000)]
+    rows += [row("bm25", [0.9], [0.0], None), row("insert", [0.8], [0.0], 0), row("dense", [0.7], [0.0])]
+    del rows[-1]["trainable_parameters"]
+    plot.require(rows, [plot.ROW], "rows")
+    (axes,) = plot.tradeoff(rows).axes
+    found = [one for one in axes.collections if isinstance(one, PathCollection)]
+    assert [one.get_sizes()[0] for one in found] == pytest.approx([30, 200, 115, 30, 30, 30])
+    shapes = [len(one.get_paths()[0].vertices) for one in found]
+    assert shapes[0] == shapes[1] == shapes[2] != shapes[3] == shapes[4] == shapes[5]
+
+
+def test_tradeoff_enlarges_a_crowd_and_labels_each_system_once():
+    rows = crowded()
+    whole, near = plot.tradeoff(rows).axes
+    assert points(whole) == points(near) and len(points(whole)) == 13
+    assert {text.get_text() for text in labels(near)} == {f"near {i}" for i in range(5)}
+    both = [text.get_text() for axes in (whole, near) for text in labels(axes)]
+    assert sorted(both) == sorted(one["label"] for one in rows)
+    (left, right), (bottom, top) = near.get_xlim(), near.get_ylim()
+    assert left > right and all(right < x < left and bottom < y < top for x, y in points(near)[:5])
+    frame = whole.patches[0]
+    assert frame.get_bbox().extents == pytest.approx([right, bottom, left, top])
+
+
+def test_tradeoff_labels_overlap_neither_each_other_nor_points():
+    figure = plot.tradeoff(crowded())
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = [text.get_window_extent().extents for text in labels(axes)]
+        spots = [axes.transData.transform(point) for point in points(axes)]
+        for k, box in enumerate(boxes):
+            assert all(plot._overlap(box, other) == 0 for other in boxes[:k])
+            assert not any(box[0] < x < box[2] and box[1] < y < box[3] for x, y in spots)
+
+
+def test_a_crowd_is_four_points_within_a_small_part_of_both_ranges():
+    corner = [[0, 0], [1, 1], [2, 0], [5, 5]]
+    assert plot.crowd(np.array([*corner, [100, 100]])).tolist() == [True] * 4 + [False]
+    assert not plot.crowd(np.array([*corner[:3], [0, 8], [100, 100]])).any()  # three, and one too high
+    assert not plot.crowd(np.array([[1.0, 1.0]] * 5)).any()  # all: nothing to enlarge them against
+
+
+def test_tradeoff_refuses_seeds_that_do_not_pair_and_values_that_are_no_numbers():
+    with pytest.raises(ValueError, match="ours: found 2 values of AP and 1 of BWT"):
+        plot.tradeoff([row("ours", [0.5, 0.6], [0.1])])
+    with pytest.raises(ValueError, match="ours: found 0 values"):
+        plot.tradeoff([row("ours", [], [])])
+    with pytest.raises(ValueError, match="b: found recall@10 of AP or BWT that is not finite"):
+        plot.tradeoff([row("a", [0.5], [0.1]), row("b", [float("nan")], [0.1])])
+
+
+# ----------------------------------------------------------------------------------------------------- the command
+
+
+def test_main_writes_every_picture_of_a_run_as_svg_and_png(tmp_path, capsys):
+    folder = run_folder(tmp_path / "run", results(), decisions())
+    plot.main([str(folder)])
+    names = ("accuracy", "routing", "growth", "energies")
+    assert written(folder / "plots") == {f"{name}.{ending}" for name in names for ending in ("svg", "png")}
+    for name in names:
+        svg, png = ((folder / "plots" / f"{name}.{ending}").read_bytes() for ending in ("svg", "png"))
+        assert svg.startswith(b"<?xml") and b"<dc:date>" not in svg
+        assert png.startswith(b"\x89PNG") and int.from_bytes(png[16:20]) == 1200  # 8 inches of 150 dots
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_main_writes_an_experiments_pictures_beside_its_file(tmp_path):
+    plot.main([str(experiment(tmp_path / "results.json"))])
+    names = ("table1_tradeoff", "table1_tradeoff_mrr")
+    assert written(tmp_path / "plots") == {f"{name}.{ending}" for name in names for ending in ("svg", "png")}
+
+
+def test_two_calls_write_the_same_bytes_and_leave_matplotlib_as_it_was(tmp_path):
+    folder = run_folder(tmp_path / "run", results(), {"D1": decisions()["D1"]})
+    path, found = experiment(tmp_path / "table1.json"), []
+    before = settings()
+    for change in ({}, {"font.size": 20, "svg.hashsalt": "another"}):
+        with matplotlib.rc_context(change):
+            for one in (folder, path):
+                plot.main([str(one)])
+        found.append({svg.name: svg.read_bytes() for svg in sorted(tmp_path.rglob("*.svg"))})
+    assert len(found[0]) == 6 and found[0] == found[1]
+    assert settings() == before
+
+
+def test_a_run_without_a_mixture_lacks_what_it_has_not(tmp_path, capsys):
+    bare = results(method="base", experts={"D0": []}, routing={"D1": []}, first_choice={"D1": []})
+    folder = run_folder(tmp_path / "run", bare, {})
+    plot.main([str(folder)])
+    assert written(folder / "plots") == {"accuracy.svg", "accuracy.png"}
+    assert "left out routing, growth and energies: base routed no corpus" in capsys.readouterr().out
+
+
+def test_an_older_run_without_histograms_lacks_the_energies_and_says_so_in_one_line(tmp_path, capsys):
+    ood = decisions()
+    for layer in sum(ood.values(), []):
+        del layer["histogram"]
+    folder = run_folder(tmp_path / "run", results(), ood)
+    plot.main([str(folder)])
+    assert not (folder / "plots" / "energies.svg").exists() and (folder / "plots" / "growth.svg").exists()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+    assert said == ["left out energies of D1, D2: ood.json holds no histogram of them"]
+
+
+def test_a_run_without_decisions_says_so(tmp_path):
+    folder = run_folder(tmp_path / "run", results(), {"D1": []})
+    figures, left_out = plot.run_pictures(folder)
+    assert "energies" not in figures and left_out == ["left out energies: ood.json holds no decision"]
+
+
+def test_without_matplotlib_the_message_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="found no matplotlib.* pip install -r requirements-dev.txt"):
+        plot.accuracy(results())
+    folder = run_folder(tmp_path / "run", results(), decisions())
+    code = "import runpy, sys; sys.modules['matplotlib'] = None; sys.argv = sys.argv[1:]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, plot.__file__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(plot.__file__).parent)
+    assert done.returncode == 1 and not (folder / "plots").exists()
+    assert done.stderr == (
+        "plot.py: found no matplotlib, which draws the pictures; pip install -r requirements-dev.txt\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"metrics": {"recall@10": {"P": P}}}, "results.json: metrics: found recall@10, wanted 'mrr@10' too"),
+        ({"metrics": {"recall@10": {"P": "x"}}}, """metrics: recall@10: P: found "x", wanted a list"""),
+        ({"experts": {"D0": [2.5]}}, "experts: D0[0]: found 2.5, wanted a whole number"),
+        ({"routing": [[0.5]]}, "routing: found [[0.5]], wanted an object"),
+        ({"first_choice": {"D1": [[None]]}}, "first_choice: D1[0][0]: found null, wanted a number"),
+        ({"method": 7}, "method: found 7, wanted text"),
+    ],
+)
+def test_results_of_another_form_are_refused_by_name(tmp_path, changes, said):
+    folder = run_folder(tmp_path / "run", results(**changes), decisions())
+    with pytest.raises(ValueError, match=re.escape(said)):
+        plot.main([str(folder)])
+    assert not (folder / "plots").exists()
+
+
+def test_a_folder_without_results_and_a_file_that_is_not_json_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"found no .*results\.json; is .* the folder of a finished run"):
+        plot.main([str(tmp_path)])
+    (tmp_path / "table1.json").write_text("{")
+    with pytest.raises(ValueError, match="table1.json: not JSON"):
+        plot.main([str(tmp_path / "table1.json")])
+    (tmp_path / "table1.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"table1.json: found \[\], wanted an object"):
+        plot.main([str(tmp_path / "table1.json")])
+
+
+def test_ood_of_another_form_is_refused(tmp_path):
+    folder = run_folder(tmp_path / "run", results(), {"D1": [{"histogram": {"edges": [0, 1]}}]})
+    with pytest.raises(ValueError, match=r"ood.json: D1\[0\]: found histogram, wanted 'ood_percent' too"):
+        plot.main([str(folder)])
+
+
+def test_an_experiment_of_another_form_is_refused(tmp_path):
+    path = tmp_path / "table1.json"
+    with pytest.raises(ValueError, match="found no rows, wanted one for each system"):
+        plot.main([str(experiment(path, rows=[]))])
+    with pytest.raises(ValueError, match="found the name '../table1', wanted letters"):
+        plot.main([str(experiment(path, name="../table1"))])
+    with pytest.raises(ValueError, match=r"rows\[0\]: found label, wanted 'metrics' too"):
+        plot.main([str(experiment(path, rows=[{"label": "ours"}]))])
