@@ -36,7 +36,7 @@ def test_every_flag_that_readme_names_is_a_field_of_config():
     flags = {flag.removeprefix("no-") for flag in re.findall(r"--([a-z0-9][a-z0-9_-]*)", README)}
     assert len(flags) > 6
     known = set(train.Config.__dataclass_fields__) | {"resume", "overwrite", "help", "trec", "run", "dry-run"}
-    known |= {"nproc_per_node", "queries"} | set(
+    known |= {"nproc_per_node", "queries", "seeds", "jobs"} | set(
         vars(doc2query.parse(["--t5", ".", "--documents", "d", "--out", "o"]))
     )
     assert flags <= {*known, "data-dir", "pseudo-queries"}, flags - known

@@ -1,0 +1,417 @@
+"""The paper's comparisons and ablations, over seeds: `python experiments.py table1 --seeds 3 -- FLAGS OF TRAIN.PY`.
+
+Paper    tables 1-2 (baselines), 4 (ladder), 5 (delta), 9 (docids), 11-12 (alpha), 13 (router losses), figures 1 and 3
+In       the name of an experiment; flags of train.py that hold for all of its runs, after --
+Out      OUT/SEED/RUN, a run folder each; OUT/NAME.json, which plot.py draws, and OUT/NAME.md, the tables
+Next     RESULTS.md reports them
+Differs  the paper prints one run of each system; here seeds vary the split, all draws and all weights, and every row
+         is tested against a reference by a paired bootstrap. Runs share what does not differ: a run starts from the
+         dense, RQ and D_0 stages of its `start`, as hard links, so that its own flags hold from D_1 on
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import run as store
+import train
+
+METRICS = ("recall@10", "mrr@10")
+
+
+@dataclass(frozen=True)
+class Start:
+    """The stages up to D_0, which runs share."""
+
+    flags: str = ""
+    stages: str = ""  # "dense" or "rq": what is taken from the start `of` in turn
+    of: str = "mixture"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: the start that it goes on from, its flags of train.py, the paper's AP, BWT, FWT on NQ320k."""
+
+    start: str
+    flags: str
+    paper: tuple[str, str, str] | None = None  # each Recall@10/MRR@10
+
+
+# fmt: off
+STARTS = {
+    "mixture": Start(),
+    "plain": Start("--no-d0_mixture", "rq"),
+    "topic": Start("--split_by topic"),
+    "paper-code": Start("--ood_mode paper_code", "rq"),
+    "rank-96": Start("--rank 96 --alpha 192", "rq"),
+    "whole": Start("--no-d0_mixture --d0_fragments 0", "rq"),
+    "pq": Start("--no-d0_mixture --d0_fragments 0 --docid_kind pq", "dense"),
+    "hierarchical": Start("--no-d0_mixture --d0_fragments 0 --docid_kind hierarchical", "dense"),
+    "atomic": Start("--no-d0_mixture --d0_fragments 0 --docid_kind atomic", "dense"),
+    "m3-k128": Start("--M 3", "dense"),
+    "m6-k128": Start("--M 6", "dense"),
+    "m4-k64": Start("--K 64", "dense"),
+    "m4-k256": Start("--K 256", "dense"),
+    "half-width": Start("--width 64 --feed_forward 256"),
+    "twice-width": Start("--width 256 --feed_forward 1024"),
+}
+RUNS = {
+    "bm25": Run("mixture", "", ("64.2/42.3", "1.2/0.4", "66.1/42.7")),  # these two: by the run mixlora-dsi
+    "dense": Run("mixture", "", ("68.5/49.7", "0.9/0.9", "68.7/50.1")),
+    "base": Run("plain", "--method base", ("51.1/28.8", "47.7/66.3", "91.0/84.9")),
+    "dsi++": Run("plain", "--method dsi++", ("50.3/35.9", "45.6/55.2", "87.9/82.7")),
+    "clever-512": Run("plain", "--method clever", ("61.0/38.9", "35.0/53.6", "90.6/84.8")),
+    "clever-1024": Run("plain", "--method clever --ewc_samples 1024", ("66.1/47.4", "28.2/42.5", "90.2/84.4")),
+    "clever-512-d0": Run("plain", "--method clever --ewc_protect_d0"),
+    "promptdsi": Run("plain", "--method promptdsi", ("42.8/27.9", "17.7/14.6", "50.6/32.1")),
+    "corpusbrain++": Run("plain", "--method corpusbrain++", ("13.9/9.1", "9.9/5.6", "29.6/23.1")),
+    "incdsi": Run("atomic", "--method incdsi --d0_fragments 0"),
+    "naive-expansion": Run("plain", "--method naive-expansion", ("44.2/25.2", "38.0/50.0", "72.5/64.0")),
+    "mixlora-dsi-pt": Run("plain", "--method mixlora-dsi-pt", ("53.9/35.3", "14.1/19.3", "60.8/45.8")),
+    "never-expand": Run("mixture", "--method never-expand", ("66.5/53.0", "13.8/17.2", "76.7/66.3")),
+    "always-expand": Run("mixture", "--method always-expand", ("68.8/56.2", "12.4/18.3", "78.3/71.6")),
+    "mixlora-dsi": Run("mixture", "", ("68.1/55.2", "13.0/18.1", "78.0/70.0")),
+    "joint": Run("plain", "--method joint"),
+
+    "naive, no mask": Run("plain", "--method naive-expansion --mask full_vocab --d0_mask segment", ("36.2/20.7", "33.1/38.7", "")),
+    "naive + slow learner + KL": Run("plain", "--method naive-expansion --slow grad --kl_coef 0.25 --kl_old_coef 0.3",
+                                     ("52.5/32.8", "15.8/21.1", "")),
+    "+ cosine router + router losses": Run("plain", "--method mixlora-dsi-pt --expand always",
+                                           ("53.2/34.6", "12.6/15.5", "")),
+    "no mask": Run("mixture", "--mask full_vocab --d0_mask segment"),
+    "no align": Run("mixture", "--method always-expand --align_coef 0"),
+    "no repel": Run("mixture", "--method always-expand --repel_coef 0"),
+    "no KL": Run("mixture", "--kl_coef 0 --kl_old_coef 0"),
+    "no KL along earlier docids": Run("mixture", "--kl_old_coef 0"),
+
+    "topic/never-expand": Run("topic", "--method never-expand --split_by topic"),
+    "topic/always-expand": Run("topic", "--method always-expand --split_by topic"),
+    "topic/mixlora-dsi": Run("topic", "--split_by topic"),
+
+    "slow none": Run("mixture", "--slow none"),
+    "slow lr": Run("mixture", "--slow lr"),
+    "paper_code": Run("paper-code", "--ood_mode paper_code"),
+    "paper_code, delta 10": Run("paper-code", "--ood_mode paper_code --delta 10"),
+    "router row random": Run("mixture", "--method always-expand --router_row random"),
+
+    "pt, rq": Run("whole", "--method mixlora-dsi-pt --d0_fragments 0", ("53.2/34.6", "12.6/15.5", "")),
+    "pt, pq": Run("pq", "--method mixlora-dsi-pt --d0_fragments 0 --docid_kind pq", ("3.4/1.6", "1.0/1.5", "")),
+    "pt, hierarchical": Run("hierarchical", "--method mixlora-dsi-pt --d0_fragments 0 --docid_kind hierarchical"),
+    "pt, atomic": Run("atomic", "--method mixlora-dsi-pt --d0_fragments 0 --docid_kind atomic",
+                      ("44.4/24.1", "0.0/0.0", "")),
+    "M 3": Run("m3-k128", "--M 3"),
+    "M 6": Run("m6-k128", "--M 6"),
+    "K 64": Run("m4-k64", "--K 64"),
+    "K 256": Run("m4-k256", "--K 256"),
+    "fixed set, rank 96": Run("rank-96", "--rank 96 --alpha 192 --expand fixed"),
+    "fixed set, rank 32": Run("mixture", "--expand fixed"),
+    "width 64": Run("half-width", "--width 64 --feed_forward 256"),
+    "width 256": Run("twice-width", "--width 256 --feed_forward 1024"),
+}
+RUNS |= {f"delta {delta}": Run("topic", f"--split_by topic --delta {delta}") for delta in ("0.1", "5", "10")}
+ALPHAS = [(align, kl) for align in ("0.1", "0.5", "1.0") for kl in ("0.05", "0.1", "0.5")]
+PAPER_ALPHAS = {  # tables 11-12, whose labels of alpha_1 are off by one row
+    ("0.1", "0.05"): ("65.2/50.8", "15.3/21.0", ""), ("0.1", "0.1"): ("66.7/52.3", "13.3/20.6", ""),
+    ("0.1", "0.5"): ("59.5/40.6", "12.9/15.2", ""), ("0.5", "0.05"): ("64.9/50.2", "18.3/26.2", ""),
+    ("0.5", "0.1"): ("67.0/52.3", "12.8/17.7", ""), ("0.5", "0.5"): ("59.7/40.8", "8.0/5.0", ""),
+    ("1.0", "0.05"): ("66.4/51.8", "17.6/28.0", ""), ("1.0", "0.1"): ("68.1/55.2", "13.0/18.1", ""),
+    ("1.0", "0.5"): ("61.9/45.3", "9.9/7.2", ""),
+}
+RUNS |= {
+    f"alpha {align}, {kl}": Run("mixture", f"--method always-expand --align_coef {align} --kl_coef {kl}",
+                                PAPER_ALPHAS[align, kl])
+    for align, kl in ALPHAS
+}
+
+# Experiment: its rows, and the one that the others are tested against.
+EXPERIMENTS = {
+    "table1": (["bm25", "dense", "base", "dsi++", "clever-512", "clever-1024", "clever-512-d0", "promptdsi",
+                "corpusbrain++", "incdsi", "naive-expansion", "mixlora-dsi-pt", "never-expand", "always-expand",
+                "mixlora-dsi"], "mixlora-dsi"),
+    "joint": (["mixlora-dsi", "joint"], "mixlora-dsi"),
+    "table4": (["naive, no mask", "naive-expansion", "naive + slow learner + KL", "+ cosine router + router losses",
+                "always-expand", "mixlora-dsi", "no mask"], "mixlora-dsi"),
+    "topic": (["topic/never-expand", "topic/always-expand", "topic/mixlora-dsi"], "topic/mixlora-dsi"),
+    "losses": (["no align", "no repel", "no KL", "no KL along earlier docids", "always-expand", "mixlora-dsi"],
+               "mixlora-dsi"),
+    "alpha": ([f"alpha {align}, {kl}" for align, kl in ALPHAS] + ["always-expand"], "always-expand"),
+    "delta": (["delta 0.1", "topic/mixlora-dsi", "delta 5", "delta 10"], "topic/mixlora-dsi"),
+    "slow": (["slow none", "mixlora-dsi", "slow lr"], "mixlora-dsi"),
+    "detector": (["mixlora-dsi", "paper_code", "paper_code, delta 10"], "mixlora-dsi"),
+    "routing": (["naive-expansion", "router row random", "always-expand"], "always-expand"),
+    "docids": (["pt, rq", "pt, pq", "pt, hierarchical", "pt, atomic"], "pt, rq"),
+    "codebooks": (["M 3", "mixlora-dsi", "M 6", "K 64", "K 256"], "mixlora-dsi"),
+    "budget": (["never-expand", "fixed set, rank 32", "fixed set, rank 96", "always-expand"], "always-expand"),
+    "width": (["width 64", "mixlora-dsi", "width 256"], "mixlora-dsi"),
+}
+# fmt: on
+
+FILES = {  # of a run folder, by the last stage that they are needed for
+    "dense": ("corpus.json", "documents", "doc_ids.txt", "tokenizer.model", "pseudo_queries", "dense.pt", "embeddings.npy"),
+    "rq": ("rq.pt", "docids.npy"),
+    "D0": ("D0.pt", "evaluation_D0.json"),
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- runs
+
+
+def inherit(source: Path, target: Path, last: str, config: train.Config) -> None:
+    """A new run folder that has every stage of `source` up to `last`, as links to the same files."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    wanted = list(FILES)[: list(FILES).index(last) + 1]
+    for name in (name for stage in wanted for name in FILES[stage] if (source / name).exists()):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, partial / name, copy_function=os.link)
+        else:
+            os.link(source / name, partial / name)
+    done = store.read_json(source / "stages.json")
+    store.write_json(
+        partial / "stages.json", {stage: done[stage] for stage in ("data", *wanted) if stage in done}
+    )
+    store.write_json(partial / "config.json", asdict(config))
+    partial.rename(target)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run folder to be made or finished, and where its first stages come from."""
+
+    folder: Path
+    flags: tuple[str, ...]
+    source: Path | None  # folder of the run that it starts from
+    last: str  # stage up to which it starts from there
+    ends: int | None  # the last corpus, None: all
+
+
+def tasks_of(labels: list[str], seed: int, out: Path, flags: list[str]) -> list[list[Task]]:
+    """What has to be run for these rows: own starts, starts that take from those, then the runs themselves."""
+    folder = out / str(seed)
+    starts = list(dict.fromkeys(RUNS[label].start for label in labels))
+    starts = list(dict.fromkeys([STARTS[name].of for name in starts if STARTS[name].stages] + starts))
+
+    def task(path: Path, own: str, source: str, last: str, ends: int | None, baselines: bool = False) -> Task:
+        all_flags = [*flags, *own.split(), "--seed", str(seed), "--run", str(path)]
+        all_flags += [] if baselines else ["--no-baselines"]
+        return Task(path, tuple(all_flags), folder / f"start-{source}" if source else None, last, ends)
+
+    first, second, third = [], [], []
+    for name in starts:
+        start = STARTS[name]
+        of = start.of if start.stages else ""
+        made = task(folder / f"start-{name}", start.flags, of, start.stages, 0)
+        (second if of else first).append(made)
+    for label in labels:
+        if label not in ("bm25", "dense"):
+            path = folder / label.replace("/", "-").replace(" ", "_")
+            run = RUNS[label]
+            third.append(task(path, run.flags, run.start, "D0", None, baselines=label == "mixlora-dsi"))
+    return [first, second, third]
+
+
+def perform(task: Task, threads: int) -> str:
+    """Makes or finishes one run folder, in a process of its own. Raises ValueError where it holds another run."""
+    last = "results.json" if task.ends is None else "evaluation_D0.json"
+    if (task.folder / last).exists():
+        return f"{task.folder}: done already"
+    torch.set_num_threads(threads)
+    command = train.parse(list(task.flags))
+    if task.source and not (task.folder / "corpus.json").exists():
+        inherit(task.source, task.folder, task.last, command.config)
+    if (task.folder / "corpus.json").exists():
+        found, wanted = store.read_json(task.folder / "config.json"), asdict(command.config)
+        if differing := [name for name in wanted if found.get(name) != wanted[name]]:
+            raise ValueError(
+                f"{task.folder} holds a run with other settings ({', '.join(differing)}); move it, or pass --out"
+            )
+        command.resume = True
+    train.execute(command, task.ends, quiet=True)
+    return f"{task.folder}: done"
+
+
+def run_all(tasks: list[list[Task]], jobs: int) -> None:
+    """Runs the tasks, `jobs` at a time, those of each list before the next."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    context = multiprocessing.get_context("spawn")
+    for group in tasks:
+        with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
+            for done in pool.map(perform, group, [threads] * len(group)):
+                print(done, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+
+def values_of(label: str, seed: int, out: Path) -> tuple[dict, list[dict[str, list[float]]]]:
+    """results.json of a row, and per corpus each metric's value for every query after the last one."""
+    folder = out / str(seed)
+    reference = label in ("bm25", "dense")
+    path = folder / ("mixlora-dsi" if reference else label.replace("/", "-").replace(" ", "_"))
+    results = store.read_json(path / "results.json")
+    if reference:
+        results = results | {"metrics": results["baselines"][label]}
+    last = label if reference else f"D{len(results['experts']) - 1}"
+    return results, store.read_json(path / f"evaluation_{last}.json")["values"]
+
+
+def paired_p(differences: list[list[np.ndarray]], draws: int = 2000, seed: int = 0) -> float:
+    """Two-sided p-value of a difference in AP, by bootstrap over seeds and, within each corpus, over queries.
+
+    Args:
+        differences: [seed][corpus] (queries,) of a metric, row minus reference, query by query.
+
+    Each draw takes as many seeds as there are, with replacement, and queries within each corpus of each.
+    """
+    rng, seeds = np.random.default_rng(seed), len(differences)
+    drawn = np.zeros(draws)
+    for chosen in rng.integers(seeds, size=(seeds, draws)):
+        for s, corpora in enumerate(differences):
+            at = np.flatnonzero(chosen == s)
+            for d in corpora:
+                for part in np.array_split(at, max(1, len(at) * len(d) // 2_000_000)):
+                    means = d[rng.integers(len(d), size=(len(part), len(d)))].mean(1)
+                    drawn[part] += means / len(corpora) / seeds
+    smaller = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    return min(1.0, 2 * (smaller + 1) / (draws + 1))
+
+
+def summarise(name: str, seeds: list[int], out: Path) -> dict:
+    """What NAME.json holds: a row for each system with every seed's figures, means over seeds of what they cost,
+    and the p-value against the reference.
+    """
+    labels, reference = EXPERIMENTS[name]
+    found = {label: [values_of(label, seed, out) for seed in seeds] for label in labels}
+    rows = []
+    for label in labels:
+        results = [r for r, _ in found[label]]
+        metrics = {
+            m: {key: [r["metrics"][m][key] for r in results] for key in ("AP", "BWT", "FWT")}
+            | {"P": [r["metrics"][m]["P"][-1] for r in results]}
+            for m in METRICS
+        }
+        row = {"label": label, "metrics": metrics, "paper": RUNS[label].paper}
+        if label not in ("bm25", "dense"):
+            later = list(results[0]["trainable_parameters"])
+            row |= {
+                "trainable_parameters": float(np.mean([list(r["trainable_parameters"].values()) for r in results])),
+                "seconds_per_corpus": float(np.mean([[r["seconds"][stage] for stage in later] for r in results])),
+                "peak_memory_bytes": int(np.mean([r["peak_memory_bytes"] for r in results])),
+                "experts": [r["experts"] for r in results],
+                "ood_percent": [r["ood_percent"] for r in results],
+                "first_choice": [r["first_choice"] for r in results],
+            }  # fmt: skip
+        for m in METRICS:
+            differences = [
+                [np.subtract(a[m], b[m]) for a, b in zip(ours, theirs)]
+                for (_, ours), (_, theirs) in zip(found[label], found[reference])
+            ]
+            p = None if label == reference else paired_p(differences)
+            metrics[m]["p_value"] = p
+        rows.append(row | {"p_value": metrics["recall@10"]["p_value"]})
+    return {"name": name, "seeds": seeds, "reference": reference, "rows": rows}
+
+
+# --------------------------------------------------------------------------------------------------- tables
+
+
+def mean_and_error(values: list[float]) -> str:
+    """Mean and standard error over seeds, in percent."""
+    mean = f"{100 * np.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
+
+
+def figures(name: str, summary: dict) -> str:
+    """The experiment's tables in Markdown: one for each metric, then what grew and what it cost."""
+    reference, seeds, rows = summary["reference"], summary["seeds"], summary["rows"]
+    corpora = len(rows[0]["metrics"]["recall@10"]["P"][0])
+    lines = []
+    for place, m in enumerate(METRICS):
+        lines += [
+            f"**{name}, {m}** in percent, mean ± standard error over seeds {', '.join(map(str, seeds))}; "
+            f"p: paired bootstrap of AP against {reference}; last column: the paper's AP, BWT, FWT on NQ320k",
+            "",
+            "| | " + " | ".join(f"D{i}" for i in range(corpora)) + " | AP | BWT | FWT | p | paper |",
+            "|---" * (corpora + 6) + "|",
+        ]
+        for row in rows:
+            of = row["metrics"][m]
+            cells = [f"{100 * value:.1f}" for value in np.mean(of["P"], axis=0)]
+            cells += [mean_and_error(of[key]) for key in ("AP", "BWT", "FWT")]
+            cells.append("" if of["p_value"] is None else f"{of['p_value']:.3f}")
+            cells.append(", ".join(pair.split("/")[place] for pair in row["paper"] or () if pair))
+            lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += [
+        f"**{name}, growth and cost**: mean over corpora D_1.. and seeds; experts of the first seed; newest: share of "
+        "tokens whose first choice is the newest expert, after the last corpus",
+        "",
+        "| | trained parameters | s per corpus | peak MiB | OOD queries, percent per layer | experts per layer at the end | newest |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in rows:
+        if row["label"] not in ("bm25", "dense"):
+            lines.append(f"| {row['label']} | " + " | ".join(growth_cells(row)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def growth_cells(row: dict) -> list[str]:
+    """Cost and growth of one row, for `figures`."""
+    shares = [list(r.values()) for r in row["ood_percent"]]  # [seed][corpus][layer]
+    shares = ["/".join(f"{v:.1f}" for v in np.mean(layers, axis=0)) for layers in zip(*shares) if all(layers)]
+    last = [list(r.values())[-1] for r in row["first_choice"]]
+    newest = "/".join(f"{100 * np.mean([layer[-1] for layer in r]):.0f} %" for r in last if r)
+    return [
+        f"{row['trainable_parameters']:,.0f}", f"{row['seconds_per_corpus']:.0f}",
+        f"{row['peak_memory_bytes'] / 2**20:.0f}", ", ".join(shares),
+        "/".join(map(str, list(row["experts"][0].values())[-1])), newest,
+    ]  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    argv, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    parser = argparse.ArgumentParser(description="Run one of the paper's experiments and print its tables.")
+    parser.add_argument("name", choices=list(EXPERIMENTS))
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 42 on (default 1)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)"
+    )
+    parser.add_argument(
+        "--only", default="", help="labels of the rows to run, with semicolons (default: all)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("experiments"), help="folder (default experiments)")
+    args = parser.parse_args(argv)
+    if args.seeds < 1 or args.jobs < 1:
+        raise ValueError(f"found --seeds {args.seeds} and --jobs {args.jobs}, wanted positive numbers")
+    labels, reference = EXPERIMENTS[args.name]
+    chosen = [label for label in labels if label in args.only.split(";")] if args.only else labels
+    if not chosen:
+        raise ValueError(f"found --only {args.only}, wanted some of {'; '.join(labels)}")
+    seeds = [42 + i for i in range(args.seeds)]
+    for groups in zip(*(tasks_of(chosen, seed, args.out, flags) for seed in seeds)):
+        run_all([sum(groups, [])], args.jobs)
+    if chosen != labels:
+        return
+    summary = summarise(args.name, seeds, args.out)
+    store.write_json(args.out / f"{args.name}.json", summary)
+    text = figures(args.name, summary)
+    store.write(args.out / f"{args.name}.md", text.encode())
+    print(text)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"experiments.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nexperiments.py: stopped; finished runs are kept, the same command goes on")

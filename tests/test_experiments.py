@@ -1,0 +1,208 @@
+"""The experiments: what runs share, what the tables say, and the paired test."""
+
+import json
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toy import TOY, toy_folder
+
+import experiments
+import run as store
+import train
+
+SHARED = Path(os.environ.get("MIXLORA_DATA", Path(__file__).parents[1] / "../shared/data"))
+FLAGS = [*TOY, "--splits", "60,20,20"]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    return toy_folder(tmp_path_factory.mktemp("toy") / "beir")
+
+
+@pytest.fixture(scope="module")
+def slow(toy, tmp_path_factory) -> Path:
+    """A finished experiment of three rows and two seeds, its runs one after another in this process."""
+    out = tmp_path_factory.mktemp("experiments")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "run_all", in_this_process)
+        experiments.main(["slow", "--seeds", "2", "--out", str(out), "--", "--data", str(toy), *FLAGS])
+    return out
+
+
+def in_this_process(tasks, jobs):
+    for task in sum(tasks, []):
+        print(experiments.perform(task, torch.get_num_threads()))
+
+
+def test_every_row_of_every_experiment_has_a_run_whose_flags_train_accepts():
+    for labels, reference in experiments.EXPERIMENTS.values():
+        assert reference in labels and len(set(labels)) == len(labels)
+        for label in labels:
+            run = experiments.RUNS[label]
+            config = train.parse([*run.flags.split(), "--run", "x"]).config
+            start = train.parse([*experiments.STARTS[run.start].flags.split(), "--run", "x"]).config
+            for name in (
+                "docid_kind",
+                "M",
+                "K",
+                "width",
+                "feed_forward",
+                "split_by",
+                "rank",
+                "ood_mode",
+                "d0_mixture",
+            ):
+                if config.mixture or name not in ("d0_mixture", "ood_mode"):
+                    assert getattr(config, name) == getattr(start, name), (label, name)
+            assert config.d0_mask == start.d0_mask == "segment", label
+    used = {label for labels, _ in experiments.EXPERIMENTS.values() for label in labels}
+    assert used == set(experiments.RUNS)
+    assert {experiments.RUNS[label].start for label in used} == set(experiments.STARTS)
+
+
+def test_the_paper_s_figures_beside_the_rows_are_those_of_its_tables():
+    path = SHARED.parent / "golden" / "paper_tables.json"
+    if not path.exists():
+        pytest.skip("needs ../shared/golden/paper_tables.json")
+    rows = json.loads(path.read_text())["rows"]["nq320k"]
+    names = {
+        "bm25": "BM25", "dense": "DPR", "base": "BASE", "dsi++": "DSI++", "clever-512": "CLEVER-512",
+        "clever-1024": "CLEVER-1024", "promptdsi": "PromptDSI", "corpusbrain++": "CorpusBrain++",
+        "naive-expansion": "Naive Expansion", "mixlora-dsi-pt": "MixLoRA-DSI-PT",
+        "never-expand": "MixLoRA-DSI-Expand", "always-expand": "MixLoRA-DSI-OOD", "mixlora-dsi": "MixLoRA-DSI",
+    }  # fmt: skip
+    assert set(names.values()) == set(rows)
+    for label, name in names.items():
+        assert experiments.RUNS[label].paper == tuple(f"{r}/{m}" for r, m in rows[name][-3:]), label
+
+
+def test_runs_share_their_start_bit_by_bit_and_the_start_is_trained_once(slow):
+    for seed in (42, 43):
+        start = slow / str(seed) / "start-mixture"
+        assert not (start / "D1.pt").exists() and not (start / "results.json").exists()
+        for label in ("slow_none", "mixlora-dsi", "slow_lr"):
+            for name in ("dense.pt", "rq.pt", "docids.npy", "D0.pt", "documents/doc_ids.bytes"):
+                if (start / name).exists():
+                    assert os.path.samefile(start / name, slow / str(seed) / label / name)
+        seconds = [
+            store.read_json(slow / str(seed) / x / "results.json")["seconds"]["D0"]
+            for x in ("slow_none", "slow_lr")
+        ]
+        assert seconds[0] == seconds[1]
+    assert not os.path.samefile(
+        slow / "42" / "start-mixture" / "D0.pt", slow / "43" / "start-mixture" / "D0.pt"
+    )
+
+
+def test_a_run_that_started_elsewhere_equals_one_that_was_trained_in_one_go(slow, toy, tmp_path):
+    """Same flags, one process, no links."""
+    alone = ["--data", str(toy), *FLAGS, "--slow", "none", "--seed", "42", "--run", str(tmp_path / "run")]
+    train.main([*alone, "--no-baselines"])
+    one, other = (
+        store.read_tensors(path / "D2.pt")["model"] for path in (tmp_path / "run", slow / "42" / "slow_none")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_same_command_again_runs_nothing_and_a_changed_one_is_refused(slow, toy, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "run_all", in_this_process)
+    monkeypatch.setattr(train, "execute", None)
+    before = (slow / "slow.md").read_text()
+    argv = ["slow", "--seeds", "2", "--out", str(slow), "--", "--data", str(toy), *FLAGS]
+    experiments.main(argv)
+    assert (slow / "slow.md").read_text() == before
+    (slow / "42" / "slow_lr" / "results.json").rename(slow / "aside")
+    with pytest.raises(ValueError, match=r"slow_lr holds a run with other settings \(clip\)"):
+        experiments.main([*argv, "--clip", "2"])
+    (slow / "aside").rename(slow / "42" / "slow_lr" / "results.json")
+
+
+def test_tables_hold_what_the_runs_found(slow):
+    summary = store.read_json(slow / "slow.json")
+    assert [row["label"] for row in summary["rows"]] == ["slow none", "mixlora-dsi", "slow lr"]
+    for row in summary["rows"]:
+        folders = [slow / str(seed) / row["label"].replace(" ", "_") for seed in (42, 43)]
+        found = [store.read_json(folder / "results.json") for folder in folders]
+        ap = [r["metrics"]["mrr@10"]["AP"] for r in found]
+        assert row["metrics"]["mrr@10"]["AP"] == ap
+        mean, error = 100 * sum(ap) / 2, 100 * abs(ap[0] - ap[1]) / 2  # of two: half their distance
+        line = next(
+            line
+            for line in (slow / "slow.md").read_text().split("mrr@10")[1].splitlines()
+            if f"| {row['label']} |" in line
+        )
+        assert f"{mean:.1f} ± {error:.1f}" in line
+        assert row["seconds_per_corpus"] == pytest.approx(
+            np.mean([[r["seconds"]["D1"], r["seconds"]["D2"]] for r in found])
+        )
+        trained = f"{row['trainable_parameters']:,.0f}"
+        assert trained in (slow / "slow.md").read_text() and row["peak_memory_bytes"] > 2**27
+        assert (row["p_value"] is None) == (row["label"] == "mixlora-dsi")
+
+
+def test_bm25_and_dense_rows_come_from_the_run_of_mixlora_dsi(slow):
+    results, values = experiments.values_of("bm25", 42, slow)
+    p = store.read_json(slow / "42" / "mixlora-dsi" / "results.json")["baselines"]["bm25"]["recall@10"]["P"]
+    assert results["metrics"]["recall@10"]["P"] == p
+    assert [np.mean(corpus["recall@10"]) for corpus in values] == pytest.approx(p[-1])
+
+
+def test_one_run_in_a_process_of_its_own(slow, toy, capsys):
+    """The real pool: --only runs some rows and prints no table."""
+    argv = ["losses", "--only", "no KL", "--out", str(slow), "--jobs", "2", "--", "--data", str(toy), *FLAGS]
+    experiments.main(argv)
+    assert "no_KL: done" in capsys.readouterr().out and not (slow / "losses.json").exists()
+    results = store.read_json(slow / "42" / "no_KL" / "results.json")
+    assert results["config"]["kl_coef"] == 0 and results["versions"]["threads"] == max(1, os.cpu_count() // 2)
+
+
+def test_an_interrupted_copy_of_a_start_is_made_anew(slow, tmp_path):
+    source, target = slow / "42" / "start-mixture", tmp_path / "run"
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "D0.pt").write_text("half")
+    config = train.Config(run=str(target))
+    experiments.inherit(source, target, "rq", config)
+    assert not (target / "D0.pt").exists() and os.path.samefile(target / "rq.pt", source / "rq.pt")
+    assert set(store.read_json(target / "stages.json")) == {"data", "dense", "rq"}
+    assert store.read_json(target / "config.json") == asdict(config)
+
+
+def normal_p(differences) -> float:
+    """Two-sided p-value of the mean over corpora, for one seed, by the normal approximation."""
+    mean = np.mean([d.mean() for d in differences])
+    error = math.sqrt(sum(d.var() / len(d) for d in differences)) / len(differences)
+    return math.erfc(abs(mean) / error / math.sqrt(2))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.02, 0.05])
+def test_with_one_seed_the_bootstrap_agrees_with_the_normal_approximation(shift):
+    rng = np.random.default_rng(1)
+    differences = [rng.normal(shift, 0.3, size=n) for n in (300, 200, 250)]
+    assert experiments.paired_p([differences], draws=4000) == pytest.approx(normal_p(differences), abs=0.03)
+
+
+def test_seeds_that_disagree_make_a_difference_less_sure_than_the_same_queries_of_one_seed():
+    rng = np.random.default_rng(2)
+    agree = [[rng.normal(0.05, 0.3, size=400)] for _ in range(3)]
+    apart = [[d - d.mean() + shift] for (d,), shift in zip(agree, (-0.05, 0.05, 0.15))]
+    pooled = [[np.concatenate([d for (d,) in apart])]]
+    assert experiments.paired_p(agree) < 0.01 and experiments.paired_p(pooled) < 0.01
+    assert experiments.paired_p(apart) > 0.05
+
+
+def test_no_difference_has_p_1_and_the_least_p_is_above_0():
+    assert experiments.paired_p([[np.zeros(10)]]) == 1.0
+    assert 0 < experiments.paired_p([[np.ones(10)]]) == pytest.approx(2 / 2001)
+
+
+@pytest.mark.parametrize(
+    "argv, message", [(["table1", "--seeds", "0"], "positive"), (["table1", "--only", "magic"], "base; dsi")]
+)
+def test_bad_input_is_named(argv, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        experiments.main([*argv, "--out", str(tmp_path)])
