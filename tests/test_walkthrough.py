@@ -1,0 +1,163 @@
+"""docs/walkthrough.md runs, and prints what it says it prints.
+
+`python tests/test_walkthrough.py --write` writes the outputs anew.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import faiss
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "walkthrough.md"
+SHARED = Path(os.environ.get("MIXLORA_DATA") or ROOT / "../shared/data").resolve()
+XQUAD = SHARED / "xquad_en"
+BLOCK = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.S)
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?: %)?")
+needs_xquad = pytest.mark.skipif(not XQUAD.is_dir(), reason=f"no folder {XQUAD}; set MIXLORA_DATA")
+
+
+def outputs(page: str) -> list[str]:
+    """What each of the page's python blocks prints, run in order in one namespace and a temporary folder."""
+    printed, names = [], {}
+    threads, faiss_threads, here = torch.get_num_threads(), faiss.omp_get_max_threads(), Path.cwd()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        pytest.MonkeyPatch.context() as patch,
+        torch.enable_grad(),  # leaving it restores the mode, which the page changes
+    ):
+        patch.setenv("MIXLORA_DATA", str(SHARED))
+        try:
+            os.chdir(folder)
+            for number, (code, _) in enumerate(BLOCK.findall(page), 1):
+                with contextlib.redirect_stdout(io.StringIO()) as out:
+                    exec(compile(code, f"{PAGE.name}, block {number}", "exec"), names)
+                printed.append("".join(line.rstrip() + "\n" for line in out.getvalue().splitlines()))
+        finally:
+            os.chdir(here)
+            torch.set_num_threads(threads)
+            faiss.omp_set_num_threads(faiss_threads)
+    return printed
+
+
+def differs(found: str, wanted: str) -> str:
+    """The first line that says something else, or "": words must be equal, and numbers near."""
+    lines, wanted_lines = found.splitlines(), wanted.splitlines()
+    for line, other in zip(lines, wanted_lines):
+        words, other_words = (NUMBER.sub("#", text).split() for text in (line, other))
+        if words != other_words or not all(map(near, NUMBER.findall(line), NUMBER.findall(other))):
+            return f"found {line!r}, wanted {other!r}"
+    return "" if len(lines) == len(wanted_lines) else f"found {len(lines)} lines, wanted {len(wanted_lines)}"
+
+
+def near(found: str, wanted: str) -> bool:
+    """Whole numbers are equal, decimals within 2 % and a unit of their last place, or 3 points of a percentage."""
+    if "." not in found or "." not in wanted or ("%" in found) != ("%" in wanted):
+        return found == wanted
+    number, percent = wanted.removesuffix(" %"), "%" in wanted
+    unit = 10.0 ** -len(number.partition(".")[2])
+    allowed = 3.0 if percent else 0.02 * abs(float(number)) + unit
+    return abs(float(found.removesuffix(" %")) - float(number)) <= allowed + 1e-6
+
+
+@needs_xquad
+def test_every_block_prints_what_stands_below_it():
+    page = PAGE.read_text()
+    blocks = BLOCK.findall(page)
+    assert len(blocks) >= 12 and len(blocks) == page.count("```python\n") == page.count("```text\n")
+    found = outputs(page)
+    wrong = {
+        number: problem
+        for number, (printed, (_, wanted)) in enumerate(zip(found, blocks), 1)
+        if (problem := differs(printed, wanted))
+    }
+    assert not wrong, "python tests/test_walkthrough.py --write writes the outputs anew"
+
+
+@pytest.mark.parametrize(
+    "found, wanted, same",
+    [
+        ("layer 1: 0.50 of x2", "layer 1:  0.51 of x2", True),
+        ("score -3.00", "score -3.06", True),
+        ("score -3.00", "score -3.10", False),
+        ("score -3.00", "score 3.00", False),
+        ("0.00", "0.01", True),
+        ("0.00", "0.02", False),
+        ("70.0 % of queries", "72.8 % of queries", True),
+        ("70.0 % of queries", "74.0 % of queries", False),
+        ("delta 1 %", "delta 2 %", False),
+        ("code 31", "code 30", False),
+        ("code 31", "code 31.0", False),
+        ("Rhine", "Oxygen", False),
+        ("x156", "x157", False),
+        ("one\ntwo", "one", False),
+    ],
+)
+def test_outputs_are_compared_as_the_page_says(found, wanted, same):
+    assert (differs(found, wanted) == "") == same
+
+
+def test_every_function_that_the_page_names_exists():
+    modules = {path.stem for path in ROOT.glob("*.py")}
+    dotted = re.findall(r"`([a-z0-9_]+)\.(\w[\w.]*)`", PAGE.read_text())
+    names = {
+        (module, rest) for module, rest in dotted if module in modules and rest not in ("py", "pt", "json")
+    }
+    assert len(names) >= 25
+    for module, rest in names:
+        value = importlib.import_module(module)
+        for part in rest.split("."):
+            value = getattr(value, part)
+        assert value.__doc__ or rest == "main", (module, rest)
+
+
+def test_the_page_mentions_every_equation_and_section_of_readme():
+    """Also "Eq. 4-5" mentions two."""
+
+    def equations(text: str) -> set[int]:
+        pairs = re.findall(r"Eq\. (\d+)(?:-(\d+))?", text)
+        return {number for first, last in pairs for number in range(int(first), int(last or first) + 1)}
+
+    rows = re.findall(r"^\| ((?:Eq\.|section)[^|]*)", (ROOT / "README.md").read_text(), re.M)
+    wanted, page = equations("\n".join(rows)), PAGE.read_text()
+    assert wanted == set(range(2, 13)) == equations(page)
+    for section in re.findall(r"section \d+\.\d+", "\n".join(rows)):
+        assert section in " ".join(page.split()), section
+
+
+@needs_xquad
+def test_the_page_holds_no_text_of_the_data_set():
+    """No eight words in a row of any passage or question; the licence of the text is not this project's."""
+
+    def windows(text: str) -> set[tuple[str, ...]]:
+        words = re.findall(r"\w+", text.lower())
+        return {tuple(words[i : i + 8]) for i in range(len(words) - 7)}
+
+    theirs = set()
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        texts = [json.loads(line)["text"] for line in (XQUAD / name).read_text().splitlines()]
+        theirs.update(*map(windows, texts))
+    assert len(theirs) > 10_000
+    assert not theirs & windows(PAGE.read_text())
+
+
+def write() -> None:
+    page = PAGE.read_text()
+    found = iter(outputs(page))
+    PAGE.write_text(BLOCK.sub(lambda block: f"```python\n{block[1]}```\n\n```text\n{next(found)}```", page))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit("usage: python tests/test_walkthrough.py --write")
+    sys.path.insert(0, str(ROOT))
+    write()
