@@ -360,7 +360,12 @@ def corpus_rows(config, workload: Workload, t: int) -> Iterator[Row]:
     encode, n_logits = t == 0 or not config.mixture, logits(net, config.mask) + 2 * divergences * logits(net)
     made, held = (passes * kept(net, mix, longest, M, encode, again) for again in (False, config.recompute))
     loss = (2 + 4 + 4 + 4) * n_logits  # bytes: in both precisions, their log-softmax and gradient
-    yield training(config, "training", t, steps, batch, flops, n, n_trained, made + loss, held + loss)
+    row = training(config, "training", t, steps, batch, flops, n, n_trained, made + loss, held + loss)
+    protected = max(0, t - (not config.ewc_protect_d0)) if config.ewc else 0
+    copies = 2 * protected + (
+        t > 0 and config.sam_rho > 0
+    )  # F and theta of EWC; the values before SAM climbs
+    yield replace(row, weights=row.weights + 4 * n * copies)
 
     if mix:
         old = products(net, before, 1, query, M)

@@ -565,3 +565,18 @@ def test_where_no_micro_batch_fits_a_larger_machine_is_named():
 def test_the_machine_s_free_memory_is_between_nothing_and_all_of_it():
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < cost.free_memory("cpu") <= total
+
+
+def test_ewc_and_sam_hold_copies_of_the_weights():
+    """CLEVER on D_3 holds F and theta of two corpora (of three with D_0), DSI++ the weights before its climb."""
+
+    def held(*flags) -> float:
+        config = train.parse(["--data", "nq320k", *flags]).config
+        rows = cost.rows(config, cost.WORKLOADS["nq320k"])
+        return next(row.weights for row in rows if (row.stage, row.t) == ("training", 3))
+
+    net = cost.network(train.parse(["--data", "nq320k", "--method", "base"]).config)
+    n, base = sum(cost.parameters(net).values()), held("--method", "base")
+    assert held("--method", "clever") - base == 2 * 8 * n
+    assert held("--method", "clever", "--ewc_protect_d0") - base == 3 * 8 * n
+    assert held("--method", "dsi++") - base == 4 * n
