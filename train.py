@@ -68,7 +68,7 @@ class Config:
     data: str = flag("boolq", "data", "boolq, nq320k, msmarco, or a folder in BEIR layout")
     data_dir: str = flag("", "data", "folder of the published files of nq320k or msmarco (default data/NAME; fetched where absent)")
     preset: str = flag("", "data", "recipe: boolq, beir, nq320k, msmarco (default: that of --data, beir for a folder)")
-    method: str = flag("mixlora-dsi", "data", "a name of METHODS: mixlora-dsi, one of its variants, or a baseline of the paper")
+    method: str = flag("mixlora-dsi", "data", "mixlora-dsi, mixlora-dsi-pt, never-expand, always-expand; baselines: naive-expansion, base, dsi++, clever, promptdsi, corpusbrain++, incdsi, joint")
     run: str = flag("", "data", "run folder (default runs/<data>)")
     save_seconds: float = flag(600.0, "data", "between two saves of where a stage stands (latest.pt)")
     seed: int = flag(42, "data", "of splits, draws and weights (paper: 42)")
