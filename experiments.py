@@ -25,6 +25,7 @@ import run as store
 import train
 
 METRICS = ("recall@10", "mrr@10")
+NOT_RUN = ("bm25", "dense")  # rows that the run mixlora-dsi evaluates beside itself
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ STARTS = {
     "twice-width": Start("--width 256 --feed_forward 1024"),
 }
 RUNS = {
-    "bm25": Run("mixture", "", ("64.2/42.3", "1.2/0.4", "66.1/42.7")),  # these two: by the run mixlora-dsi
+    "bm25": Run("mixture", "", ("64.2/42.3", "1.2/0.4", "66.1/42.7")),
     "dense": Run("mixture", "", ("68.5/49.7", "0.9/0.9", "68.7/50.1")),
     "base": Run("plain", "--method base", ("51.1/28.8", "47.7/66.3", "91.0/84.9")),
     "dsi++": Run("plain", "--method dsi++", ("50.3/35.9", "45.6/55.2", "87.9/82.7")),
@@ -194,6 +195,10 @@ class Task:
     ends: int | None  # the last corpus, None: all
 
 
+def file_name(label: str) -> str:
+    return label.replace("/", "-").replace(" ", "_")
+
+
 def tasks_of(labels: list[str], seed: int, out: Path, flags: list[str]) -> list[list[Task]]:
     """What has to be run for these rows: own starts, starts that take from those, then the runs themselves."""
     folder = out / str(seed)
@@ -212,10 +217,18 @@ def tasks_of(labels: list[str], seed: int, out: Path, flags: list[str]) -> list[
         made = task(folder / f"start-{name}", start.flags, of, start.stages, 0)
         (second if of else first).append(made)
     for label in labels:
-        if label not in ("bm25", "dense"):
-            path = folder / label.replace("/", "-").replace(" ", "_")
+        if label not in NOT_RUN:
             run = RUNS[label]
-            third.append(task(path, run.flags, run.start, "D0", None, baselines=label == "mixlora-dsi"))
+            third.append(
+                task(
+                    folder / file_name(label),
+                    run.flags,
+                    run.start,
+                    "D0",
+                    None,
+                    baselines=label == "mixlora-dsi",
+                )
+            )
     return [first, second, third]
 
 
@@ -254,13 +267,11 @@ def run_all(tasks: list[list[Task]], jobs: int) -> None:
 
 def values_of(label: str, seed: int, out: Path) -> tuple[dict, list[dict[str, list[float]]]]:
     """results.json of a row, and per corpus each metric's value for every query after the last one."""
-    folder = out / str(seed)
-    reference = label in ("bm25", "dense")
-    path = folder / ("mixlora-dsi" if reference else label.replace("/", "-").replace(" ", "_"))
+    path = out / str(seed) / file_name("mixlora-dsi" if label in NOT_RUN else label)
     results = store.read_json(path / "results.json")
-    if reference:
-        results = results | {"metrics": results["baselines"][label]}
-    last = label if reference else f"D{len(results['experts']) - 1}"
+    last = f"D{len(results['experts']) - 1}"
+    if label in NOT_RUN:
+        results, last = results | {"metrics": results["baselines"][label]}, label
     return results, store.read_json(path / f"evaluation_{last}.json")["values"]
 
 
@@ -300,7 +311,7 @@ def summarise(name: str, seeds: list[int], out: Path) -> dict:
             for m in METRICS
         }
         row = {"label": label, "metrics": metrics, "paper": RUNS[label].paper}
-        if label not in ("bm25", "dense"):
+        if label not in NOT_RUN:
             later = list(results[0]["trainable_parameters"])
             row |= {
                 "trainable_parameters": float(np.mean([list(r["trainable_parameters"].values()) for r in results])),
@@ -315,8 +326,7 @@ def summarise(name: str, seeds: list[int], out: Path) -> dict:
                 [np.subtract(a[m], b[m]) for a, b in zip(ours, theirs)]
                 for (_, ours), (_, theirs) in zip(found[label], found[reference])
             ]
-            p = None if label == reference else paired_p(differences)
-            metrics[m]["p_value"] = p
+            metrics[m]["p_value"] = None if label == reference else paired_p(differences)
         rows.append(row | {"p_value": metrics["recall@10"]["p_value"]})
     return {"name": name, "seeds": seeds, "reference": reference, "rows": rows}
 
@@ -345,21 +355,20 @@ def figures(name: str, summary: dict) -> str:
         ]
         for row in rows:
             of = row["metrics"][m]
-            cells = [f"{100 * value:.1f}" for value in np.mean(of["P"], axis=0)]
-            cells += [mean_and_error(of[key]) for key in ("AP", "BWT", "FWT")]
+            cells = [mean_and_error(values) for values in (*zip(*of["P"]), of["AP"], of["BWT"], of["FWT"])]
             cells.append("" if of["p_value"] is None else f"{of['p_value']:.3f}")
             cells.append(", ".join(pair.split("/")[place] for pair in row["paper"] or () if pair))
             lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += [
-        f"**{name}, growth and cost**: mean over corpora D_1.. and seeds; experts of the first seed; newest: share of "
+        f"**{name}, growth and cost**: mean over corpora D_1.. and seeds, seconds with evaluation; experts of the first seed; newest: share of "
         "tokens whose first choice is the newest expert, after the last corpus",
         "",
         "| | trained parameters | s per corpus | peak MiB | OOD queries, percent per layer | experts per layer at the end | newest |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
-        if row["label"] not in ("bm25", "dense"):
+        if row["label"] not in NOT_RUN:
             lines.append(f"| {row['label']} | " + " | ".join(growth_cells(row)) + " |")
     return "\n".join(lines) + "\n"
 
