@@ -254,7 +254,7 @@ def perform(task: Task, threads: int) -> str:
 
 def run_all(tasks: list[list[Task]], jobs: int) -> None:
     """Runs the tasks, `jobs` at a time, those of each list before the next."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
     for group in tasks:
         with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:

@@ -158,7 +158,7 @@ def test_one_run_in_a_process_of_its_own(slow, toy, capsys):
     experiments.main(argv)
     assert "no_KL: done" in capsys.readouterr().out and not (slow / "losses.json").exists()
     results = store.read_json(slow / "42" / "no_KL" / "results.json")
-    assert results["config"]["kl_coef"] == 0 and results["versions"]["threads"] == max(1, os.cpu_count() // 2)
+    assert results["config"]["kl_coef"] == 0 and results["versions"]["threads"] == max(1, torch.get_num_threads() // 2)
 
 
 def test_an_interrupted_copy_of_a_start_is_made_anew(slow, tmp_path):
