@@ -8,8 +8,10 @@ Next     train.py trains with them; run.py keeps adapters and prompts in checkpo
 Differs  DSI++ is without its generative replay, as in the paper. PromptDSI's released code compares topics with the
          mean of the decoder's input embeddings, which in training holds the docid that is asked for: here it is
          the mean of the query's encoder outputs, the same in training and search. Topics come from k-means of
-         these in place of BERTopic. EWC's F is the square of one mean gradient, as released, not Fisher's mean of
-         squares. IncDSI inserts all documents of a corpus at once, by Adam in place of L-BFGS (`insert_rows`).
+         these in place of BERTopic; the word rows, which its frozen encoder reads, do not train, so that the
+         encoder's outputs are computed once. EWC's F is the square of one mean gradient, as released, not Fisher's mean of
+         squares. IncDSI inserts all documents of a corpus at once, by Adam in place of L-BFGS (`insert_rows`), and its
+         old documents' mean queries are computed again from their text (train.py) instead of stored.
 """
 
 import faiss
@@ -207,8 +209,8 @@ def insert_rows(
 
     Args:
         table: (N, D) rows e_j of the old documents; they stay.
-        represented: (N, D) their z_j, means of hidden states, kept from when they were inserted.
-        rows: (n, D) where the new ones start, e.g. means of their queries.
+        represented: (N, D) their z_j, means of hidden states, as they were when those were inserted.
+        rows: (n, D) where the new ones start, e.g. their embeddings.
         queries: (Q, D) hidden states of the new documents' pseudo-queries.
         owner: (Q,) which of the n each belongs to.
         lr: of Adam, as a share of the standard size of `rows`' and `table`'s entries.

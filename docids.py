@@ -75,13 +75,17 @@ def atomic(embeddings: Tensor) -> tuple[Tensor, Tensor]:
     The books hold later documents too, each embedded by D_0's bi-encoder; train.py shows the model the rows of
     documents that have arrived. Raises ValueError above 32,767 documents, as docids are kept as int16.
     """
-    n = len(embeddings)
+    require_few(len(embeddings))
+    return embeddings[None].clone(), torch.arange(len(embeddings))[:, None]
+
+
+def require_few(n: int) -> None:
+    """Raises ValueError where n documents are more than atomic docids can number."""
     if n > MOST_ATOMIC:
         raise ValueError(
             f"found {n} documents, wanted at most {MOST_ATOMIC} for atomic docids, whose codes are kept as int16; take "
             "fewer documents, or docids of another kind"
         )
-    return embeddings[None].clone(), torch.arange(n)[:, None]
 
 
 def hierarchical(

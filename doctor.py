@@ -377,6 +377,8 @@ def updates(patient: Patient) -> Finding:
         mixture, frozen = bool(mixed_layers(after)), set()
         if t and (mixture or after.prompts or baselines.adapters(after) or patient.config["insert"]):
             frozen = {"word table", "encoder", "decoder", "experts", "routers"}
+        if baselines.adapters(after):
+            frozen -= {"word table"}
         if t and patient.config["insert"]:
             frozen |= {"docid table"}  # its old rows
         if t and patient.config["expand"] == "fixed":

@@ -6,7 +6,9 @@ Out      OUT/SEED/RUN, a run folder each; OUT/NAME.json, which plot.py draws, an
 Next     RESULTS.md reports them
 Differs  the paper prints one run of each system; here seeds vary the split, all draws and all weights, and every row
          is tested against a reference by a paired bootstrap. Runs share what does not differ: a run starts from the
-         dense, RQ and D_0 stages of its `start`, as hard links, so that its own flags hold from D_1 on
+         dense, RQ and D_0 stages of its `start`, as hard links, so that its own flags hold from D_1 on. Rows about
+         router losses expand always, since the default stream makes no layer grow. Flags that are numbers are meant
+         for the small presets
 """
 
 import argparse
@@ -90,8 +92,8 @@ RUNS = {
     "no mask": Run("mixture", "--mask full_vocab --d0_mask segment"),
     "no align": Run("mixture", "--method always-expand --align_coef 0"),
     "no repel": Run("mixture", "--method always-expand --repel_coef 0"),
-    "no KL": Run("mixture", "--kl_coef 0 --kl_old_coef 0"),
-    "no KL along earlier docids": Run("mixture", "--kl_old_coef 0"),
+    "no KL": Run("mixture", "--method always-expand --kl_coef 0 --kl_old_coef 0"),
+    "no KL along earlier docids": Run("mixture", "--method always-expand --kl_old_coef 0"),
 
     "topic/never-expand": Run("topic", "--method never-expand --split_by topic"),
     "topic/always-expand": Run("topic", "--method always-expand --split_by topic"),
@@ -127,7 +129,7 @@ PAPER_ALPHAS = {  # tables 11-12, whose labels of alpha_1 are off by one row
     ("1.0", "0.5"): ("61.9/45.3", "9.9/7.2", ""),
 }
 RUNS |= {
-    f"alpha {align}, {kl}": Run("mixture", f"--method always-expand --align_coef {align} --kl_coef {kl}",
+    f"alpha {align}, {kl}": Run("mixture", f"--method always-expand --align_coef {align} --kl_coef {kl} --kl_old_coef 0",
                                 PAPER_ALPHAS[align, kl])
     for align, kl in ALPHAS
 }
@@ -141,9 +143,8 @@ EXPERIMENTS = {
     "table4": (["naive, no mask", "naive-expansion", "naive + slow learner + KL", "+ cosine router + router losses",
                 "always-expand", "mixlora-dsi", "no mask"], "mixlora-dsi"),
     "topic": (["topic/never-expand", "topic/always-expand", "topic/mixlora-dsi"], "topic/mixlora-dsi"),
-    "losses": (["no align", "no repel", "no KL", "no KL along earlier docids", "always-expand", "mixlora-dsi"],
-               "mixlora-dsi"),
-    "alpha": ([f"alpha {align}, {kl}" for align, kl in ALPHAS] + ["always-expand"], "always-expand"),
+    "losses": (["no align", "no repel", "no KL", "no KL along earlier docids", "always-expand"], "always-expand"),
+    "alpha": ([f"alpha {align}, {kl}" for align, kl in ALPHAS], "alpha 1.0, 0.1"),
     "delta": (["delta 0.1", "topic/mixlora-dsi", "delta 5", "delta 10"], "topic/mixlora-dsi"),
     "slow": (["slow none", "mixlora-dsi", "slow lr"], "mixlora-dsi"),
     "detector": (["mixlora-dsi", "paper_code", "paper_code, delta 10"], "mixlora-dsi"),
@@ -177,9 +178,7 @@ def inherit(source: Path, target: Path, last: str, config: train.Config) -> None
         else:
             os.link(source / name, partial / name)
     done = store.read_json(source / "stages.json")
-    store.write_json(
-        partial / "stages.json", {stage: done[stage] for stage in ("data", *wanted) if stage in done}
-    )
+    store.write_json(partial / "stages.json", {stage: done[stage] for stage in ("data", *wanted)})
     store.write_json(partial / "config.json", asdict(config))
     partial.rename(target)
 
@@ -207,7 +206,7 @@ def tasks_of(labels: list[str], seed: int, out: Path, flags: list[str]) -> list[
 
     def task(path: Path, own: str, source: str, last: str, ends: int | None, baselines: bool = False) -> Task:
         all_flags = [*flags, *own.split(), "--seed", str(seed), "--run", str(path)]
-        all_flags += [] if baselines else ["--no-baselines"]
+        all_flags += ["--baselines" if baselines else "--no-baselines"]
         return Task(path, tuple(all_flags), folder / f"start-{source}" if source else None, last, ends)
 
     first, second, third = [], [], []
@@ -232,11 +231,16 @@ def tasks_of(labels: list[str], seed: int, out: Path, flags: list[str]) -> list[
     return [first, second, third]
 
 
+def is_done(task: Task) -> bool:
+    """Whether the folder holds all that the task is to make, by the file that is written last."""
+    if task.ends is None:
+        return (task.folder / "results.json").exists()
+    stages = task.folder / "stages.json"
+    return stages.exists() and f"D{task.ends}" in store.read_json(stages)
+
+
 def perform(task: Task, threads: int) -> str:
     """Makes or finishes one run folder, in a process of its own. Raises ValueError where it holds another run."""
-    last = "results.json" if task.ends is None else "evaluation_D0.json"
-    if (task.folder / last).exists():
-        return f"{task.folder}: done already"
     torch.set_num_threads(threads)
     command = train.parse(list(task.flags))
     if task.source and not (task.folder / "corpus.json").exists():
@@ -247,6 +251,8 @@ def perform(task: Task, threads: int) -> str:
             raise ValueError(
                 f"{task.folder} holds a run with other settings ({', '.join(differing)}); move it, or pass --out"
             )
+        if is_done(task):
+            return f"{task.folder}: done already"
         command.resume = True
     train.execute(command, task.ends, quiet=True)
     return f"{task.folder}: done"
@@ -281,9 +287,15 @@ def paired_p(differences: list[list[np.ndarray]], draws: int = 2000, seed: int =
     Args:
         differences: [seed][corpus] (queries,) of a metric, row minus reference, query by query.
 
-    Each draw takes as many seeds as there are, with replacement, and queries within each corpus of each.
+    Each draw takes as many seeds as there are, with replacement, and queries within each corpus of each. Drawn from
+    n seeds, their variance would come out (n - 1) / n of its size, so deviations of seeds are stretched before. One
+    seed tells of queries alone, and of a few the p-value is still somewhat too small.
     """
     rng, seeds = np.random.default_rng(seed), len(differences)
+    of_seeds = np.array([np.mean([d.mean() for d in corpora]) for corpora in differences])
+    stretch = (seeds / (seeds - 1)) ** 0.5 - 1 if seeds > 1 else 0.0
+    moved = stretch * (of_seeds - of_seeds.mean())
+    differences = [[d + move for d in corpora] for corpora, move in zip(differences, moved)]
     drawn = np.zeros(draws)
     for chosen in rng.integers(seeds, size=(seeds, draws)):
         for s, corpora in enumerate(differences):
@@ -348,7 +360,7 @@ def figures(name: str, summary: dict) -> str:
     for place, m in enumerate(METRICS):
         lines += [
             f"**{name}, {m}** in percent, mean ± standard error over seeds {', '.join(map(str, seeds))}; "
-            f"p: paired bootstrap of AP against {reference}; last column: the paper's AP, BWT, FWT on NQ320k",
+            f"p: paired bootstrap of AP against {reference} over queries{' and seeds' * (len(seeds) > 1)}; last column: the paper's AP, BWT, FWT on NQ320k",
             "",
             "| | " + " | ".join(f"D{i}" for i in range(corpora)) + " | AP | BWT | FWT | p | paper |",
             "|---" * (corpora + 6) + "|",
@@ -361,7 +373,8 @@ def figures(name: str, summary: dict) -> str:
             lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += [
-        f"**{name}, growth and cost**: mean over corpora D_1.. and seeds, seconds with evaluation; experts of the first seed; newest: share of "
+        f"**{name}, growth and cost**: mean over corpora D_1.. and seeds, seconds with evaluation (of a resumed corpus, since it was resumed); layers stand between slashes; experts and "
+        "newest of the first seed; newest: share of "
         "tokens whose first choice is the newest expert, after the last corpus",
         "",
         "| | trained parameters | s per corpus | peak MiB | OOD queries, percent per layer | experts per layer at the end | newest |",
@@ -376,9 +389,9 @@ def figures(name: str, summary: dict) -> str:
 def growth_cells(row: dict) -> list[str]:
     """Cost and growth of one row, for `figures`."""
     shares = [list(r.values()) for r in row["ood_percent"]]  # [seed][corpus][layer]
-    shares = ["/".join(f"{v:.1f}" for v in np.mean(layers, axis=0)) for layers in zip(*shares) if all(layers)]
-    last = [list(r.values())[-1] for r in row["first_choice"]]
-    newest = "/".join(f"{100 * np.mean([layer[-1] for layer in r]):.0f} %" for r in last if r)
+    shares = ["/".join(f"{v:.1f}" for v in np.mean(layers, axis=0)) or "–" for layers in zip(*shares)]
+    last = list(row["first_choice"][0].values())[-1]
+    newest = "/".join(f"{100 * layer[-1]:.0f} %" for layer in last)
     return [
         f"{row['trainable_parameters']:,.0f}", f"{row['seconds_per_corpus']:.0f}",
         f"{row['peak_memory_bytes'] / 2**20:.0f}", ", ".join(shares),
@@ -402,9 +415,9 @@ def main(argv: list[str]) -> None:
     if args.seeds < 1 or args.jobs < 1:
         raise ValueError(f"found --seeds {args.seeds} and --jobs {args.jobs}, wanted positive numbers")
     labels, reference = EXPERIMENTS[args.name]
-    chosen = [label for label in labels if label in args.only.split(";")] if args.only else labels
-    if not chosen:
-        raise ValueError(f"found --only {args.only}, wanted some of {'; '.join(labels)}")
+    chosen = args.only.split(";") if args.only else labels
+    if unknown := [label for label in chosen if label not in labels]:
+        raise ValueError(f"found --only {'; '.join(unknown)}, wanted some of {'; '.join(labels)}")
     seeds = [42 + i for i in range(args.seeds)]
     for groups in zip(*(tasks_of(chosen, seed, args.out, flags) for seed in seeds)):
         run_all([sum(groups, [])], args.jobs)

@@ -203,8 +203,8 @@ PRESETS = {
     ),
 }  # fmt: skip
 PLAIN_START = dict(d0_mixture=False)
-FROZEN = PLAIN_START | dict(mixture=False, kl_coef=0.0, kl_old_coef=0.0, slow="none")
-BASE = FROZEN | dict(lr=1e-3)
+PLAIN = PLAIN_START | dict(mixture=False, kl_coef=0.0, kl_old_coef=0.0, slow="none")
+BASE = PLAIN | dict(lr=1e-3)
 METHODS = {
     "mixlora-dsi": {},
     "never-expand": dict(expand="never"),
@@ -217,31 +217,22 @@ METHODS = {
     "base": BASE,
     "dsi++": BASE | dict(sam_rho=0.15),
     "clever": BASE | dict(ewc=0.5),
-    "promptdsi": FROZEN | dict(prompts=300),
-    "corpusbrain++": FROZEN | dict(adapters=True, mask="full_vocab", d0_mask="segment"),
-    "joint": FROZEN | dict(joint=True),
-    "incdsi": FROZEN | dict(docid_kind="atomic", insert=True, d0_fragments=0),
+    "promptdsi": PLAIN | dict(prompts=300),
+    "corpusbrain++": PLAIN | dict(adapters=True, mask="full_vocab", d0_mask="segment"),
+    "joint": PLAIN | dict(joint=True),
+    "incdsi": PLAIN | dict(docid_kind="atomic", insert=True, d0_fragments=0),
 }  # fmt: skip
 UNCOUNTED = ("dsi++", "clever", "promptdsi", "corpusbrain++", "joint", "incdsi")  # by cost.py, but for memory
 # Where the paper's recipe of a method differs from its own preset's (appendix E and the released scripts): methods
-# that start from the plain T5 take larger batches on NQ320k and BASE fewer epochs; on MS MARCO they warm D_0 up less.
-METHOD_RECIPES = {
-    ("boolq", "promptdsi"): dict(prompts=32),
-    ("beir", "promptdsi"): dict(prompts=32),
-    ("nq320k", "mixlora-dsi-pt"): dict(batch=128),
-    ("nq320k", "naive-expansion"): dict(batch=128),
-    ("nq320k", "base"): dict(batch=128, epochs=5),
-    ("nq320k", "dsi++"): dict(batch=128, epochs=5),
-    ("nq320k", "clever"): dict(batch=128, epochs=5),
-    ("nq320k", "promptdsi"): dict(batch=128),
-    ("nq320k", "corpusbrain++"): dict(batch=128),
-    ("msmarco", "mixlora-dsi-pt"): dict(d0_warmup=0.045),
-    ("msmarco", "naive-expansion"): dict(d0_warmup=0.045),
-} | {
-    ("msmarco", method): dict(d0_warmup=0.045)
-    for method in METHODS
-    if METHODS[method].get("mixture") is False
-}
+# that start from the plain T5 take larger batches on NQ320k, BASE and its relatives fewer epochs; on MS MARCO they warm D_0 up less.
+FROM_PLAIN = [method for method in METHODS if not METHODS[method].get("d0_mixture", True)]
+METHOD_RECIPES = (
+    {("nq320k", method): dict(batch=128) for method in FROM_PLAIN}
+    | {("nq320k", method): dict(batch=128, epochs=5) for method in ("base", "dsi++", "clever")}
+    | {("msmarco", method): dict(d0_warmup=0.045) for method in FROM_PLAIN}
+    | {("msmarco", "promptdsi"): dict(d0_warmup=0.045, prompts=6611)}
+    | {(preset, "promptdsi"): dict(prompts=32) for preset in ("boolq", "beir")}
+)
 
 
 # ----------------------------------------------------------------------------------------------------- stages
@@ -702,7 +693,7 @@ def continual_stage(
 def later_stage(
     job: Job, t: int, bi_encoder: T5, books: Tensor, codes: Tensor, previous: tuple[T5, list[ood.Stats]]
 ) -> tuple[T5, list[ood.Stats], dict]:
-    """D_t, t >= 1, by the run's method: two baselines do not go on training."""
+    """D_t, t >= 1, by the run's method: joint retraining begins anew, IncDSI trains nothing, all others go on."""
     if job.config.joint:
         model, stats = d0_stage(job, bi_encoder, books, codes, last=t)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -713,7 +704,7 @@ def later_stage(
 
 
 def add_baseline(job: Job, model: T5) -> None:
-    """What PromptDSI and CorpusBrain++ train beside the docid table, put in on D_1; else everything trains (BASE)."""
+    """Puts in what PromptDSI and CorpusBrain++ train beside the shared table, on D_1; else everything trains (BASE)."""
     config = job.config
     if config.prompts and model.prompts is None:
         model.eval()
@@ -737,7 +728,9 @@ def ewc_memory(job: Job, t: int, codes: Tensor) -> list[tuple[dict[str, Tensor],
     memory = []
     for i in range(0 if job.config.ewc_protect_d0 else 1, t):
         model = job.ready(store.load_model(job.folder / f"D{i}.pt")[0])
-        pairs = job.sample(i, job.config.ewc_samples, "ewc")
+        rng = random.Random(f"{job.config.seed} ewc {i}")
+        rows = rng.choices(job.corpora[i].rows, k=job.config.ewc_samples)
+        pairs = [(row, job.samplers[i].draw(row, rng)) for row in rows]
         found = baselines.fisher(model, job.tokens(pairs), codes[[row for row, _ in pairs]].to(job.device))
         memory.append((found, baselines.values_of(model, found)))
     return memory
@@ -746,7 +739,8 @@ def ewc_memory(job: Job, t: int, codes: Tensor) -> list[tuple[dict[str, Tensor],
 def insertion_stage(job: Job, t: int, books: Tensor, codes: Tensor, model: T5) -> dict:
     """D_t by IncDSI: the model stays as D_0 left it, and each new document gets the row that its queries find.
 
-    Old documents' mean queries follow from the frozen model, so that none is stored.
+    It needs a mean query of every older document. They are what they were when the document came, since the model is
+    frozen and the draw (four queries each) has a fixed seed, and so are computed again instead of stored.
     """
     job.ready(model).eval()
     first, pairs = job.corpora[t].first_row, job.training_queries(t)
@@ -825,8 +819,10 @@ def freeze_old(model: T5) -> None:
     """
     model.requires_grad_(False)
     model.rq.requires_grad_(True)
-    for adapter in baselines.adapters(model):
-        adapter.requires_grad_(True)
+    if adapters := baselines.adapters(model):
+        model.word.requires_grad_(True)  # CorpusBrain++ trains the whole shared table
+        for adapter in adapters:
+            adapter.requires_grad_(True)
     if model.prompts:
         model.prompts.keys_values.requires_grad_(True)
     for layer in mixed_layers(model):
@@ -901,6 +897,8 @@ def train(config: Config, folder: Path, log: store.Log, last: int | None = None)
             f"D{t}: {len(corpus.ids)} documents, {len(corpus.train)} annotated and {len(corpus.test)} test queries, "
             f"ids sha256 {store.ids_sha256(corpus)[:16]}"
         )
+    if config.docid_kind == "atomic":
+        other_docids.require_few(len(job.ids))
     if "data" not in done:
         finish("data", begin)
     if config.check_memory:
@@ -926,6 +924,7 @@ def train(config: Config, folder: Path, log: store.Log, last: int | None = None)
         if stage in done and checkpoint.exists():
             log.line(f"D{t} is done already")
             evaluations.append(scoring.Evaluation(**store.read_json(folder / f"evaluation_D{t}.json")))
+            state = None
             continue
         begin = time.monotonic()
         if t == 0:
@@ -948,9 +947,10 @@ def train(config: Config, folder: Path, log: store.Log, last: int | None = None)
     results = {}
     if distributed.first():
         begin = time.monotonic()
+        peak = peak_memory()
         rows = references(job, bi_encoder, embeddings) if config.baselines else {}
         done["baselines"] = {"seconds": time.monotonic() - begin}
-        results = assemble(config, job, done, scoring.summarise(evaluations, config.seed), rows)
+        results = assemble(config, job, done, scoring.summarise(evaluations, config.seed), rows, peak)
         store.write_json(folder / "results.json", results)
     distributed.wait()
     return results
@@ -971,7 +971,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def assemble(config: Config, job: Job, done: dict, metrics: dict, rows: dict) -> dict:
+def assemble(config: Config, job: Job, done: dict, metrics: dict, rows: dict, peak: int) -> dict:
     """The contents of results.json."""
     later = [stage for stage in done if stage[1:].isdigit() and stage != "D0"]
     return {
@@ -986,7 +986,7 @@ def assemble(config: Config, job: Job, done: dict, metrics: dict, rows: dict) ->
         "first_choice": {s: done[s].get("first_choice", []) for s in later},
         "trainable_parameters": {s: done[s]["trainable_parameters"] for s in later},
         "seconds": {stage: record["seconds"] for stage, record in done.items()},
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": peak,
         "docids": done["rq"]["docids"],
         "config": asdict(config),
         "versions": {
@@ -1112,8 +1112,20 @@ def check(config: Config) -> None:
         raise ValueError(f"fragments have no {config.docid_kind} docid; pass --d0_fragments 0")
     if config.insert and config.docid_kind != "atomic":
         raise ValueError("--insert gives each new document a row of its own; pass --docid_kind atomic")
-    if config.ewc and config.docid_kind == "atomic":
-        raise ValueError("--ewc compares a table with an earlier one, and an atomic one grows; pass --ewc 0")
+    if config.ewc and (config.mixture or config.docid_kind == "atomic"):
+        raise ValueError(
+            "--ewc compares tensors with earlier ones, and experts and atomic tables grow; pass --ewc 0"
+        )
+    if config.mixture and (config.prompts or config.adapters or config.joint or config.insert):
+        raise ValueError(
+            "--prompts, --adapters, --joint and --insert are of methods without a mixture: --no-mixture"
+        )
+    if config.docids and config.docid_kind != "rq":
+        raise ValueError(f"--docids brings docids of its own, not those of --docid_kind {config.docid_kind}")
+    if config.docid_kind == "pq" and config.width % config.M and not config.t5:
+        raise ValueError(
+            f"found --M {config.M}, wanted one that divides --width {config.width} for --docid_kind pq"
+        )
     if config.joint and not config.steps:
         raise ValueError("--joint trains for d0_steps + t * steps steps; pass --steps")
     if config.mixture:

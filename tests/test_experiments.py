@@ -86,9 +86,8 @@ def test_runs_share_their_start_bit_by_bit_and_the_start_is_trained_once(slow):
         start = slow / str(seed) / "start-mixture"
         assert not (start / "D1.pt").exists() and not (start / "results.json").exists()
         for label in ("slow_none", "mixlora-dsi", "slow_lr"):
-            for name in ("dense.pt", "rq.pt", "docids.npy", "D0.pt", "documents/doc_ids.bytes"):
-                if (start / name).exists():
-                    assert os.path.samefile(start / name, slow / str(seed) / label / name)
+            for name in ("dense.pt", "rq.pt", "docids.npy", "D0.pt", "documents/ids.bin"):
+                assert os.path.samefile(start / name, slow / str(seed) / label / name)
         seconds = [
             store.read_json(slow / str(seed) / x / "results.json")["seconds"]["D0"]
             for x in ("slow_none", "slow_lr")
@@ -116,10 +115,21 @@ def test_the_same_command_again_runs_nothing_and_a_changed_one_is_refused(slow, 
     argv = ["slow", "--seeds", "2", "--out", str(slow), "--", "--data", str(toy), *FLAGS]
     experiments.main(argv)
     assert (slow / "slow.md").read_text() == before
-    (slow / "42" / "slow_lr" / "results.json").rename(slow / "aside")
-    with pytest.raises(ValueError, match=r"slow_lr holds a run with other settings \(clip\)"):
+    with pytest.raises(ValueError, match=r"start-mixture holds a run with other settings \(clip\)"):
         experiments.main([*argv, "--clip", "2"])
-    (slow / "aside").rename(slow / "42" / "slow_lr" / "results.json")
+
+
+def test_a_start_whose_last_stage_was_not_named_done_is_finished_first(slow, toy, monkeypatch, tmp_path):
+    """As if killed between evaluation_D0.json and stages.json."""
+    start = slow / "42" / "start-mixture"
+    task = experiments.tasks_of(["slow lr"], 42, slow, ["--data", str(toy), *FLAGS])[0][0]
+    assert experiments.is_done(task)
+    done = store.read_json(start / "stages.json")
+    store.write_json(start / "stages.json", {stage: done[stage] for stage in done if stage != "D0"})
+    assert not experiments.is_done(task)
+    with pytest.raises(KeyError, match="D0"):
+        experiments.inherit(start, tmp_path / "heir", "D0", train.Config())
+    store.write_json(start / "stages.json", done)
 
 
 def test_tables_hold_what_the_runs_found(slow):
@@ -158,7 +168,9 @@ def test_one_run_in_a_process_of_its_own(slow, toy, capsys):
     experiments.main(argv)
     assert "no_KL: done" in capsys.readouterr().out and not (slow / "losses.json").exists()
     results = store.read_json(slow / "42" / "no_KL" / "results.json")
-    assert results["config"]["kl_coef"] == 0 and results["versions"]["threads"] == max(1, torch.get_num_threads() // 2)
+    assert results["config"]["kl_coef"] == 0 and results["versions"]["threads"] == max(
+        1, torch.get_num_threads() // 2
+    )
 
 
 def test_an_interrupted_copy_of_a_start_is_made_anew(slow, tmp_path):
@@ -195,13 +207,26 @@ def test_seeds_that_disagree_make_a_difference_less_sure_than_the_same_queries_o
     assert experiments.paired_p(apart) > 0.05
 
 
+def test_between_seeds_without_query_noise_the_bootstrap_has_the_variance_of_the_mean():
+    """Drawing n of n values at random gives (n - 1) / n of it; p is then as large as the normal one with ddof = 1."""
+    shifts = np.array([0.01, 0.02, 0.05, 0.0, 0.03, -0.02, 0.04, 0.01])
+    error = shifts.std(ddof=1) / len(shifts) ** 0.5
+    wanted = math.erfc(shifts.mean() / error / math.sqrt(2))
+    found = experiments.paired_p([[np.full(5, shift)] for shift in shifts], draws=20_000)
+    assert found == pytest.approx(wanted, abs=0.01) and wanted > 0.005
+
+
 def test_no_difference_has_p_1_and_the_least_p_is_above_0():
     assert experiments.paired_p([[np.zeros(10)]]) == 1.0
     assert 0 < experiments.paired_p([[np.ones(10)]]) == pytest.approx(2 / 2001)
 
 
 @pytest.mark.parametrize(
-    "argv, message", [(["table1", "--seeds", "0"], "positive"), (["table1", "--only", "magic"], "base; dsi")]
+    "argv, message",
+    [
+        (["table1", "--seeds", "0"], "positive"),
+        (["table1", "--only", "base;magic"], "found --only magic, .*base; dsi"),
+    ],
 )
 def test_bad_input_is_named(argv, message, tmp_path):
     with pytest.raises(ValueError, match=message):

@@ -211,6 +211,50 @@ def test_stopped_after_every_file_that_it_names_a_run_ends_with_the_same_bits(
     } <= names
 
 
+@pytest.mark.parametrize(
+    "method, saves",
+    [
+        ("promptdsi", (33, 3)),
+        ("clever", (33, 6)),
+        ("joint", (35, 30)),
+        ("corpusbrain++", (38,)),
+        ("incdsi", (20,)),
+    ],
+)
+def test_a_baseline_stopped_in_its_stages_ends_with_the_same_bits(
+    tmp_path, monkeypatch, one_thread, method, saves
+):
+    """Stopped after so many saves of latest.pt, 31 of which come before D_1, and again after so many more."""
+    beir, run = toy_folder(tmp_path / "beir"), tmp_path / "run"
+    flags = [
+        *FLAGS,
+        "--method",
+        method,
+        "--d0_fragments",
+        "0",
+        "--prompts",
+        "3" if method == "promptdsi" else "0",
+    ]
+    train.main(["--data", str(beir), "--run", str(tmp_path / "whole"), *flags])
+    command = ["--data", str(beir), "--run", str(run), *flags]
+    for count in saves:
+        with monkeypatch.context() as patch:
+            stop_after(count, patch)
+            with pytest.raises(KeyboardInterrupt):
+                train.main(command)
+        command = ["--resume", str(run)]
+    train.main(command)
+    assert outcome(run) == outcome(tmp_path / "whole")
+
+
+def test_of_several_missing_checkpoints_each_is_made_from_the_one_before_it(whole, tmp_path, one_thread):
+    shutil.copytree(whole[0] / "run", tmp_path / "run")
+    for name in ("D0.pt", "D2.pt", "results.json"):
+        (tmp_path / "run" / name).unlink()
+    train.main(["--resume", str(tmp_path / "run")])
+    assert outcome(tmp_path / "run")["D2.pt"] == outcome(whole[0] / "run")["D2.pt"]
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "of another run", "of another format"])
 def test_a_latest_that_cannot_be_trusted_is_named_and_the_one_before_it_is_used(
     whole, tmp_path, monkeypatch, capsys, damage, one_thread

@@ -156,13 +156,15 @@ def test_promptdsi_trains_its_prompts_and_the_docid_table_alone(toy, tmp_path):
     assert store.load_model(tmp_path / "run" / "D1.pt")[0].prompts.topics.shape == (3, 32)
 
 
-def test_corpusbrain_trains_its_adapters_and_the_docid_table_alone(toy, tmp_path):
+def test_corpusbrain_trains_its_adapters_and_the_shared_table_alone(toy, tmp_path):
     results = experts_after(toy, tmp_path / "run", "--method", "corpusbrain++")
-    assert parameters_that_moved(tmp_path / "run", 1) == {"rq"}
+    assert parameters_that_moved(tmp_path / "run", 1) == {"rq", "word"}
     model, moved = store.load_model(tmp_path / "run" / "D2.pt")[0], parameters_that_moved(tmp_path / "run", 2)
     adapters = {name for name, _ in model.named_parameters() if ".after." in name}
-    assert moved == {"rq", *adapters} and len(adapters) == 2 * 2 + 2 * 3 * 2  # 1 encoder and 2 decoder blocks
-    assert results["trainable_parameters"]["D1"] == model.rq.numel() + len(adapters) * 32
+    assert (
+        moved == {"rq", "word", *adapters} and len(adapters) == 2 * 2 + 2 * 3 * 2
+    )  # 1 encoder and 2 decoder blocks
+    assert results["trainable_parameters"]["D1"] == model.rq.numel() + model.word.numel() + len(adapters) * 32
 
 
 def test_incdsi_appends_rows_and_moves_nothing_else(toy, tmp_path):
@@ -544,7 +546,10 @@ def test_ood_direction_is_the_mean_direction_of_flagged_queries_only():
         (["--docid_kind", "atomic"], "--d0_fragments 0"),
         (["--insert"], "--docid_kind atomic"),
         (["--docid_kind", "atomic", "--d0_fragments", "0", "--ewc", "1"], "--ewc 0"),
-        (["--joint", "--steps", "0"], "pass --steps"),
+        (["--ewc", "1"], "experts and atomic tables grow"),
+        (["--prompts", "5"], "--no-mixture"),
+        (["--docid_kind", "pq", "--M", "5"], "divides --width 128"),
+        (["--method", "joint", "--steps", "0"], "pass --steps"),
         (["--data", "no/such/folder"], "corpus.jsonl"),
         (["--resume", "no/such/run"], "config.json"),
         (["--resume", "runs/x", "--lr", "1"], "remove --lr"),
@@ -623,6 +628,7 @@ PLAIN = dict(d0_mixture=False)
         ("nq320k", "clever", NQ | PLAIN | dict(batch=128, epochs=5, mixture=False, ewc=0.5, ewc_samples=512)),
         ("nq320k", "promptdsi", NQ | PLAIN | dict(batch=128, epochs=10, mixture=False, prompts=300, prompt_length=10)),
         ("nq320k", "corpusbrain++", NQ | PLAIN | dict(batch=128, epochs=10, adapters=True, mask="full_vocab")),
+        ("msmarco", "promptdsi", MS | PLAIN | dict(d0_warmup=0.045, prompts=6611)),
         ("msmarco", "clever", MS | PLAIN | dict(d0_warmup=0.045, ewc=0.5)),
         ("msmarco", "mixlora-dsi", MS | GOOD | dict(delta=0.01, expand="ood", d0_mixture=True)),
         ("msmarco", "always-expand", MS | GOOD | dict(expand="always", d0_mixture=True)),
