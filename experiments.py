@@ -98,6 +98,7 @@ RUNS = {
     "topic/never-expand": Run("topic", "--method never-expand --split_by topic"),
     "topic/always-expand": Run("topic", "--method always-expand --split_by topic"),
     "topic/mixlora-dsi": Run("topic", "--split_by topic"),
+    "topic/newest statistics": Run("topic", "--split_by topic --ood_merge 1"),
 
     "slow none": Run("mixture", "--slow none"),
     "slow lr": Run("mixture", "--slow lr"),
@@ -142,7 +143,7 @@ EXPERIMENTS = {
     "joint": (["mixlora-dsi", "joint"], "mixlora-dsi"),
     "table4": (["naive, no mask", "naive-expansion", "naive + slow learner + KL", "+ cosine router + router losses",
                 "always-expand", "mixlora-dsi", "no mask"], "mixlora-dsi"),
-    "topic": (["topic/never-expand", "topic/always-expand", "topic/mixlora-dsi"], "topic/mixlora-dsi"),
+    "topic": (["topic/never-expand", "topic/always-expand", "topic/mixlora-dsi", "topic/newest statistics"], "topic/mixlora-dsi"),
     "losses": (["no align", "no repel", "no KL", "no KL along earlier docids", "always-expand"], "always-expand"),
     "alpha": ([f"alpha {align}, {kl}" for align, kl in ALPHAS], "alpha 1.0, 0.1"),
     "delta": (["delta 0.1", "topic/mixlora-dsi", "delta 5", "delta 10"], "topic/mixlora-dsi"),
