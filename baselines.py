@@ -4,15 +4,20 @@ Paper    the rows beside its own in the results: CorpusBrain++ (adapters), Promp
          Kwon et al. 2021), CLEVER (EWC); and IncDSI (Kishore et al. 2023)
 In       a plain T5 after D_0, its gradients, or hidden states (n, D) of pseudo-queries
 Out      modules that T5 calls where they are, moved parameters, a penalty, rows of a docid table
-Next     train.py trains with them; run.py keeps adapters and prompts in checkpoints
+Next     train.py trains with them; store.py keeps adapters and prompts in checkpoints
 Differs  DSI++ is without its generative replay, as in the paper. PromptDSI's released code compares topics with the
          mean of the decoder's input embeddings, which in training holds the docid that is asked for: here it is
          the mean of the query's encoder outputs, the same in training and search. Topics come from k-means of
          these in place of BERTopic; the word rows, which its frozen encoder reads, do not train, so that the
          encoder's outputs are computed once. EWC's F is the square of one mean gradient, as released, not Fisher's mean of
          squares. IncDSI inserts all documents of a corpus at once, by Adam in place of L-BFGS (`insert_rows`), and its
-         old documents' mean queries are computed again from their text (train.py) instead of stored.
+         old documents' mean queries are computed again from their text (`insert`) instead of stored.
+
+`run` is prepare.Run: config, corpora, and pseudo-queries of each corpus.
 """
+
+import random
+from dataclasses import replace
 
 import faiss
 import numpy as np
@@ -20,8 +25,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import dense
 from losses import docid_cross_entropy
 from t5 import T5, Attention, FeedForward
+
+PROMPT_LENGTH = 10  # keys and values of a prompt (paper)
+TOPIC_QUERIES = 20_000  # pseudo-queries of D_0 whose topics PromptDSI finds (ours)
+
+
+def add_parts(run, model: T5) -> None:
+    """Puts in what PromptDSI and CorpusBrain++ train beside the shared table, on D_1; for the others nothing."""
+    config = run.config
+    if config.prompts and model.prompts is None:
+        model.eval()
+        with torch.no_grad():
+            tokens = run.tokens(run.sample(0, TOPIC_QUERIES, "topics"))
+            means = [representation(*model.encode(part.to(run.device))).cpu() for part in tokens.split(128)]
+        add_prompts(model, topic_keys(torch.cat(means), config.prompts, config.seed), PROMPT_LENGTH)
+    if config.adapters and not adapters(model):
+        add_adapters(model, inner_width(model.config.width))
+
+
+def unfreeze_parts(model: T5) -> None:
+    """Of a frozen model, lets these parts train; CorpusBrain++ trains the whole shared table, words too."""
+    for adapter in adapters(model):
+        model.word.requires_grad_(True)
+        adapter.requires_grad_(True)
+    if model.prompts:
+        model.prompts.keys_values.requires_grad_(True)
+
 
 # ------------------------------------------------------------------------------------- CorpusBrain++: adapters
 
@@ -122,8 +154,7 @@ def climb(parameters: list[Tensor], rho: float) -> list[Tensor]:
     """To where the loss is worst nearby: w + rho * w^2 g / || |w| g ||, g being w.grad and the norm that of all
     parameters together. Kwon et al., 2021.
 
-    Between this and `climb_back`, the loss's gradient is computed again; the optimiser steps with that one.
-    Returns the values before. Nothing moves where the norm is 0 or not finite.
+    Returns the values before, for optim.fit to put back. Nothing moves where the norm is 0 or not finite.
     """
     before = [w.detach().clone() for w in parameters]
     moved = [w for w in parameters if w.grad is not None]
@@ -133,13 +164,6 @@ def climb(parameters: list[Tensor], rho: float) -> list[Tensor]:
         for w in moved:
             w += (rho / norm) * w.square() * w.grad
     return before
-
-
-@torch.no_grad()
-def climb_back(parameters: list[Tensor], before: list[Tensor]) -> None:
-    """Undoes `climb`, bit by bit."""
-    for w, value in zip(parameters, before):
-        w.copy_(value)
 
 
 # ------------------------------------------------------------------------------------------------ CLEVER: EWC
@@ -159,15 +183,30 @@ def fisher(model: T5, ids: Tensor, codes: Tensor, batch: int = 64) -> dict[str, 
         hidden, _ = model.docid_hidden(source, padding, docids, model.past(source, padding))
         loss = docid_cross_entropy(model, hidden, docids, "full_vocab")
         (loss * len(part) / len(ids)).backward()
-    found = {name: p.grad.square() for name, p in model.named_parameters() if p.grad is not None}
+    squares = {name: p.grad.square() for name, p in model.named_parameters() if p.grad is not None}
     model.train(training).zero_grad()
-    return found
+    return squares
 
 
 def values_of(model: T5, names) -> dict[str, Tensor]:
     """theta* of the named parameters, kept beside their F."""
     parameters = dict(model.named_parameters())
     return {name: parameters[name].detach().clone() for name in names}
+
+
+def ewc_memory(run, t: int, codes: Tensor) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """F and theta* of each corpus that EWC protects on D_t.
+
+    From that corpus's checkpoint and a fixed sample of its queries, and so the same whenever it is computed.
+    """
+    memory = []
+    for i in range(0 if run.config.ewc_protect_d0 else 1, t):
+        model, rng = run.ready(run.after(i)[0]), random.Random(f"{run.config.seed} ewc {i}")
+        rows = rng.choices(run.corpora[i].rows, k=run.config.ewc_samples)
+        tokens = run.tokens([(row, run.sampler(i).draw(row, rng)) for row in rows])
+        weights = fisher(model, tokens, codes[rows].to(run.device))
+        memory.append((weights, values_of(model, weights)))
+    return memory
 
 
 def ewc_penalty(model: T5, memory: list[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> Tensor:
@@ -235,3 +274,40 @@ def insert_rows(
             (guard * (margin + part @ rows.T - own).clamp(min=0).square().sum()).backward()
         optimiser.step()
     return rows.detach()
+
+
+def insert(run, t: int, embeddings: Tensor, model: T5) -> Tensor:
+    """The docid table of D_0..D_t: the model's own rows and one for each new document, which its queries find.
+
+    embeddings (N, D), where the new rows start. The model stays as D_0 left it. A mean query of every older document
+    is what it was when the document came, since the model is frozen and the draw (four queries each) has a fixed seed,
+    and so is computed again.
+    """
+    run.ready(model).eval()
+    first, last, pairs = run.corpora[t].first_row, run.corpora[t].rows.stop, run.training_queries(t)
+    queries = dense.embed(model, run.tokens(pairs))
+    owner = torch.tensor([row for row, _ in pairs]) - first
+    old = [pair for i in range(t) for pair in run.sample(i, 4 * len(run.corpora[i].rows), "insertion")]
+    rows = torch.tensor([row for row, _ in old])
+    means = torch.zeros(first, queries.shape[1]).index_add_(0, rows, dense.embed(model, run.tokens(old)))
+    means /= torch.bincount(rows, minlength=first)[:, None]
+    table = model.rq.detach()[0].cpu()
+    return torch.cat([table, insert_rows(table, means, embeddings[first:last], queries, owner)])
+
+
+# --------------------------------------------------------------------------------- atomic docids: a growing table
+
+
+def table_so_far(run, t: int, books: Tensor) -> Tensor:
+    """What the docid table of D_0..D_t starts from: all codebooks or, of atomic docids, a row for each document that
+    has arrived.
+    """
+    return books[:, : run.corpora[t].rows.stop] if run.config.docid_kind == "atomic" else books
+
+
+def extend_table(model: T5, table: Tensor) -> None:
+    """Appends to the docid table (M, K, D) those columns of a longer `table` that it lacks: new atomic docids."""
+    missing = table[:, model.rq.shape[1] :].to(model.rq)
+    if missing.shape[1]:
+        model.rq = nn.Parameter(torch.cat([model.rq.detach(), missing], dim=1))
+        model.config = replace(model.config, centroids=model.rq.shape[1])

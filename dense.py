@@ -22,11 +22,12 @@ from torch import Tensor
 
 import distributed
 from bm25 import BM25
-from data import EOS, Corpus, PseudoQuerySampler, read_lines, tokenize
-from mapped import Lookup, StreamedFile, Tokens, read_tensors, write_tensors
-from optim import fit, parameter_groups
+from arrays import Lookup, StreamedFile, Tokens, read_tensors, write_tensors
+from data import EOS, Corpus, read_lines, tokenize
+from optim import Stage, fit, parameter_groups
 from t5 import T5
 
+WARMUP = 0.04  # share of a round's steps in which the learning rate rises (paper)
 CHUNK = 65_536  # documents that are embedded or ranked together
 LARGEST = float(np.finfo(np.float32).max)  # score of a teacher
 
@@ -58,7 +59,7 @@ def embed(model: T5, texts: Tensor | Tokens, batch: int = 64, out: Tensor | None
     return out
 
 
-def rank(
+def nearest(
     queries: Tensor, documents: Tensor | Iterable[Tensor], k: int, device="cpu"
 ) -> tuple[Tensor, Tensor]:
     """Exact inner-product search: (Q, D), (N, D) -> scores and rows (Q, k), score descending, then row ascending.
@@ -97,8 +98,8 @@ def recall(
     """Share of the queries' relevant rows among the k nearest documents, averaged over queries."""
     if not relevant:
         return math.nan
-    top = rank(queries, documents, k, device)[1].tolist()
-    return sum(len(rows & set(found)) / len(rows) for rows, found in zip(relevant, top)) / len(relevant)
+    retrieved = nearest(queries, documents, k, device)[1].tolist()
+    return sum(len(rows & set(top)) / len(rows) for rows, top in zip(relevant, retrieved)) / len(relevant)
 
 
 def negatives_from_bm25(bm25: BM25, queries: list[tuple[int, str]], k: int) -> Examples:
@@ -117,10 +118,10 @@ def negatives_from_model(
 ) -> Examples:
     """The second round: the k best wrong documents by the first round's own index, scored by BM25."""
     positives = _positives(queries)
-    found = rank(embedded, documents, k + max(map(len, positives.values())), device)[1]
+    retrieved = nearest(embedded, documents, k + max(map(len, positives.values())), device)[1]
     wrong = [
         [row for row in rows if row not in positives[query]]
-        for rows, (_, query) in zip(found.tolist(), queries)
+        for rows, (_, query) in zip(retrieved.tolist(), queries)
     ]
     return _teach(bm25, queries, torch.from_numpy(np.stack([np.resize(rows, k) for rows in wrong])))
 
@@ -269,7 +270,7 @@ class Batches:
         return self.order[self.at - self.batch : self.at]
 
     def state(self) -> tuple:
-        """Where it stands, for resume.py."""
+        """Where it stands, for store.Resume."""
         return self.order, self.at, self.generator.get_state()
 
     def restore(self, state: tuple) -> None:
@@ -278,20 +279,19 @@ class Batches:
 
 
 class Training:
-    """What the warm-up and the rounds share: texts, windows and the draws of chance. See `train`."""
+    """What the warm-up and the rounds share: the run, its D_0, windows of documents and the draws of chance."""
 
-    def __init__(
-        self, model: T5, tokenizer, corpus: Corpus, documents: Tokens, sampler, config, log, resume=None
-    ):
-        self.model, self.tokenizer, self.corpus, self.sampler = model, tokenizer, corpus, sampler
-        self.config, self.log, self.documents, self.resume = config, log, documents, resume
-        self.windows = Windows(documents, config.dense_length)
-        self.rng = random.Random(f"{config.seed} dense")
-        self.generator = torch.Generator().manual_seed(config.seed)
+    def __init__(self, run, model: T5, documents: Tokens):
+        """run: of prepare.py; documents: token ids of D_0's passages."""
+        self.run, self.config, self.model, self.documents = run, run.config, model, documents
+        self.corpus, self.sampler = run.corpora[0], run.sampler(0)
+        self.windows = Windows(documents, self.config.dense_length)
+        self.rng = random.Random(f"{self.config.seed} dense")
+        self.generator = torch.Generator().manual_seed(self.config.seed)
         self.device = next(model.parameters()).device
 
     def tokens(self, queries: list[str]) -> Tensor:
-        return tokenize(self.tokenizer, queries, self.config.query_length)
+        return tokenize(self.run.tokenizer, queries, self.config.query_length)
 
     def embed_queries(self, queries: list[str]) -> Tensor:
         return self.model.embed(self.tokens(queries).to(self.device))
@@ -347,7 +347,7 @@ class Training:
         if path := teacher_of_round(config.teacher, number):
             return read_teacher(Path(path), self.corpus)
         queries = list(self.corpus.train)
-        if self.sampler and config.dense_pseudo:
+        if config.dense_pseudo:
             queries += self.drawn([row for row in self.corpus.rows for _ in range(config.dense_pseudo)])
         if not queries:
             raise ValueError(
@@ -361,57 +361,46 @@ class Training:
             bm25, queries, embedded, embed(self.model, self.documents), k, self.device
         )
 
-    def fit(self, name: str, steps: int, next_batch, loss_of, **chance) -> None:
+    def fit(self, name: str, steps: int, next_batch, loss, **chance) -> None:
         self.model.train()
         named = [(n, p) for n, p in self.model.named_parameters() if n != "rq"]
-        groups = parameter_groups(named, self.config.dense_lr, 0.0)
-        fit(
-            name, groups, steps, self.config.dense_warmup, self.config.clip, next_batch, loss_of, self.log,
-            self.config.micro_batch, self.config.precision == "bf16", resume=self.resume,
-            chance={"rng": self.rng, "generator": self.generator} | chance,
-        )  # fmt: skip
+        groups = parameter_groups(named, self.config.dense_lr, weight_decay=0.0)
+        chance = {"rng": self.rng, "generator": self.generator} | chance
+        stage = Stage(name, groups, steps, WARMUP, next_batch, loss, chance)
+        fit(stage, self.config, self.run.log, self.run.resume)
 
 
-def train(
-    model: T5, tokenizer, corpus: Corpus, documents: Tokens, sampler: PseudoQuerySampler | None, config, log,
-    folder: Path | None = None, resume=None,
-) -> None:  # fmt: skip
-    """Trains the bi-encoder on D_0, in place: a contrastive warm-up, then MarginMSE in rounds of harder
-    negatives.
+def train(run, model: T5, documents: Tokens) -> None:
+    """Trains the bi-encoder on D_0, in place: a contrastive warm-up, then MarginMSE in rounds of harder negatives.
 
     Args:
+        run: the run of prepare.py, with its config, corpora, samplers, log and folder. Each round's examples are kept
+            in the folder, for a run that is stopped within it, and with `save_negatives` for a cross-encoder.
         documents: token ids of D_0's passages.
-        sampler: draws pseudo-queries for warm-up and rounds; None where none are to be used.
-        config: the fields of train.Config whose names begin with `dense_`, and a few more.
-        folder: where each round's examples are kept, for a run that is stopped within it, and `--save_negatives`.
-        resume: where a stopped run stood (resume.Resume).
     """
-    job = Training(model, tokenizer, corpus, documents, sampler, config, log, resume)
+    config, training = run.config, Training(run, model, documents)
     numbers = range(0 if config.dense_warmup_steps else 1, config.dense_rounds + 1)
     names = {number: f"dense round {number}" if number else "dense warm-up" for number in numbers}
-    stopped = next((number for number, name in names.items() if resume and name == resume.stage), -1)
-    alone = all(teacher_of_round(config.teacher, number) for number in numbers if number)
-    bm25 = None if alone else BM25(corpus.passages())
+    stopped = next((number for number, name in names.items() if name == run.resume.stage), -1)
+    taught = all(teacher_of_round(config.teacher, number) for number in numbers if number)
+    bm25 = None if taught else BM25(run.corpora[0].passages())
     for number in range(max(numbers.start, stopped), numbers.stop):
         if number == 0:
-            if sampler is None:
-                raise ValueError(
-                    "the contrastive warm-up draws pseudo-queries and has none; pass --dense_warmup_steps 0"
-                )
-            job.fit(names[0], config.dense_warmup_steps, job.warmup_batch, job.warmup_loss)
+            training.fit(names[0], config.dense_warmup_steps, training.warmup_batch, training.warmup_loss)
             continue
+        path = run.folder / f"examples_{number}.pt"
         if number == stopped:
-            examples = read_examples(folder / f"examples_{number}.pt")
+            examples = read_examples(path)
         else:
-            examples = job.examples(number, bm25)
-            if folder and distributed.first():
-                write_tensors(folder / f"examples_{number}.pt", vars(examples))
-        if folder and config.save_negatives and distributed.first():
-            write_teacher(folder / f"negatives_{number}.jsonl", corpus, examples)
-        order = Batches(len(examples.queries), config.dense_batch, job.generator)
-        job.fit(
-            names[number], config.dense_steps, lambda e=examples, o=order: job.round_batch(e, o),
-            lambda batch, e=examples: job.round_loss(e, batch), order=order,
+            examples = training.examples(number, bm25)
+            if distributed.is_main_process():
+                write_tensors(path, vars(examples))
+        if config.save_negatives and distributed.is_main_process():
+            write_teacher(run.folder / f"negatives_{number}.jsonl", run.corpora[0], examples)
+        order = Batches(len(examples.queries), config.dense_batch, training.generator)
+        training.fit(
+            names[number], config.dense_steps, lambda e=examples, o=order: training.round_batch(e, o),
+            lambda batch, e=examples: training.round_loss(e, batch), order=order,
         )  # fmt: skip
     model.eval()
 

@@ -36,22 +36,22 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def size() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def rank() -> int:
+def process_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Is this the process that writes?"""
-    return rank() == 0
+    return process_rank() == 0
 
 
 def wait() -> None:
     """Until every process is here: what the first one wrote can be read."""
-    if size() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
@@ -61,37 +61,37 @@ def share(batch) -> tuple[list | Tensor, int]:
     A batch of fewer examples than processes goes to each of them whole.
     """
     n = len(batch)
-    if n < size():
-        return batch, n * size()
-    return batch[n * rank() // size() : n * (rank() + 1) // size()], n
+    if n < world_size():
+        return batch, n * world_size()
+    return batch[n * process_rank() // world_size() : n * (process_rank() + 1) // world_size()], n
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:
     """Each tensor becomes its sum over processes, in place."""
-    if size() > 1:
+    if world_size() > 1:
         for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
             work.wait()
 
 
 def add_up_gradients(parameters: list[nn.Parameter]) -> None:
     """Gradients of all processes' shares; a share that does not reach a parameter counts as zero."""
-    if size() > 1:
+    if world_size() > 1:
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         add_up(p.grad for p in parameters)
 
 
 @torch.no_grad()
-def copy_from_first(model: nn.Module) -> None:
+def copy_from_main(model: nn.Module) -> None:
     """Every process continues with the first one's parameters."""
-    if size() > 1:
+    if world_size() > 1:
         for p in model.parameters():
             dist.broadcast(p.data, 0)
 
 
-def say(value):
+def agree(value):
     """What the first process holds, in every process: a decision that all must share. Any small Python value."""
     box = [value]
-    if size() > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(box, 0)
     return box[0]

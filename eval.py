@@ -2,8 +2,8 @@
 
 Paper    section 4.1: Recall@10, MRR@10, and average performance, forgetting and learning over corpora
 In       rankings of D_0..D_t's test queries by the model after D_t
-Out      P[t, i], AP, BWT, FWT with intervals; run and qrels files for trec_eval; `python eval.py RUN`
-Next     train.py prints the table
+Out      P[t, i], AP, BWT, FWT with intervals; results.json and its table; run and qrels files for trec_eval
+Next     train.py writes and prints them; `python eval.py RUN` evaluates a run again
 Differs  AP divides by the number of corpora and BWT counts D_0, as the paper's tables do and its formulas do
          not
 """
@@ -11,15 +11,22 @@ Differs  AP divides by the number of corpora and BWT counts D_0, as the paper's 
 import argparse
 import json
 import math
+import platform
+import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import faiss
 import numpy as np
+import sentencepiece
+import torch
 
+import distributed
+from arrays import Chain
 from data import Corpus
-from mapped import Chain
 from search import Ranking, retrieve
+from store import LoadedRun
 
 METRICS = ("recall@1", "recall@10", "mrr@10", "ndcg@10")
 
@@ -27,21 +34,21 @@ METRICS = ("recall@1", "recall@10", "mrr@10", "ndcg@10")
 def score_ranking(ranking: list[str], relevant: dict[str, int]) -> dict[str, float]:
     """METRICS of one ranking of document ids against {document id: relevance > 0}, as fractions.
 
-    Gain of nDCG is the relevance itself, discount log2(rank + 1), as trec_eval has them.
+    Gain of nDCG is the relevance itself, discount log2(place + 1), as trec_eval has them.
     """
-    found = [relevant.get(doc_id, 0) for doc_id in ranking[:10]]
-    first = next((rank for rank, gain in enumerate(found, 1) if gain > 0), None)
+    gains = [relevant.get(doc_id, 0) for doc_id in ranking[:10]]
+    place = next((place for place, gain in enumerate(gains, 1) if gain > 0), None)
     ideal = sorted(relevant.values(), reverse=True)[:10]
     return {
-        "recall@1": sum(gain > 0 for gain in found[:1]) / len(relevant),
-        "recall@10": sum(gain > 0 for gain in found) / len(relevant),
-        "mrr@10": 1 / first if first else 0.0,
-        "ndcg@10": _dcg(found) / _dcg(ideal),
+        "recall@1": sum(gain > 0 for gain in gains[:1]) / len(relevant),
+        "recall@10": sum(gain > 0 for gain in gains) / len(relevant),
+        "mrr@10": 1 / place if place else 0.0,
+        "ndcg@10": _dcg(gains) / _dcg(ideal),
     }
 
 
 def _dcg(gains: list[int]) -> float:
-    return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, 1))
+    return sum(gain / math.log2(place + 1) for place, gain in enumerate(gains, 1))
 
 
 @dataclass
@@ -56,15 +63,13 @@ class Evaluation:
         return [float(np.mean(values[metric])) if values[metric] else math.nan for values in self.values]
 
 
-def evaluate(corpora: list[Corpus], rank) -> Evaluation:
-    """Scores a ranker on every corpus. `rank(texts) -> list[Ranking]` answers a list of query texts with row
-    numbers.
-    """
+def evaluate(corpora: list[Corpus], ranker) -> Evaluation:
+    """Scores a ranker on every corpus: `ranker(texts) -> list[Ranking]` answers query texts with document rows."""
     ids = Chain([corpus.ids for corpus in corpora])
     rankings, values = [], []
     for corpus in corpora:
-        found: list[Ranking] = rank(list(corpus.test.values()))
-        named = {q: [(ids[row], score) for row, score in ranking] for q, ranking in zip(corpus.test, found)}
+        answers: list[Ranking] = ranker(list(corpus.test.values()))
+        named = {q: [(ids[row], score) for row, score in ranking] for q, ranking in zip(corpus.test, answers)}
         scored = [score_ranking([doc for doc, _ in named[q]], corpus.qrels[q]) for q in corpus.test]
         rankings.append(named)
         values.append({metric: [one[metric] for one in scored] for metric in METRICS})
@@ -166,9 +171,52 @@ def table(title: str, rows: dict[str, dict], metrics: tuple[str, ...] = ("recall
     return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
-    from run import LoadedRun
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes (ru_maxrss counts KiB on Linux, bytes on macOS)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
+
+def results(config, done: dict[str, dict], metrics: dict, references: dict, peak: int) -> dict:
+    """The contents of results.json: `done` is what the stages recorded, `peak` bytes of memory."""
+    corpora = [stage for stage in done if stage[1:].isdigit()]
+    later = corpora[1:]
+    return {
+        "method": config.method,
+        "data": config.data,
+        "seed": config.seed,
+        "metrics": metrics,
+        "baselines": references,
+        "experts": {stage: done[stage]["experts"] for stage in corpora},
+        "ood_percent": {s: [d["ood_percent"] for d in done[s]["decisions"]] for s in later},
+        "routing": {s: done[s].get("routing", []) for s in later},
+        "first_choice": {s: done[s].get("first_choice", []) for s in later},
+        "trainable_parameters": {s: done[s]["trainable_parameters"] for s in later},
+        "seconds": {stage: record["seconds"] for stage, record in done.items()},
+        "peak_memory_bytes": peak,
+        "docids": done["rq"]["docids"],
+        "config": asdict(config),
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "faiss": faiss.__version__, "sentencepiece": sentencepiece.__version__,
+            "threads": torch.get_num_threads(), "processes": distributed.world_size(),
+        },
+    }  # fmt: skip
+
+
+def report(results: dict) -> list[str]:
+    """Lines for people: the results table and what grew where."""
+    systems = {results["method"]: results["metrics"]} | results["baselines"]
+    lines = [table("Recall@10/MRR@10 in percent after the last corpus", systems)]
+    for stage, experts in results["experts"].items():
+        shares = ", ".join(f"{percent:.1f}%" for percent in results["ood_percent"].get(stage, []))
+        lines.append(f"{stage}: experts per layer {experts}" + (f", OOD queries {shares}" if shares else ""))
+    low, high = results["metrics"]["recall@10"]["AP_ci95"]
+    lines.append(f"AP in Recall@10: 95% interval {100 * low:.1f} to {100 * high:.1f} over queries")
+    minutes, gib = sum(results["seconds"].values()) / 60, results["peak_memory_bytes"] / 2**30
+    return [*lines, f"{minutes:.1f} minutes, peak memory {gib:.2f} GiB"]
+
+
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Evaluate the checkpoints of a run again.")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--trec", type=Path, help="folder for run and qrels files that trec_eval reads")
@@ -181,11 +229,11 @@ def main(argv: list[str]) -> None:
     for t in run.finished:
         model, trie = run.at(t)
 
-        def rank(queries: list[str], model=model, trie=trie) -> list[Ranking]:
+        def ranker(queries: list[str], model=model, trie=trie) -> list[Ranking]:
             length = run.config["query_length"]
-            return retrieve(model, trie, run.tokenizer, queries, run.ids, 10, beam, max_length=length)
+            return retrieve(model, trie, run.tokenizer, queries, run.ids, beam=beam, max_length=length)
 
-        evaluations.append(evaluate(run.corpora[: t + 1], rank))
+        evaluations.append(evaluate(run.corpora[: t + 1], ranker))
         print(
             f"D{t}: recall@10 " + " ".join(f"{100 * p:.1f}" for p in evaluations[-1].means("recall@10")),
             flush=True,

@@ -5,7 +5,7 @@ Paper    section 3.2, Eq. 2 and Table 5: energy of the router's scores, a thresh
 In       router scores (Q, M, E) of one layer for all pseudo-queries of D_t; statistics kept from earlier
          corpora
 Out      a Decision: the share of OOD queries, and True if the layer should grow
-Next     train.py acts on it through mixlora.add_expert()
+Next     train.py acts on it through mixlora.add_expert(), and settles the statistics after each corpus
 Differs  two modes. `paper_code` follows the released code: moving averages gathered in training, one
          threshold for each (expert, position), a query is OOD if one of its tokens lies above all of them.
          Its mean sits where half of all tokens are, so without any shift it flags from 0 % to 99.6 % of
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 MODES = ("calibrated", "paper_code")
+MERGE = 0.5  # calibrated: weight of the newest corpus in the statistics
 
 
 def energy(scores: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ def calibrate(e: Tensor, experts: int, epsilon: float) -> Stats:
     return stats
 
 
-def merge(old: Stats, new: Stats, weight: float) -> Stats:
+def merge(old: Stats, new: Stats, weight: float = MERGE) -> Stats:
     """Moving average over corpora of calibrated statistics; `weight` is the new one's share."""
     if old.experts != new.experts:
         raise ValueError(
@@ -99,7 +100,7 @@ def merge(old: Stats, new: Stats, weight: float) -> Stats:
     return Stats("calibrated", new.experts, mix(old.mean, new.mean), variance, threshold)
 
 
-def sums(scores: Tensor, gates: Tensor) -> Tensor:
+def routed_energy_moments(scores: Tensor, gates: Tensor) -> Tensor:
     """paper_code: what `move` needs of a part of a batch, scores and gates (B, M, E) -> (3, E, M) float64.
 
     Over the tokens routed to expert e at position i: their number, sum E and sum E^2. Parts add up.
@@ -111,7 +112,7 @@ def sums(scores: Tensor, gates: Tensor) -> Tensor:
 
 
 def move(stats: Stats, batch: Tensor, momentum: float = 0.1) -> None:
-    """paper_code: one training batch, given by its `sums`, moves the averages, in place.
+    """paper_code: one training batch, given by its `routed_energy_moments`, moves the averages, in place.
 
     For expert e at position i, over the n - 1 tokens routed to e: m = sum E / n, v = sum (E - m)^2 / (n - 1); the count
     n = 1 + tokens is the released code's, and biases m towards zero.
@@ -128,6 +129,51 @@ def move(stats: Stats, batch: Tensor, momentum: float = 0.1) -> None:
 def remember_base(stats: Stats) -> None:
     """paper_code: keeps expert 0's statistics after the first mixed corpus; later experts start from them."""
     stats.base = {"mean": stats.mean[0].clone(), "variance": stats.variance[0].clone()}
+
+
+class MovingEnergies:
+    """paper_code: statistics of all layers, moved once a step by the whole batch. In the other mode, nothing."""
+
+    def __init__(self, stats: list[Stats], only_new: bool = False):
+        """After D_0 only layers that grew take part (`only_new`)."""
+        self.stats = [stat for stat in stats if stat.mode == "paper_code"]
+        self.only_new, self.moments = only_new, {}
+
+    def see(self, routes: list) -> None:
+        """One part of a batch: the layers' routes (mixlora.Route)."""
+        for number, (_, route) in enumerate(zip(self.stats, routes)):
+            if route.newest or not self.only_new:
+                moments = routed_energy_moments(route.scores, route.gates)
+                self.moments[number] = self.moments.get(number, 0) + moments
+
+    def step(self, add_up=lambda tensors: None) -> None:
+        """Moves the statistics; `add_up` sums the parts of several processes in place."""
+        add_up(self.moments.values())
+        for number, batch in self.moments.items():
+            if batch.isfinite().all():  # a step without a finite gradient is skipped
+                move(self.stats[number], batch)
+        self.moments = {}
+
+    def state(self) -> list[dict]:
+        """For store.Resume."""
+        return [stat.state() for stat in self.stats]
+
+    def restore(self, states: list[dict]) -> None:
+        for stat, state in zip(self.stats, states):
+            vars(stat).update(state)
+
+
+def settle(stats: list[Stats], scores: list[Tensor], epsilon: float, first_mixture: bool) -> list[Stats]:
+    """The layers' statistics after a corpus, from its router scores (Q, M, E) by the model that has learnt it.
+
+    `first_mixture`: there were no statistics before it.
+    """
+    if all(stat.mode == "paper_code" for stat in stats):
+        for stat in stats if first_mixture else []:
+            remember_base(stat)
+        return stats
+    new = [calibrate(energy(s), s.shape[-1], epsilon) for s in scores]
+    return new if first_mixture else list(map(merge, stats, new))
 
 
 def grow(stats: Stats) -> None:

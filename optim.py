@@ -2,25 +2,53 @@
 
 Paper    appendix E: AdamW, linear warm-up and decay to zero, gradient norm clipped at 1, no decay of RMSNorm
          weights
-In       named parameters that train, a function that draws a batch, one that gives the loss of a part of it
+In       a Stage: parameters that train, a function that draws a batch, one that gives the loss of a part of it
 Out      the parameters, changed in place
 Next     dense.py and train.py call it
 Differs  plain AdamW where the released code has an 8-bit one; frozen tensors are never handed to it
 """
 
+import ctypes
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 import distributed
-from baselines import climb, climb_back
 
+WEIGHT_DECAY, CLIP = 0.01, 1.0  # of docid training; largest gradient norm (paper)
 MOST_SKIPPED = 10  # steps in a row without a finite gradient, after which training stops
 
+Batch = Sequence | Tensor  # examples that every process draws alike
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float) -> list[dict]:
+
+def nothing() -> None:
+    """The default of a stage's hooks."""
+
+
+@dataclass
+class Stage:
+    """What one call of `fit` trains, and on what."""
+
+    name: str  # in the log, as "D2"
+    groups: list[dict]  # parameter_groups
+    steps: int
+    warmup: float  # share of the steps in which the learning rate rises
+    next_batch: Callable[[], Batch]
+    loss: Callable[
+        [Batch], tuple[Tensor, dict[str, Tensor]]
+    ]  # of a part of a batch, and its terms as weighted in it
+    chance: dict = field(default_factory=dict)  # by name, what `next_batch` and `loss` draw from or add up
+    before_clip: Callable[[], None] = nothing  # what else touches gradients (slow learner)
+    after_step: Callable[[], None] = nothing  # or parameters (unit router rows)
+    climb: Callable[[list[Tensor]], list[Tensor]] | None = None  # adaptive SAM; see `fit`
+
+
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float = WEIGHT_DECAY
+) -> list[dict]:
     """AdamW groups of the parameters that train (requires_grad, not empty); RMSNorm weights are not decayed."""
     named = [(name, p) for name, p in named if p.requires_grad and p.numel()]
     norms = [p for name, p in named if name.endswith("norm.weight")]
@@ -39,116 +67,116 @@ def linear_schedule(step: int, steps: int, warmup: int) -> float:
     return (steps - step) / max(1, steps - warmup)
 
 
-def some(batch: Sequence | Tensor, most: int = 20) -> str:
+def some(batch: Batch, most: int = 20) -> str:
     """The first examples of a batch, for the log."""
     shown = batch[:most].tolist() if isinstance(batch, Tensor) else [str(item)[:80] for item in batch[:most]]
     return f"{shown}" + (" .." if len(batch) > most else "")
 
 
-def fit(
-    what: str,
-    groups: list[dict],
-    steps: int,
-    warmup: float,
-    clip: float,
-    next_batch: Callable[[], Sequence | Tensor],
-    loss_of: Callable[[Sequence | Tensor], tuple[Tensor, dict[str, Tensor]]],
-    log,
-    micro_batch: int = 0,
-    bf16: bool = False,
-    before_clip: Callable[[], None] = lambda: None,
-    after_step: Callable[[], None] = lambda: None,
-    sam_rho: float = 0.0,
-    resume=None,
-    chance: dict | None = None,
-) -> float:
-    """Runs `steps` optimiser steps and reports them.
+def gradients(stage: Stage, batch: Batch, trained: list[Tensor], config) -> dict[str, Tensor]:
+    """Puts the gradient of the batch's mean loss into the parameters; returns the loss and its terms, of this share.
 
-    A batch is cut into the shares of the processes and those into micro-batches, whose losses, means over their
+    The batch is cut into the shares of the processes and those into micro-batches, whose losses, means over their
     examples, add up to the mean over the batch.
+    """
+    for p in trained:
+        p.grad = None
+    share, total = distributed.share(batch)
+    size, sums = config.micro_batch or len(share), {}
+    for start in range(0, len(share), size):
+        part = share[start : start + size]
+        with torch.autocast(trained[0].device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            loss, terms = stage.loss(part)
+        weight = len(part) / total
+        (weight * loss).backward()
+        for name, term in {"loss": loss, **terms}.items():
+            sums[name] = sums.get(name, 0) + weight * term.detach()
+    distributed.add_up_gradients(trained)
+    return sums
+
+
+def fit(stage: Stage, config, log, resume=None) -> float:
+    """Runs a stage's optimiser steps and reports them.
+
+    With `stage.climb` (DSI++) the gradient is taken where the loss is worst nearby: it moves the parameters there and
+    returns their values before, the batch's gradient is computed again, and the values are put back.
 
     Args:
-        what: the stage's name in the log, as "D2".
-        warmup: share of the steps.
-        next_batch: draws a batch, a list or tensor of examples, alike in every process.
-        loss_of: of a part of it, the loss and its terms by name (as weighted in it).
-        micro_batch: the most examples computed together; 0: all.
-        bf16: matrix products in bfloat16; norms, softmax, router and losses see to their float32 themselves.
-        before_clip, after_step: what else touches gradients (slow learner) or parameters (unit router rows).
-        sam_rho: radius of adaptive SAM (DSI++): the gradient is taken where the loss is worst nearby; 0: where it is.
-        resume: saves where the stage stands, and restores it before the first step (resume.Resume).
-        chance: by name, whatever `next_batch` and `loss_of` draw from or add up, for `resume`.
+        config: `micro_batch`, the most examples computed together (0: all), and `precision`: with bf16, matrix
+            products are in bfloat16; norms, softmax, router and losses see to their float32 themselves.
+        resume: saves where the stage stands, and restores it before the first step (store.Resume).
 
     Returns:
         the last step's loss.
     Raises ValueError after 10 steps in a row whose loss or gradient is not finite; each such step is skipped.
     """
-    optimizer = torch.optim.AdamW(groups, fused=True)
+    optimizer = torch.optim.AdamW(stage.groups, fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    start = resume.restore(stage.name, trained, optimizer, stage.chance) if resume else 0
     begin, examples, value, skipped = time.monotonic(), 0, float("nan"), 0
-
-    def gradients(batch: Sequence | Tensor) -> dict[str, Tensor]:
-        """Puts the gradient of the batch's mean loss into the parameters; the loss and its terms, of this share."""
-        optimizer.zero_grad(set_to_none=True)
-        mine, total = distributed.share(batch)
-        sums: dict[str, Tensor] = {}
-        for start in range(0, len(mine), micro_batch or len(mine)):
-            part = mine[start : start + (micro_batch or len(mine))]
-            with torch.autocast(trained[0].device.type, torch.bfloat16, enabled=bf16):
-                loss, terms = loss_of(part)
-            weight = len(part) / total
-            (weight * loss).backward()
-            for name, term in {"loss": loss, **terms}.items():
-                sums[name] = sums.get(name, 0) + weight * term.detach()
-        distributed.add_up_gradients(trained)
-        return sums
-
-    first = resume.restore(what, trained, optimizer, chance or {}) if resume else 0
-    for step in range(first, steps):
-        factor = linear_schedule(step, steps, max(1, round(warmup * steps)))
+    for step in range(start, stage.steps):
+        factor = linear_schedule(step, stage.steps, max(1, round(stage.warmup * stage.steps)))
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * factor
-        batch = next_batch()
-        sums = gradients(batch)
-        if sam_rho:
-            before = climb(trained, sam_rho)
-            gradients(batch)
-            climb_back(trained, before)
-        before_clip()
-        norm = nn.utils.clip_grad_norm_(trained, clip)
-        if norm.isfinite():
+        batch = stage.next_batch()
+        sums = gradients(stage, batch, trained, config)
+        if stage.climb:
+            before = stage.climb(trained)
+            gradients(stage, batch, trained, config)
+            with torch.no_grad():
+                for p, values in zip(trained, before):
+                    p.copy_(values)
+        stage.before_clip()
+        norm = nn.utils.clip_grad_norm_(trained, CLIP)
+        if norm.isfinite():  # as it is not where the loss is not
             optimizer.step()
             skipped = 0
-        else:  # as it is where the loss is not
+        else:
             skipped += 1
-            log.line(
-                f"{what} step {step + 1}: gradient norm {norm:.3g}, step {skipped} skipped; batch {some(batch)}"
-            )
-            if skipped == MOST_SKIPPED:
-                raise ValueError(
-                    f"{what}: {skipped} steps in a row had no finite loss or gradient. The last good checkpoint is "
-                    "whole; lower the learning rate (--lr, --d0_lr or --dense_lr), or pass --precision float32"
-                )
-        after_step()
+            skip(stage.name, step, norm, batch, skipped, log)
+        stage.after_step()
 
         examples += len(batch)
-        last = step + 1 == steps
+        last = step + 1 == stage.steps
         if step % 10 == 0 or last:
             distributed.add_up(sums.values())
             numbers = {name: float(term) for name, term in sums.items()}
             value, seconds = numbers.pop("loss"), time.monotonic() - begin
-            parts = " ".join(f"{name} {number:.3f}" for name, number in numbers.items())
-            rate, left = examples / seconds, seconds / (step + 1 - first) * (steps - step - 1)
+            terms = " ".join(f"{name} {number:.3f}" for name, number in numbers.items())
+            rate, left = examples / seconds, seconds / (step + 1 - start) * (stage.steps - step - 1)
             log.progress(
-                f"{what} step {step + 1}/{steps} | loss {value:.3f} ({parts}) | lr {max(peaks) * factor:.1e} | "
-                f"{rate:.0f} q/s | ETA {left:.0f} s",
+                f"{stage.name} step {step + 1}/{stage.steps} | loss {value:.3f} ({terms}) | "
+                f"lr {max(peaks) * factor:.1e} | {rate:.0f} q/s | ETA {left:.0f} s",
                 last,
             )
             log.metrics(
-                stage=what, step=step + 1, loss=value, **numbers, lr=max(peaks) * factor, gradient_norm=norm,
+                stage=stage.name, step=step + 1, loss=value, **numbers, lr=max(peaks) * factor, gradient_norm=norm,
                 queries_per_second=rate,
             )  # fmt: skip
         if resume and skipped == 0 and (last or resume.due()):
-            resume.save(what, step + 1, trained, optimizer, chance or {})
+            resume.save(stage.name, step + 1, trained, optimizer, stage.chance)
     return value
+
+
+def skip(name: str, step: int, norm: Tensor, batch: Batch, skipped: int, log) -> None:
+    """Logs a step that is not taken; raises ValueError where too many were skipped in a row."""
+    log.line(f"{name} step {step + 1}: gradient norm {norm:.3g}, step {skipped} skipped; batch {some(batch)}")
+    if skipped == MOST_SKIPPED:
+        raise ValueError(
+            f"{name}: {skipped} steps in a row had no finite loss or gradient. The last good checkpoint is "
+            "whole; lower the learning rate (--lr, --d0_lr or --dense_lr), or pass --precision float32"
+        )
+
+
+def keep_freed_memory() -> None:
+    """Keeps what tensors free for the next ones, where the C library is glibc.
+
+    It gives blocks of 128 KB and more back to the system, which hands them out again a zeroed page at a time: a fifth
+    of a small model's training on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        trim_threshold, most_mapped = -1, -4  # numbers of malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(most_mapped, 0)

@@ -1,10 +1,11 @@
 """Residual quantisation: document embeddings become docids, and docids a trie.
 
-Paper    section 2 and appendix C, Eq. 9: e_d is approximated by the sum of one centroid per codebook
+Paper    section 2 and appendix C, Eq. 9: e_d is approximated by the sum of one centroid per codebook; table 9
+         compares with product quantisation and with atomic docids
 In       D_0's embeddings (N, D); later the embeddings of D_t, never refitted
 Out      codebooks (M, K, D), docids (N, M), a report of collisions, the prefix trie of all indexed docids
 Next     train.py starts the docid table from the codebooks; search.py walks the trie
-Differs  the small preset fits the codebooks on embeddings of D_0's pseudo-queries too (train.py, `rq_pseudo`);
+Differs  the small preset fits the codebooks on embeddings of D_0's pseudo-queries too (prepare.py, `rq_pseudo`);
          faiss's ResidualQuantizer grows its k-means through ten PCA dimensions; here each level is one
          k-means of faiss on the residuals of the beam, and encoding and decoding are written out
 """
@@ -24,9 +25,11 @@ ROWS_A_CHILD = 8  # rows of a trie's node that are looked at for each of its chi
 CHUNK = 65_536  # embeddings reported on together
 CACHED = 2**22  # partial errors of a batch of embeddings that are encoded together
 MOST_POINTS = 200_000  # of k-means at least; more than these and its sample are not even computed
+MOST_ATOMIC = 2**15 - 1  # documents with atomic docids: codes are int16 in the trie and on disk
+BEAM = 5  # partial docids kept while encoding, as in faiss
 
 
-def fit(embeddings: Tensor, codebooks: int, centroids: int, seed: int, beam: int = 5) -> Tensor:
+def fit(embeddings: Tensor, codebooks: int, centroids: int, seed: int, beam: int = BEAM) -> Tensor:
     """Codebooks (M, K, D) of a residual quantiser: level m is k-means on what levels 1..m-1 leave of each
     point (N, D).
 
@@ -34,10 +37,7 @@ def fit(embeddings: Tensor, codebooks: int, centroids: int, seed: int, beam: int
     Raises ValueError where there are fewer points than centroids.
     """
     n, width = embeddings.shape
-    if n < centroids:
-        raise ValueError(
-            f"found {n} documents in D_0, fewer than K={centroids} centroids; pass --K {suggest(n)[1]}"
-        )
+    require_points(n, centroids)
     most = max(POINTS_PER_CENTROID * centroids, MOST_POINTS)
     generator = torch.Generator().manual_seed(seed)
     if n > most:
@@ -51,14 +51,26 @@ def fit(embeddings: Tensor, codebooks: int, centroids: int, seed: int, beam: int
         if len(partial) > most:
             chosen = torch.randperm(len(partial), generator=generator)[:most].sort().values
         residuals = embeddings[chosen // (len(partial) // len(embeddings))] - decode(books, partial[chosen])
-        points = np.ascontiguousarray(residuals.numpy(), dtype=np.float32)
-        kmeans = faiss.Kmeans(
-            width, centroids, niter=ITERATIONS, seed=seed + m, max_points_per_centroid=POINTS_PER_CENTROID,
-            min_points_per_centroid=1,
-        )  # fmt: skip
-        kmeans.train(points)
-        books = torch.cat([books, torch.from_numpy(kmeans.centroids.reshape(1, centroids, width).copy())])
+        books = torch.cat([books, kmeans(residuals, centroids, seed + m)[None]])
     return books
+
+
+def kmeans(points: Tensor, centroids: int, seed: int, most: int = POINTS_PER_CENTROID) -> Tensor:
+    """Centroids (K, d) of points (n, d), n >= K, by faiss; of more than `most` points a centroid, a sample."""
+    clusters = faiss.Kmeans(
+        points.shape[1], centroids, niter=ITERATIONS, seed=seed, max_points_per_centroid=most,
+        min_points_per_centroid=1,
+    )  # fmt: skip
+    clusters.train(np.ascontiguousarray(points.numpy(), dtype=np.float32))
+    return torch.from_numpy(clusters.centroids.reshape(centroids, -1).copy())
+
+
+def require_points(n: int, centroids: int) -> None:
+    """Raises ValueError where n documents of D_0 are fewer than the centroids that are to be fitted on them."""
+    if n < centroids:
+        raise ValueError(
+            f"found {n} documents in D_0, fewer than K={centroids} centroids; pass --K {suggest(n)[1]}"
+        )
 
 
 def fit_to_docids(embeddings: Tensor, codes: Tensor, centroids: int, sweeps: int = 6) -> Tensor:
@@ -80,7 +92,7 @@ def fit_to_docids(embeddings: Tensor, codes: Tensor, centroids: int, sweeps: int
     return books
 
 
-def encode(embeddings: Tensor, books: Tensor, beam: int = 5, batch: int = 0, device="cpu") -> Tensor:
+def encode(embeddings: Tensor, books: Tensor, beam: int = BEAM, batch: int = 0, device="cpu") -> Tensor:
     """Docids (N, M) int64 of embeddings (N, D): the best of a beam search for the least squared error.
 
     With beam 1 this is the greedy argmin_k || residual - C^m[k] ||^2, level by level. `batch` embeddings are encoded
@@ -128,6 +140,42 @@ def decode(books: Tensor, codes: Tensor) -> Tensor:
     for m, book in enumerate(books):
         out += book[codes[..., m]]
     return out
+
+
+# -------------------------------------------------------------------------------- docids of other kinds (table 9)
+
+
+def fit_product(embeddings: Tensor, codebooks: int, centroids: int, seed: int) -> Tensor:
+    """Codebooks (M, K, D) of product quantisation (Jegou et al., 2011): number m is k-means on the m-th run of D / M
+    columns of D_0's embeddings (N, D).
+
+    A centroid is 0 outside its own columns, so that a document is approximated by the sum of its centroids and
+    `encode` with beam 1 takes the nearest centroid of each sub-space. Raises ValueError where M does not divide D, or
+    D_0 has fewer documents than K.
+    """
+    n, width = embeddings.shape
+    if width % codebooks:
+        divisors = [m for m in range(1, width + 1) if width % m == 0]
+        raise ValueError(
+            f"product quantisation cuts embeddings of {width} columns into M={codebooks} equal parts, which does not "
+            f"come out even; pass --M {min(divisors, key=lambda m: abs(m - codebooks))}"
+        )
+    require_points(n, centroids)
+    books, columns = torch.zeros(codebooks, centroids, width), width // codebooks
+    for m, book in enumerate(books):
+        own = slice(m * columns, (m + 1) * columns)
+        most = max(POINTS_PER_CENTROID, MOST_POINTS // centroids)
+        book[:, own] = kmeans(embeddings[:, own], centroids, seed + m, most)
+    return books
+
+
+def require_few(n: int) -> None:
+    """Raises ValueError where n documents are more than atomic docids, one code a document, can number."""
+    if n > MOST_ATOMIC:
+        raise ValueError(
+            f"found {n} documents, wanted at most {MOST_ATOMIC} for atomic docids, whose codes are kept as int16; take "
+            "fewer documents, or docids of another kind"
+        )
 
 
 # ------------------------------------------------------------------------------------------------- collisions
@@ -179,13 +227,13 @@ def suggest(n: int) -> tuple[int, int]:
     return max(4, math.ceil(2 * math.log2(max(n, 2)) / math.log2(centroids))), centroids
 
 
-def require_distinct(found: Report, wanted: float = 0.95) -> None:
+def require_distinct(report: Report, wanted: float = 0.95) -> None:
     """Raises ValueError, with a suggestion of M and K, when fewer than `wanted` of D_0's docids are distinct."""
-    if found.distinct < wanted:
-        m, k = suggest(found.documents)
-        m = max(m, len(found.used) + 1)
+    if report.distinct < wanted:
+        m, k = suggest(report.documents)
+        m = max(m, len(report.used) + 1)
         raise ValueError(
-            f"only {100 * found.distinct:.1f}% of D_0's docids are distinct, wanted {100 * wanted:.0f}% ({found}). Use "
+            f"only {100 * report.distinct:.1f}% of D_0's docids are distinct, wanted {100 * wanted:.0f}% ({report}). Use "
             f"more or larger codebooks, as --M {m} --K {k}; if documents repeat, remove the copies"
         )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import ood
 from data import PAD
-from mapped import scratch
+from arrays import scratch
 from mixlora import mixed_layers, routes_of
 from t5 import T5
 

@@ -20,7 +20,10 @@ from torch import Tensor
 
 from data import tokenize
 from rq import Trie
+from store import LoadedRun
 from t5 import T5, segment_logits
+
+BATCH = 128  # queries decoded together (paper: 128 to 512)
 
 Ranking = list[tuple[int, float]]  # (row of the document in the stream, score), best first
 
@@ -82,13 +85,20 @@ def documents(trie: Trie, leaves: Tensor, scores: Tensor, doc_ids: list[str], k:
     """
     rankings = []
     for row, row_scores in zip(leaves.tolist(), scores.tolist()):
-        found = [(doc, s) for leaf, s in zip(row, row_scores) for doc in trie.documents_at(leaf)]
-        rankings.append(sorted(found, key=lambda pair: (-pair[1], doc_ids[pair[0]]))[:k])
+        scored = [(doc, s) for leaf, s in zip(row, row_scores) for doc in trie.documents_at(leaf)]
+        rankings.append(sorted(scored, key=lambda pair: (-pair[1], doc_ids[pair[0]]))[:k])
     return rankings
 
 
 def retrieve(
-    model, trie, tokenizer, queries: list[str], doc_ids, k=10, beam=10, batch=128, max_length=64
+    model: T5,
+    trie: Trie,
+    tokenizer,
+    queries: list[str],
+    doc_ids,
+    k: int = 10,
+    beam: int = 10,
+    max_length: int = 64,
 ) -> list[Ranking]:
     """The k best documents of each query text, in evaluation mode; queries of like length share a batch."""
     if not queries:
@@ -98,7 +108,7 @@ def retrieve(
     lengths = (ids != 0).sum(1)
     device = model.word.device
     rankings: list[Ranking] = [[]] * len(queries)
-    for rows in lengths.argsort(stable=True).split(batch):
+    for rows in lengths.argsort(stable=True).split(BATCH):
         leaves, scores = beam_search(model, trie, ids[rows, : lengths[rows].max()].to(device), beam)
         for row, ranking in zip(rows.tolist(), documents(trie, leaves, scores.cpu(), doc_ids, k)):
             rankings[row] = ranking
@@ -106,8 +116,6 @@ def retrieve(
 
 
 def main(argv: list[str]) -> None:
-    from run import LoadedRun
-
     parser = argparse.ArgumentParser(description="Retrieve documents from a finished run.")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("query", nargs="?", help="without it, an interactive prompt")

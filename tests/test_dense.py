@@ -1,5 +1,6 @@
 import json
 import random
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 
 import data
 import dense
+import queries
 from bm25 import BM25
 from data import EOS, PAD, Corpus
-from dense import Windows, in_batch_contrastive, margin_mse, rank, recall
-from mapped import Documents, Tokens
+from dense import Windows, in_batch_contrastive, margin_mse, nearest, recall
+from arrays import Documents, Tokens, digest
 from t5 import T5, T5Config
 
 # ----------------------------------------------------------------------------------------------------- search
@@ -23,12 +25,12 @@ from t5 import T5, T5Config
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.integers(0, 10_000), st.integers(1, 12), st.integers(1, 15))
-def test_rank_equals_brute_force_with_ties_by_row(seed, n, k):
+def test_nearest_equals_brute_force_with_ties_by_row(seed, n, k):
     generator = torch.Generator().manual_seed(seed)
     queries, documents = (
         torch.randint(-1, 2, (size, 3), generator=generator).float() for size in (4, n)
     )  # many ties
-    scores, rows = rank(queries, documents, k)
+    scores, rows = nearest(queries, documents, k)
     for query, found, order in zip(queries.tolist(), scores.tolist(), rows.tolist()):
         exact = [sum(a * b for a, b in zip(query, document)) for document in documents.tolist()]
         assert order == sorted(range(n), key=lambda row: (-exact[row], row))[:k]
@@ -39,7 +41,7 @@ def test_rank_equals_brute_force_with_ties_by_row(seed, n, k):
 @given(
     st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 12), st.lists(st.integers(1, 6), min_size=1, max_size=6)
 )  # fmt: skip
-def test_rank_in_chunks_equals_one_stable_sort_of_all_scores(seed, chunk, k, sizes):
+def test_nearest_in_chunks_equals_one_stable_sort_of_all_scores(seed, chunk, k, sizes):
     """Few different scores, so that ties reach over the edges of chunks."""
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randint(-1, 2, (5, 2), generator=generator).float()
@@ -48,17 +50,17 @@ def test_rank_in_chunks_equals_one_stable_sort_of_all_scores(seed, chunk, k, siz
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dense, "CHUNK", chunk)
         for found in (
-            rank(queries, documents, k),
-            rank(queries, (part for part in documents.split(sizes)), k),
+            nearest(queries, documents, k),
+            nearest(queries, (part for part in documents.split(sizes)), k),
         ):
             assert torch.equal(found[0], scores[:, :k]) and torch.equal(found[1], rows[:, :k])
             assert found[1].dtype == torch.int64
 
 
-def test_rank_of_more_queries_than_are_scored_together(monkeypatch):
+def test_nearest_of_more_queries_than_are_scored_together(monkeypatch):
     monkeypatch.setattr(dense, "CHUNK", 4)
     queries, documents = torch.arange(-1200.0, 1300)[:, None], torch.arange(11.0)[:, None]
-    _, rows = rank(queries, documents, 3)
+    _, rows = nearest(queries, documents, 3)
     wanted = {-1.0: [0, 1, 2], 0.0: [0, 1, 2], 1.0: [10, 9, 8]}
     assert rows.tolist() == [wanted[float(sign)] for sign in queries.sign()[:, 0]]
 
@@ -452,7 +454,7 @@ class Lines:
 def config(**changes) -> SimpleNamespace:
     fields = SimpleNamespace(
         seed=0, query_length=16, clip=1.0, negatives=5, teacher="", dense_length=24, dense_warmup_steps=0,
-        dense_rounds=0, dense_steps=0, dense_batch=16, dense_lr=3e-3, dense_warmup=0.04, dense_contrastive=0.0,
+        dense_rounds=0, dense_steps=0, dense_batch=16, dense_lr=3e-3, dense_contrastive=0.0,
         dense_margin=1.0, dense_scale=0.1, dense_pseudo=0, micro_batch=0, precision="float32",
         save_negatives=False,
     )  # fmt: skip
@@ -463,7 +465,7 @@ class WholeWords:
     """A tokenizer of whole words, `w0` to `w59` and the question words."""
 
     def __init__(self):
-        self.pieces = dict(zip([*(f"w{i}" for i in range(60)), *data.QUESTION_WORDS], range(3, 200)))
+        self.pieces = dict(zip([*(f"w{i}" for i in range(60)), *queries.QUESTION_WORDS], range(3, 200)))
         self.vocab = 3 + len(self.pieces)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -476,12 +478,21 @@ def made_up():
     texts = [" ".join(rng.sample([f"w{i}" for i in range(60)], 12)) for _ in range(20)]
     train = [(row, " ".join(rng.sample(text.split(), 4))) for row, text in enumerate(texts)]
     corpus = Corpus(0, [f"d{i}" for i in range(20)], [""] * 20, texts, train, [f"q{i}" for i in range(20)])
-    sampler = data.PseudoQuerySampler(corpus, data.Idf(texts), set())
-    queries = [" ".join(rng.sample(text.split(), 4)) for text in texts for _ in range(3)]
-    return corpus, WholeWords(), Tokens.of(data.tokenize(WholeWords(), texts, 64)), sampler, queries
+    sampler = queries.PseudoQuerySampler(corpus.titles, texts, queries.Idf(texts), frozenset())
+    unseen = [" ".join(rng.sample(text.split(), 4)) for text in texts for _ in range(3)]
+    return corpus, WholeWords(), Tokens.of(data.tokenize(WholeWords(), texts, 64)), sampler, unseen
 
 
 CORPUS, TOKENIZER, IDS, SAMPLER, UNSEEN = made_up()
+
+
+def run_of(recipe: SimpleNamespace, corpus: Corpus = CORPUS, folder: Path | None = None, log=None):
+    """What of prepare.Run the bi-encoder's training looks at."""
+    resume = SimpleNamespace(stage="", restore=lambda *_: 0, due=lambda: False, save=lambda *_: None)
+    return SimpleNamespace(
+        config=recipe, corpora=[corpus], sampler=lambda t: SAMPLER, tokenizer=TOKENIZER, log=log or Lines(),
+        folder=folder or Path(tempfile.mkdtemp()), resume=resume,
+    )  # fmt: skip
 
 
 def recall_of(model: T5) -> float:
@@ -500,7 +511,7 @@ def test_training_lowers_each_phase_s_loss_finds_unseen_queries_and_leaves_the_d
         dense_contrastive=1.0,
         dense_margin=0.01,
     )
-    dense.train(model, TOKENIZER, CORPUS, IDS, SAMPLER, recipe, lines)
+    dense.train(run_of(recipe, log=lines), model, IDS)
     first, last = lines.first_and_last("dense warm-up", "loss")
     assert last < 0.6 * first
     assert {found["stage"] for found in lines.measured} == {"dense warm-up", "dense round 1", "dense round 2"}
@@ -513,14 +524,14 @@ def test_same_seed_trains_the_same_bi_encoder_bit_by_bit():
     for seed in (0, 0, 1):
         models.append(tiny_t5(TOKENIZER.vocab))
         recipe = config(seed=seed, dense_warmup_steps=2, dense_rounds=2, dense_steps=2, dense_pseudo=1)
-        dense.train(models[-1], TOKENIZER, CORPUS, IDS, SAMPLER, recipe, Lines())
+        dense.train(run_of(recipe), models[-1], IDS)
     one, same, other = (torch.cat([p.flatten() for p in model.parameters()]) for model in models)
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 def test_margin_rounds_learn_the_margins_of_bm25():
     model, lines = tiny_t5(TOKENIZER.vocab), Lines()
-    dense.train(model, TOKENIZER, CORPUS, IDS, None, config(dense_rounds=1, dense_steps=60), lines)
+    dense.train(run_of(config(dense_rounds=1, dense_steps=60), log=lines), model, IDS)
     first, last = lines.first_and_last("dense round 1", "margin")
     assert last < 0.3 * first
 
@@ -533,10 +544,10 @@ def test_teacher_file_takes_the_place_of_bm25_in_every_round(tmp_path, monkeypat
     lines = [line(f"q{i}", [f"d{i}", f"d{i + 7}"], [10 + margin, 10]) for i, margin in enumerate(margins)]
     model, recipe = (
         tiny_t5(TOKENIZER.vocab),
-        config(dense_rounds=2, dense_steps=60, dense_scale=1.0, clip=10.0),
+        config(dense_rounds=2, dense_steps=60, dense_scale=1.0),
     )
     recipe.teacher = str(teacher(tmp_path / "t", *lines))
-    dense.train(model, TOKENIZER, CORPUS, IDS, SAMPLER, recipe, Lines())
+    dense.train(run_of(recipe), model, IDS)
     q = dense.embed(model, data.tokenize(TOKENIZER, [query for _, query in CORPUS.train[:6]], 16))
     documents = dense.embed(model, IDS)
     found = (q * (documents[:6] - documents[7:13])).sum(1)
@@ -557,7 +568,7 @@ def test_negatives_are_mined_with_the_first_round_s_model(monkeypatch):
     model = tiny_t5(TOKENIZER.vocab)
     start = dense.embed(model, IDS)
     recipe = config(dense_rounds=2, dense_steps=3, negatives=1000, dense_pseudo=2)
-    dense.train(model, TOKENIZER, CORPUS, IDS, SAMPLER, recipe, Lines())
+    dense.train(run_of(recipe), model, IDS)
     assert seen["k"] == 19 and len(seen["queries"]) == 20 + 2 * 20
     assert (seen["documents"] - start).abs().max() > 1e-3
 
@@ -565,7 +576,7 @@ def test_negatives_are_mined_with_the_first_round_s_model(monkeypatch):
 def parameters(recipe: SimpleNamespace, corpus: Corpus = CORPUS, folder: Path | None = None) -> torch.Tensor:
     """All parameters after this recipe."""
     model = tiny_t5(TOKENIZER.vocab)
-    dense.train(model, TOKENIZER, corpus, IDS, SAMPLER, recipe, Lines(), folder)
+    dense.train(run_of(recipe, corpus, folder), model, IDS)
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -595,17 +606,21 @@ def test_each_round_s_negatives_are_saved_where_asked_and_train_the_same(tmp_pat
 
 
 def test_teacher_may_be_one_file_for_each_round_and_the_last_serves_the_rest(tmp_path):
-    job = dense.Training(tiny_t5(200), TOKENIZER, CORPUS, IDS, SAMPLER, config(), Lines())
+    training = dense.Training(run_of(config()), tiny_t5(200), IDS)
     files = [teacher(tmp_path / f"t{i}", line("q0", ["d0", f"d{i}"], [1, 0])) for i in (1, 2)]
-    job.config.teacher = ",".join(map(str, files))
-    assert [job.examples(number, None).negatives.tolist() for number in (1, 2, 3)] == [[[1]], [[2]], [[2]]]
+    training.config.teacher = ",".join(map(str, files))
+    assert [training.examples(number, None).negatives.tolist() for number in (1, 2, 3)] == [
+        [[1]],
+        [[2]],
+        [[2]],
+    ]
 
 
 def test_round_without_a_teacher_s_file_mines_its_own_negatives(tmp_path):
-    job = dense.Training(tiny_t5(200), TOKENIZER, CORPUS, IDS, SAMPLER, config(), Lines())
-    job.config.teacher = f"{teacher(tmp_path / 't', line('q0', ['d0', 'd3'], [1, 0]))},"
-    assert job.examples(1, None).negatives.tolist() == [[3]]
-    assert len(job.examples(2, BM25(CORPUS.passages())).queries) == len(CORPUS.train)
+    training = dense.Training(run_of(config()), tiny_t5(200), IDS)
+    training.config.teacher = f"{teacher(tmp_path / 't', line('q0', ['d0', 'd3'], [1, 0]))},"
+    assert training.examples(1, None).negatives.tolist() == [[3]]
+    assert len(training.examples(2, BM25(CORPUS.passages())).queries) == len(CORPUS.train)
 
 
 def test_lists_and_stores_of_documents_train_the_same():
@@ -627,12 +642,8 @@ def test_bfloat16_products_train_both_rounds():
 
 def test_training_with_nothing_to_learn_from_is_refused():
     bare = Corpus(0, CORPUS.ids, CORPUS.titles, CORPUS.texts)
-    with pytest.raises(ValueError, match="warm-up draws pseudo-queries"):
-        dense.train(tiny_t5(200), TOKENIZER, bare, IDS, None, config(dense_warmup_steps=1), Lines())
     with pytest.raises(ValueError, match="no annotated query and --dense_pseudo is 0"):
-        dense.train(
-            tiny_t5(200), TOKENIZER, bare, IDS, SAMPLER, config(dense_rounds=1, dense_steps=1), Lines()
-        )
+        dense.train(run_of(config(dense_rounds=1, dense_steps=1), bare), tiny_t5(200), IDS)
 
 
 def test_other_relevant_document_of_the_same_query_is_no_negative():

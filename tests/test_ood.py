@@ -21,7 +21,7 @@ from ood import (
     new_stats,
     query_score,
     remember_base,
-    sums,
+    routed_energy_moments,
 )
 
 POSITIONS = 8
@@ -29,7 +29,7 @@ POSITIONS = 8
 
 def update(stats: Stats, scores: torch.Tensor, gates: torch.Tensor) -> None:
     """One whole training batch."""
-    move(stats, sums(scores, gates))
+    move(stats, routed_energy_moments(scores, gates))
 
 
 def draw(
@@ -197,7 +197,7 @@ def test_an_expert_without_tokens_keeps_its_numbers():
 def test_sums_by_hand():
     scores = with_energy(torch.tensor([[-1.0, -3.0], [-2.0, -0.5]]))
     gates = torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[1.0, 0.0], [0.0, 1.0]]])  # (B, M, E)
-    tokens, total, squares = sums(scores, gates)
+    tokens, total, squares = routed_energy_moments(scores, gates)
     assert tokens.tolist() == [[2, 1], [0, 2]]  # (E, M)
     assert total.flatten().tolist() == pytest.approx([-1 - 2, -3, 0, -3 - 0.5], abs=1e-6)
     assert squares.flatten().tolist() == pytest.approx([1 + 4, 9, 0, 9 + 0.25], abs=1e-6)
@@ -211,9 +211,9 @@ def test_sums_of_parts_move_the_averages_as_the_whole_batch_does(experts, batch,
     gates = top_gates(scores, 2)
     whole, parts = (new_stats("paper_code", experts, POSITIONS) for _ in range(2))
     edges = [0, *sorted(min(cut, batch) for cut in cuts), batch]
-    added = sum(sums(scores[a:b], gates[a:b]) for a, b in zip(edges, edges[1:]))
+    added = sum(routed_energy_moments(scores[a:b], gates[a:b]) for a, b in zip(edges, edges[1:]))
     assert added.dtype == torch.float64
-    torch.testing.assert_close(added, sums(scores, gates), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(added, routed_energy_moments(scores, gates), rtol=1e-12, atol=1e-12)
     for _ in range(2):
         update(whole, scores, gates)
         move(parts, added)
@@ -223,7 +223,7 @@ def test_sums_of_parts_move_the_averages_as_the_whole_batch_does(experts, batch,
 
 def test_sums_hold_on_to_no_gradient_and_moving_leaves_them_alone():
     scores = draw(6).requires_grad_()
-    batch = sums(scores, top_gates(scores, 2))
+    batch = routed_energy_moments(scores, top_gates(scores, 2))
     before = batch.clone()
     move(new_stats("paper_code", 2, POSITIONS), batch)
     assert not batch.requires_grad and torch.equal(batch, before)

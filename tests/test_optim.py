@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,12 +8,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import optim
-from optim import fit, linear_schedule, parameter_groups
+from optim import Stage, linear_schedule, parameter_groups
 from t5 import T5, T5Config
 
 
 class Lines:
-    """Stands in for run.Log and keeps what it is told."""
+    """Stands in for store.Log and keeps what it is told."""
 
     def __init__(self):
         self.progressed, self.measured, self.lines = [], [], []
@@ -31,6 +32,12 @@ def group(*parameters: nn.Parameter, lr: float = 0.1, weight_decay: float = 0.0)
     return [{"params": list(parameters), "lr": lr, "weight_decay": weight_decay}]
 
 
+def fit(stage: Stage, log: Lines, micro_batch: int = 0, clip: float = 1.0) -> float:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim, "CLIP", clip)
+        return optim.fit(stage, SimpleNamespace(micro_batch=micro_batch, precision="float32"), log)
+
+
 def run(groups: list[dict], steps: int, loss_of, warmup: float = 0.0, clip: float = 1e9, **hooks) -> Lines:
     lines = Lines()
 
@@ -38,7 +45,7 @@ def run(groups: list[dict], steps: int, loss_of, warmup: float = 0.0, clip: floa
         loss = loss_of()
         return loss, {"whole": loss}
 
-    fit("stage", groups, steps, warmup, clip, lambda: [0] * 3, whole, lines, **hooks)
+    fit(Stage("stage", groups, steps, warmup, lambda: [0] * 3, whole, **hooks), lines, clip=clip)
     return lines
 
 
@@ -213,7 +220,7 @@ def test_log_tells_loss_terms_and_rate_of_the_step():
         terms = {"ce": w.sum(), "kl": 0.5 * w.sum()}
         return sum(terms.values()), terms
 
-    value = fit("D1", group(w, lr=0.3), 1, 0.0, 10.0, lambda: [0] * 4, loss_of, lines)
+    value = fit(Stage("D1", group(w, lr=0.3), 1, 0.0, lambda: [0] * 4, loss_of), lines, clip=10.0)
     assert value == 3.0  # taken before the step
     (found,) = lines.measured
     assert (found["stage"], found["loss"], found["ce"], found["kl"]) == ("D1", 3.0, 2.0, 1.0)
@@ -229,16 +236,15 @@ def test_fit_returns_the_last_step_s_loss():
         losses.append(loss.item())
         return loss, {}
 
-    assert fit("x", group(w), 15, 0.1, 1.0, lambda: [0], loss_of, Lines()) == losses[-1] < losses[0]
+    assert fit(Stage("x", group(w), 15, 0.1, lambda: [0], loss_of), Lines()) == losses[-1] < losses[0]
     assert len(losses) == 15
 
 
 def test_no_step_changes_nothing_and_gives_no_loss():
     w = nn.Parameter(torch.ones(1))
     fail = pytest.fail
-    assert math.isnan(
-        fit("x", group(w), 0, 0.1, 1.0, lambda: fail("drew a batch"), lambda _: fail("computed"), Lines())
-    )
+    stage = Stage("x", group(w), 0, 0.1, lambda: fail("drew a batch"), lambda _: fail("computed"))
+    assert math.isnan(fit(stage, Lines()))
     assert w.item() == 1
 
 
@@ -262,10 +268,8 @@ def regression(n: int, micro_batch: int, as_list: bool = False, steps: int = 6, 
         terms = {"near": 0.25 * squared.mean(), "far": 0.75 * squared.mean()}
         return sum(terms.values()), terms
 
-    value = fit(
-        "x", group(*net.parameters(), lr=0.05, weight_decay=0.01), steps, 0.2, 0.3, next_batch, loss_of, lines,
-        micro_batch, **hooks,
-    )  # fmt: skip
+    groups = group(*net.parameters(), lr=0.05, weight_decay=0.01)
+    value = fit(Stage("x", groups, steps, 0.2, next_batch, loss_of, **hooks), lines, micro_batch, clip=0.3)
     return torch.cat([p.detach().flatten() for p in net.parameters()]), sizes, lines, value
 
 
@@ -317,7 +321,7 @@ def test_one_batch_is_drawn_a_step_and_its_examples_are_counted_whole(monkeypatc
         drawn.append(1)
         return list(range(7))
 
-    fit("x", group(w), 4, 0.0, 1.0, next_batch, lambda part: (w.sum(), {}), lines, 2)
+    fit(Stage("x", group(w), 4, 0.0, next_batch, lambda part: (w.sum(), {})), lines, 2)
     assert len(drawn) == 4
     assert [values["queries_per_second"] for values in lines.measured] == [7 / 1, 4 * 7 / 2]
 
@@ -347,9 +351,7 @@ def test_ten_such_steps_in_a_row_stop_with_advice_and_nothing_changed():
     factors = iter([math.nan] * 9 + [1.0] + [math.nan] * 10)
     lines = Lines()
     with pytest.raises(ValueError, match="stage: 10 steps in a row .* lower the learning rate"):
-        fit(
-            "stage", group(w), 30, 0.0, 1.0, lambda: torch.arange(40), lambda _: ((w * next(factors)).sum(), {}),
-            lines,
-        )  # fmt: skip
+        loss = lambda _: ((w * next(factors)).sum(), {})  # noqa: E731
+        fit(Stage("stage", group(w), 30, 0.0, lambda: torch.arange(40), loss), lines)
     assert len(lines.lines) == 19 and w.isfinite().all()
     assert "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19] .." in lines.lines[0]

@@ -421,3 +421,74 @@ def test_a_trie_of_the_papers_docid_takes_at_most_24_bytes_a_document():
     generator = torch.Generator().manual_seed(2)
     for n in (1000, 30_000, 300_000):
         assert Trie(torch.randint(2048, (n, 8), generator=generator)).nbytes() <= 24 * n
+
+
+def clustered(n: int, width: int = 12, seed: int = 0) -> torch.Tensor:
+    """Points around 20 centres."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 3 * torch.randn(20, width, generator=generator)
+    return centres[torch.randint(20, (n,), generator=generator)] + torch.randn(n, width, generator=generator)
+
+
+# ---------------------------------------------------------------------------------------- product quantisation
+
+
+def test_pq_codes_are_the_nearest_centroid_of_each_sub_space():
+    x = clustered(600)
+    books = rq.fit_product(x[:400], 3, 32, seed=0)
+    codes = rq.encode(x, books, beam=1)
+    for m in range(3):
+        own = slice(4 * m, 4 * m + 4)
+        assert torch.equal(codes[:, m], torch.cdist(x[:, own].double(), books[m, :, own].double()).argmin(1))
+        outside = books[m].clone()
+        outside[:, own] = 0
+        assert not outside.any()
+
+
+def test_pq_equals_faiss_s_with_the_same_centroids_and_is_fitted_as_well():
+    faiss = pytest.importorskip("faiss")
+    x = clustered(600)
+    books = rq.fit_product(x, 3, 32, seed=0)
+    codes = rq.encode(x, books, beam=1)
+    theirs = faiss.ProductQuantizer(12, 3, 5)
+    theirs.train(x.numpy())
+    least = (x - torch.from_numpy(theirs.decode(theirs.compute_codes(x.numpy())))).pow(2).sum()
+    centroids = torch.stack([book[:, 4 * m : 4 * m + 4] for m, book in enumerate(books)])
+    faiss.copy_array_to_vector(centroids.numpy().ravel(), theirs.centroids)
+    packed = theirs.compute_codes(x.numpy())
+    assert torch.equal(torch.from_numpy(faiss.unpack_bitstrings(packed, 3, 5).astype("int64")), codes)
+    torch.testing.assert_close(rq.decode(books, codes), torch.from_numpy(theirs.decode(packed)))
+    assert (x - rq.decode(books, codes)).pow(2).sum() < 1.05 * least
+
+
+def test_pq_of_as_many_centroids_as_documents_reconstructs_them_exactly():
+    x = clustered(16)
+    books = rq.fit_product(x, 4, 16, seed=0)
+    codes = rq.encode(x, books, beam=1)
+    torch.testing.assert_close(rq.decode(books, codes), x, atol=1e-5, rtol=0)
+    assert [sorted(column) for column in codes.T.tolist()] == [list(range(16))] * 4
+
+
+@pytest.mark.parametrize("m, fits", [(5, 4), (8, 6), (11, 12), (13, 12)])
+def test_pq_refuses_parts_of_unequal_width_with_one_that_fits(m, fits):
+    with pytest.raises(ValueError, match=rf"12 columns into M={m} equal parts.*--M {fits}$"):
+        rq.fit_product(clustered(100), m, 16, 0)
+
+
+def test_pq_refuses_fewer_documents_in_d0_than_centroids():
+    with pytest.raises(ValueError, match=r"found 100 documents in D_0, fewer than K=128 .*--K 4$"):
+        rq.fit_product(clustered(100), 2, 128, 0)
+
+
+def test_pq_is_the_seed_s_and_leaves_the_embeddings_alone():
+    x = clustered(600)
+    before, state = x.clone(), torch.get_rng_state()
+    one, same, other = (rq.fit_product(x, 3, 32, seed) for seed in (3, 3, 4))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert torch.equal(x, before) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_atomic_docids_stop_where_int16_does():
+    rq.require_few(32_767)
+    with pytest.raises(ValueError, match="found 32768 documents, wanted at most 32767 .*int16; take fewer"):
+        rq.require_few(32_768)

@@ -11,50 +11,35 @@ import pytest
 import torch
 from toy import TOY, toy_folder
 
+import arrays
+import config
 import data
 import dense
 import eval as scoring
 import losses
-import mapped
 import mixlora
 import ood
 import rq
-import run as store
 import scan
+import prepare
+import queries
 import search
+import store
 import train
-from t5 import T5, T5Config, segment_logits, to_published
+from t5 import T5, T5Config, segment_logits
+from weights import to_published
 
 SHARED = Path(os.environ.get("MIXLORA_DATA") or Path(__file__).parents[1] / "../shared/data")
 SAMPLE, SPIECE = SHARED / "nq320k_sample", SHARED / "t5" / "spiece.model"
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory) -> Path:
-    return toy_folder(tmp_path_factory.mktemp("toy") / "beir")
-
-
-@pytest.fixture(scope="module")
-def finished(toy, tmp_path_factory) -> Path:
-    """A run through every stage; every layer grows at every corpus."""
-    folder = tmp_path_factory.mktemp("runs") / "all"
-    train.main(["--data", str(toy), "--run", str(folder), "--expand", "always", *TOY])
-    return folder
-
-
 def test_a_run_leaves_every_file_that_the_architecture_names(finished):
-    names = {path.name for path in finished.iterdir()}
-    wanted = {
-        "config.json",
-        "tokenizer.model",
-        "corpus.json",
-        "dense.pt",
-        "rq.pt",
-        "docids.npy",
-        "doc_ids.txt",
-    }
-    wanted |= {"metrics.jsonl", "ood.json", "results.json", "log.txt", *(f"D{t}.pt" for t in range(5))}
-    assert wanted <= names and not [name for name in names if name.endswith(".part")]
+    names = {str(path.relative_to(finished)) for path in finished.rglob("*")}
+    wanted = "config.json tokenizer.model corpus.json idf.json excluded.npy dense.pt rq.pt docids.npy doc_ids.txt "
+    wanted += "stages.json metrics.jsonl ood.json results.json log.txt"
+    for t in range(5):
+        wanted += f" D{t}.pt documents/D{t} queries/D{t}.json embeddings/D{t}.npy"
+    assert set(wanted.split()) <= names and not [name for name in names if name.endswith(".part")]
     results = store.read_json(finished / "results.json")
     assert [len(row) for row in results["metrics"]["recall@10"]["P"]] == [1, 2, 3, 4, 5]
     assert results["experts"] == {f"D{t}": [2 + t, 2 + t] for t in range(5)}
@@ -70,18 +55,18 @@ def test_bm25_finds_the_toy_documents_so_the_toy_is_answerable(finished):
     assert store.read_json(finished / "results.json")["baselines"]["bm25"]["recall@10"]["AP"] > 0.95
 
 
-def test_resume_repeats_no_finished_stage_and_remakes_a_missing_one_bit_equal(finished, capsys):
-    before = {t: store.read_tensors(finished / f"D{t}.pt")["model"] for t in range(5)}
-    results = store.read_json(finished / "results.json")
-    times = {t: (finished / f"D{t}.pt").stat().st_mtime_ns for t in range(4)}
+def test_resume_repeats_no_finished_stage_and_remakes_a_missing_one_bit_equal(copied, capsys):
+    before = {t: store.read_tensors(copied / f"D{t}.pt")["model"] for t in range(5)}
+    results = store.read_json(copied / "results.json")
+    times = {t: (copied / f"D{t}.pt").stat().st_mtime_ns for t in range(4)}
     for name in ("D4.pt", "results.json"):
-        (finished / name).unlink()
-    train.main(["--resume", str(finished)])
+        (copied / name).unlink()
+    train.main(["--resume", str(copied)])
     assert "D3 is done already" in capsys.readouterr().out
-    assert times == {t: (finished / f"D{t}.pt").stat().st_mtime_ns for t in range(4)}
-    again = store.read_tensors(finished / "D4.pt")["model"]
+    assert times == {t: (copied / f"D{t}.pt").stat().st_mtime_ns for t in range(4)}
+    again = store.read_tensors(copied / "D4.pt")["model"]
     assert all(torch.equal(again[name], before[4][name]) for name in before[4])
-    after = store.read_json(finished / "results.json")
+    after = store.read_json(copied / "results.json")
     assert after["metrics"] == results["metrics"] and after["experts"] == results["experts"]
 
 
@@ -103,8 +88,8 @@ def test_after_each_corpus_all_but_newest_experts_rows_and_docid_table_are_bit_e
 
 def test_docids_never_change_and_codebooks_stay_those_of_d0(finished):
     books, codes = store.read_tensors(finished / "rq.pt"), np.load(finished / "docids.npy")
-    embeddings = mapped.open_array(finished / "embeddings.npy")
-    assert torch.equal(rq.encode(embeddings, books), torch.from_numpy(codes.astype(np.int64)))
+    embeddings = [arrays.open_array(finished / "embeddings" / f"D{t}.npy") for t in range(5)]
+    assert torch.equal(rq.encode(torch.cat(embeddings), books), torch.from_numpy(codes.astype(np.int64)))
     assert (finished / "doc_ids.txt").read_text().split() == list(store.LoadedRun(finished).ids)
 
 
@@ -245,7 +230,7 @@ def test_ood_json_counts_every_query_in_the_histogram_of_its_scores(finished):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--mask", "full_vocab", "--control_queries", "0"],
+        ["--mask", "full_vocab"],
         ["--mask", "docid_vocab", "--slow", "grad", "--kl_reduction", "mean"],
         ["--ood_mode", "paper_code", "--router_row", "random", "--lora_in_site", "pre_act"],
         ["--kl_coef", "0", "--slow", "none", "--no-d0_mixture", "--aux_layers", "expanded"],
@@ -255,7 +240,8 @@ def test_ood_json_counts_every_query_in_the_histogram_of_its_scores(finished):
 )
 def test_every_part_can_be_switched_on_its_own(toy, tmp_path, flags):
     results = experts_after(toy, tmp_path / "run", *flags)
-    assert 0 <= results["metrics"]["recall@10"]["AP"] <= 1 and results["trainable_parameters"]["D1"] > 0
+    p = results["metrics"]["recall@10"]["P"]
+    assert p[0][0] > 0.35 and results["trainable_parameters"]["D1"] > 0, p  # chance is 10 of 30
 
 
 def losses_of(run: Path, stages=("dense round 1", "D0", "D1")) -> list[float]:
@@ -404,10 +390,10 @@ def test_weights_from_a_folder_bring_their_tokenizer_and_are_checked_against_it(
     (tmp_path / "t5" / "spiece.model").write_bytes(data.train_tokenizer(passages, 400))
     flags = ["--data", str(toy), "--splits", "60,40", *TOY[2:], "--t5", str(tmp_path / "t5")]
     pieces = data.load_tokenizer(tmp_path / "t5" / "spiece.model").vocab_size()
-    if pieces >= 372:
-        train.main([*flags, "--run", str(tmp_path / "run")])
-        saved = (tmp_path / "run" / "tokenizer.model").read_bytes()
-        assert saved == (tmp_path / "t5" / "spiece.model").read_bytes()
+    assert 372 <= pieces <= 500
+    train.main([*flags, "--run", str(tmp_path / "run")])
+    saved = (tmp_path / "run" / "tokenizer.model").read_bytes()
+    assert saved == (tmp_path / "t5" / "spiece.model").read_bytes()
     (tmp_path / "t5" / "spiece.model").write_bytes(data.train_tokenizer(passages, 100))
     with pytest.raises(ValueError, match="the tokenizer has .* pieces, .* has 500 word rows"):
         train.main([*flags, "--run", str(tmp_path / "other")])
@@ -522,145 +508,6 @@ def test_ood_direction_is_the_mean_direction_of_flagged_queries_only():
     torch.testing.assert_close(found.direction[0], (x / x.norm(dim=-1, keepdim=True)).sum((0, 1)))
 
 
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--precision", "fp8"], "float32, bf16"),
-        (["--data", "msmarco"], "doc2query.py .* --pseudo_queries drawn"),
-        (["--teacher", "absent.jsonl"], "found no file absent.jsonl"),
-        (["--docids", "absent.json"], "found no file absent.json"),
-        (["--splits", "paper"], "nq320k or msmarco"),
-        (["--dry-run"], "nq320k or msmarco"),
-        (["--dry-run", "--data", "nq320k", "--method", "dsi++"], "counts no dsi\\+\\+"),
-        (["--method", "magic"], "mixlora-dsi-pt"),
-        (["--preset", "magic"], "msmarco"),
-        (["--slow", "maybe"], "grad, lr, none"),
-        (["--ood_mode", "x"], "calibrated, paper_code"),
-        (["--router", "x"], "cosine, linear"),
-        (["--width", "130"], "heads"),
-        (["--layers", "9"], "--decoder_blocks"),
-        (["--lr", "nan"], "finite"),
-        (["--delta", "-1"], "0 or more"),
-        (["--experts", "1"], "at least the 2"),
-        (["--no-mixture"], "--kl_coef 0"),
-        (["--docid_kind", "atomic"], "--d0_fragments 0"),
-        (["--insert"], "--docid_kind atomic"),
-        (["--docid_kind", "atomic", "--d0_fragments", "0", "--ewc", "1"], "--ewc 0"),
-        (["--ewc", "1"], "experts and atomic tables grow"),
-        (["--prompts", "5"], "--no-mixture"),
-        (["--docid_kind", "pq", "--M", "5"], "divides --width 128"),
-        (["--method", "joint", "--steps", "0"], "pass --steps"),
-        (["--data", "no/such/folder"], "corpus.jsonl"),
-        (["--resume", "no/such/run"], "config.json"),
-        (["--resume", "runs/x", "--lr", "1"], "remove --lr"),
-    ],
-)
-def test_a_wrong_flag_is_named_with_what_is_wanted(argv, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        train.main(argv)
-
-
-def test_help_groups_every_field_of_config_by_stage(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        train.main(["--help"])
-    text = capsys.readouterr().out
-    assert all(f"--{name} " in text or f"--{name}," in text for name in train.Config.__dataclass_fields__)
-    assert [text.index(f"\n{group}:") for group in ("data", "model", "dense", "docids", "mixture", "growth")]
-
-
-def test_a_folder_that_holds_a_run_is_refused_and_overwrite_moves_it_aside(tmp_path):
-    config = train.Config(run=str(tmp_path / "run"))
-    train.open_folder(config, overwrite=False)
-    train.open_folder(config, overwrite=False)  # nothing was saved yet: no run is in the way
-    (tmp_path / "run" / "corpus.json").write_text("{}")
-    (tmp_path / "run" / "precious").write_text("kept")
-    with pytest.raises(ValueError, match="--resume .*--overwrite"):
-        train.open_folder(config, overwrite=False)
-    train.open_folder(config, overwrite=True)
-    assert [path.read_text() for path in tmp_path.glob("run.*/precious")] == ["kept"]
-
-
-def test_a_run_may_be_moved_and_one_of_another_version_is_refused_by_name(tmp_path):
-    train.open_folder(train.Config(run=str(tmp_path / "old"), lr=0.5), overwrite=False)
-    (tmp_path / "old").rename(tmp_path / "new")
-    command = train.parse(["--resume", str(tmp_path / "new")])
-    config = command.config
-    assert command.resume and config.lr == 0.5 and config.run == str(tmp_path / "new")
-    store.write_json(tmp_path / "new" / "config.json", {"learning_rate": 1})
-    with pytest.raises(ValueError, match="config.json: written by another version"):
-        train.parse(["--resume", str(tmp_path / "new")])
-
-
-def test_flags_override_the_method_and_the_method_overrides_the_preset():
-    config = train.parse(["--method", "naive-expansion"]).config
-    assert (config.router, config.kl_coef, config.width) == ("linear", 0.0, train.SMALL["width"])
-    config = train.parse(["--method", "naive-expansion", "--router", "cosine", "--kl-coef", "0.2"]).config
-    assert (config.router, config.kl_coef) == ("cosine", 0.2)
-    config = train.parse(["--data", "some/folder", "--preset", "nq320k", "--method", "base"]).config
-    assert (config.M, config.K, config.width, config.batch, config.epochs) == (8, 2048, 768, 128, 5)
-
-
-# Method, then batch, epochs or steps, learning rates, warm-up and delta, as the specification's tables of recipes have them.
-NQ = dict(M=8, K=2048, layers=5, experts=2, rank=8, dense_steps=54_000, dense_batch=256, dense_lr=5e-4, dense_warmup=0.04,
-          d0_steps=20_000, d0_batch=1024, d0_lr=1e-3, d0_warmup=0.1, lr=1e-3, warmup=0.1, weight_decay=0.01, clip=1.0,
-          beam=10, splits="paper", t5="google-t5/t5-base", seed=42)  # fmt: skip
-MS = NQ | dict(dense_steps=88_400, d0_steps=250_000, batch=512, epochs=5, pseudo_per_document=10)
-GOOD = dict(
-    align_coef=1.0, repel_coef=1.0, balance_coef=0.0, z_coef=0.0, kl_coef=0.1, slow="grad", router="cosine"
-)
-NAIVE = dict(
-    align_coef=0.0, repel_coef=0.0, balance_coef=0.01, z_coef=0.001, kl_coef=0.0, slow="none", router="linear"
-)
-PLAIN = dict(d0_mixture=False)
-
-
-@pytest.mark.parametrize(
-    "data, method, recipe",
-    [
-        ("nq320k", "mixlora-dsi", NQ | GOOD | dict(batch=32, epochs=10, delta=1.0, expand="ood", d0_mixture=True)),
-        ("nq320k", "never-expand", NQ | GOOD | dict(batch=32, epochs=10, expand="never", d0_mixture=True)),
-        ("nq320k", "always-expand", NQ | GOOD | dict(batch=32, epochs=10, expand="always", d0_mixture=True)),
-        ("nq320k", "mixlora-dsi-pt", NQ | GOOD | PLAIN | dict(batch=128, epochs=10, delta=10.0, expand="ood")),
-        ("nq320k", "naive-expansion", NQ | NAIVE | PLAIN | dict(batch=128, epochs=10, expand="always")),
-        ("nq320k", "base", NQ | PLAIN | dict(batch=128, epochs=5, mixture=False, kl_coef=0.0, slow="none")),
-        ("nq320k", "dsi++", NQ | PLAIN | dict(batch=128, epochs=5, mixture=False, slow="none", sam_rho=0.15)),
-        ("nq320k", "clever", NQ | PLAIN | dict(batch=128, epochs=5, mixture=False, ewc=0.5, ewc_samples=512)),
-        ("nq320k", "promptdsi", NQ | PLAIN | dict(batch=128, epochs=10, mixture=False, prompts=300, prompt_length=10)),
-        ("nq320k", "corpusbrain++", NQ | PLAIN | dict(batch=128, epochs=10, adapters=True, mask="full_vocab")),
-        ("msmarco", "promptdsi", MS | PLAIN | dict(d0_warmup=0.045, prompts=6611)),
-        ("msmarco", "clever", MS | PLAIN | dict(d0_warmup=0.045, ewc=0.5)),
-        ("msmarco", "mixlora-dsi", MS | GOOD | dict(delta=0.01, expand="ood", d0_mixture=True)),
-        ("msmarco", "always-expand", MS | GOOD | dict(expand="always", d0_mixture=True)),
-        ("msmarco", "mixlora-dsi-pt", MS | GOOD | PLAIN | dict(delta=10.0, d0_warmup=0.045)),
-        ("msmarco", "naive-expansion", MS | NAIVE | PLAIN | dict(expand="always", d0_warmup=0.045)),
-        ("msmarco", "base", MS | PLAIN | dict(mixture=False, kl_coef=0.0, slow="none", d0_warmup=0.045)),
-    ],
-)  # fmt: skip
-def test_presets_carry_the_recipe_of_the_paper_for_every_method(data, method, recipe):
-    config = train.parse(["--data", data, "--method", method, "--pseudo_queries", "drawn"]).config
-    assert {name: getattr(config, name) for name in recipe} == recipe
-    assert config.precision == ("bf16" if torch.cuda.is_available() else "float32")
-
-
-@pytest.mark.parametrize("data", ["nq320k", "msmarco"])
-def test_dry_run_prints_the_cost_of_every_stage_and_touches_nothing(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    train.main(["--data", data, "--dry-run"])
-    printed = capsys.readouterr().out
-    for name in (
-        "dense rounds",
-        "document embeddings",
-        "D0 training",
-        "D1..D4 training",
-        "total",
-        "A100",
-        "H100",
-    ):
-        assert name in printed
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_offline_the_benchmark_names_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch):
     def offline(*_, **__):
         raise OSError("no network")
@@ -685,39 +532,39 @@ def test_the_leak_check_stops_a_stage_whose_queries_are_of_another_corpus(toy, t
     def leaking(sampler, rows, per_document, seed):
         return [(rows.start - 1, "a query of the corpus before")]
 
-    monkeypatch.setattr(data, "draw_pseudo_queries", leaking)
-    config = train.parse(["--data", str(toy), "--run", str(tmp_path), *TOY]).config
-    job = train.Job(config, tmp_path, store.Log(tmp_path, quiet=True))
+    monkeypatch.setattr(queries, "draw_pseudo_queries", leaking)
+    settings = config.parse(["--data", str(toy), "--run", str(tmp_path), *TOY]).config
+    run = prepare.Run(settings, tmp_path, store.Log(tmp_path, quiet=True))
     with pytest.raises(ValueError, match="leak: stage D_1"):
-        job.pseudo_queries(1, 1, "training")
+        run.pseudo_queries(1, 1, "training")
 
 
 def test_what_d0_learns_from_does_not_depend_on_later_corpora(toy, tmp_path):
     """Tokenizer, idf and quantiser of D_0 are bit-equal when the documents of D_1.. are other ones."""
     other = toy_folder(tmp_path / "other", 50)
-    config = train.parse(["--data", str(toy), "--run", str(tmp_path / "a"), *TOY]).config
+    settings = config.parse(["--data", str(toy), "--run", str(tmp_path / "a"), *TOY]).config
     (tmp_path / "a").mkdir()
-    first = train.Job(config, tmp_path / "a", store.Log(tmp_path / "a", quiet=True))
+    first = prepare.Run(settings, tmp_path / "a", store.Log(tmp_path / "a", quiet=True))
     later = set(first.ids) - set(first.corpora[0].ids)
     rows = [json.loads(line) for line in (other / "corpus.jsonl").read_text().splitlines()]
     changed = [row | {"text": "wholly different words"} if row["_id"] in later else row for row in rows]
     (other / "corpus.jsonl").write_text("\n".join(map(json.dumps, changed)))
-    config = train.parse(["--data", str(other), "--run", str(tmp_path / "b"), *TOY]).config
+    settings = config.parse(["--data", str(other), "--run", str(tmp_path / "b"), *TOY]).config
     (tmp_path / "b").mkdir()
-    second = train.Job(config, tmp_path / "b", store.Log(tmp_path / "b", quiet=True))
+    second = prepare.Run(settings, tmp_path / "b", store.Log(tmp_path / "b", quiet=True))
     assert first.corpora[1].texts != second.corpora[1].texts
     models = [(tmp_path / name / "tokenizer.model").read_bytes() for name in "ab"]
     assert models[0] == models[1]
     assert first.pseudo_queries(0, 2, "x") == second.pseudo_queries(0, 2, "x")
     books = []
-    for job in (first, second):
-        bi_encoder, embeddings = train.dense_stage(job)
-        books.append(train.rq_stage(job, bi_encoder, embeddings)[0])
+    for run in (first, second):
+        bi_encoder, embeddings = prepare.dense_stage(run)
+        books.append(prepare.docid_stage(run, bi_encoder, embeddings)[0])
     assert torch.equal(*books)
 
 
 def test_dense_baseline_ranks_by_inner_product():
-    scores, rows = dense.rank(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 9.0], [2.0, 0.0]]), 2)
+    scores, rows = dense.nearest(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 9.0], [2.0, 0.0]]), 2)
     assert rows.tolist() == [[1, 0]] and scores.tolist() == [[2.0, 0.5]]
 
 
@@ -736,7 +583,7 @@ def test_a_frozen_tensor_that_moves_stops_the_stage_by_name(toy, tmp_path, monke
 
 
 def test_a_run_that_cannot_fit_into_memory_says_so_before_it_trains(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.cost, "free_memory", lambda device: 1_000_000)
+    monkeypatch.setattr(train.prepare.memory, "free_memory", lambda device: 1_000_000)
     with pytest.raises(ValueError, match="needs about .* --no-check_memory"):
         experts_after(toy, tmp_path / "run")
     assert not (tmp_path / "run" / "dense.pt").exists()
@@ -744,7 +591,7 @@ def test_a_run_that_cannot_fit_into_memory_says_so_before_it_trains(toy, tmp_pat
 
 def test_a_batch_that_is_not_finite_moves_no_energies():
     stats = [ood.new_stats("paper_code", 2, 3)]
-    averages = train.MovingEnergies(train.Config(ood_mode="paper_code"), stats)
+    averages = ood.MovingEnergies(stats)
     scores = torch.rand(4, 3, 2)
     good, bad = (
         mixlora.Route(None, scores * factor, mixlora.top_gates(scores, 2), None, 2)
@@ -754,5 +601,5 @@ def test_a_batch_that_is_not_finite_moves_no_energies():
         averages.see([route])
         averages.step()
     alone = ood.new_stats("paper_code", 2, 3)
-    ood.move(alone, ood.sums(good.scores, good.gates))
+    ood.move(alone, ood.routed_energy_moments(good.scores, good.gates))
     assert torch.equal(stats[0].mean, alone.mean) and stats[0].mean.isfinite().all()

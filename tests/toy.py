@@ -9,7 +9,7 @@ TOY = [
     "--vocab", "400", "--width", "32", "--heads", "2", "--feed_forward", "64", "--encoder_blocks", "1", "--M", "3",
     "--K", "16", "--rq_pseudo", "2", "--dense_warmup_steps", "5", "--dense_steps", "3", "--dense_batch", "16",
     "--dense_pseudo", "1", "--negatives", "5", "--d0_steps", "30", "--d0_batch", "32", "--d0_fragments", "2",
-    "--steps", "6", "--batch", "16", "--rank", "4", "--pseudo_per_document", "4", "--control_queries", "50",
+    "--steps", "6", "--batch", "16", "--lora_rank", "4", "--pseudo_per_document", "4",
 ]
 # fmt: on
 

@@ -1,0 +1,338 @@
+"""Settings of a run: their flags, the presets of the benchmarks, the methods, and every check before any work.
+
+Paper    appendix E (recipes), tables 1 and 6-7
+In       a command line
+Out      Config, whose fields are the flags; ValueError where a setting cannot work
+Next     prepare.py and train.py read it; the run folder keeps it as config.json
+Differs  the defaults are the paper's for NQ320k; what a preset or method changes stands in one dict each
+"""
+
+import argparse
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+import published
+from mixlora import MixConfig
+from store import read_json
+
+
+def flag(default, group: str, text: str, choices: str = ""):
+    """A field of Config: its default, the stage it belongs to, unit and origin for --help, and what it may be."""
+    return field(default=default, metadata={"group": group, "help": text, "choices": choices.split()})
+
+
+# fmt: off
+@dataclass
+class Config:
+    """Every setting of a run. Defaults are the paper's for NQ320k; PRESETS and METHODS override them."""
+
+    data: str = flag("boolq", "data", "boolq, nq320k, msmarco, or a folder in BEIR layout")
+    data_dir: str = flag("", "data", "folder of the published files of nq320k or msmarco (default data/NAME; fetched where absent)")
+    preset: str = flag("", "data", "recipe: boolq, beir, nq320k, msmarco (default: that of --data, beir for a folder)")
+    method: str = flag("mixlora-dsi", "data", "mixlora-dsi, mixlora-dsi-pt, never-expand, always-expand; baselines: naive-expansion, base, dsi++, clever, promptdsi, corpusbrain++, incdsi, joint")
+    run: str = flag("", "data", "run folder (default runs/<data>)")
+    save_seconds: float = flag(600.0, "data", "between two saves of where a stage stands (latest.pt)")
+    seed: int = flag(42, "data", "of splits, draws and weights (paper: 42)")
+    device: str = flag("", "data", "cpu or cuda (default: cuda where present)")
+    splits: str = flag("60,10,10,10,10", "data", "percent of documents in D_0..D_T, counts, or paper: its exact sizes (tables 6-7)")
+    split_by: str = flag("auto", "data", "order (the folder's file `order`), random, topic (each D_t a topic of its own, ours), or auto: order where there is one", "auto order random topic")
+    skip_invalid: bool = flag(False, "data", "leave out empty documents and labels that name missing ones")
+    tokenizer: str = flag("", "data", "a SentencePiece file (default: spiece.model beside --t5's weights, else trained on D_0)")
+    vocab: int = flag(8000, "data", "pieces of a tokenizer trained on D_0 (ours)")
+    query_length: int = flag(64, "data", "tokens of a query (paper: 256 in training, 64 in evaluation)")
+    pseudo_queries: str = flag("", "data", "JSON lines {doc_id, query} of tools.doc2query, or drawn: from the text (default: published ones, else drawn)")
+    pseudo_per_document: int = flag(15, "data", "pseudo-queries of a new document (paper: up to 15 on NQ320k)")
+
+    t5: str = flag("", "model", "folder or hub name of published T5 weights, as google-t5/t5-base (paper); none: from nothing, word rows by LSA")
+    width: int = flag(768, "model", "D (T5-base)")
+    heads: int = flag(12, "model", "H (T5-base); the head width is D / H")
+    feed_forward: int = flag(3072, "model", "F (T5-base)")
+    encoder_blocks: int = flag(12, "model", "T5-base")
+    decoder_blocks: int = flag(12, "model", "T5-base")
+    dropout: float = flag(0.1, "model", "share of units (T5)")
+
+    precision: str = flag("", "model", "float32, or bf16 products under autocast (default: bf16 on CUDA, paper; float32 elsewhere)", "float32 bf16")
+    micro_batch: int = flag(0, "model", "most examples computed together; a batch adds the gradients of its parts up (0: all; paper: all)")
+    recompute: bool = flag(False, "model", "keep no activations within a block, compute them again for the gradient (ours)")
+    compile: bool = flag(False, "model", "compile every block with torch.compile (ours)")
+    check_memory: bool = flag(True, "model", "refuse a run whose stages are estimated to need more memory than is free (ours)")
+
+    dense_length: int = flag(128, "dense", "tokens of a document window in training (paper: 128)")
+    document_length: int = flag(256, "dense", "tokens of a document when indexed (paper: 256)")
+    dense_warmup_steps: int = flag(0, "dense", "steps of in-batch contrastive training before the rounds (ours)")
+    dense_rounds: int = flag(2, "dense", "rounds of MarginMSE: negatives from BM25, then self-mined (paper: 2)")
+    dense_steps: int = flag(54_000, "dense", "steps of each round (paper: 50 epochs of 276,493 queries at batch 256)")
+    dense_batch: int = flag(256, "dense", "queries (paper: 256)")
+    dense_lr: float = flag(5e-4, "dense", "peak learning rate (paper)")
+    dense_contrastive: float = flag(0.0, "dense", "weight of the in-batch contrastive term within the rounds (ours)")
+    dense_margin: float = flag(1.0, "dense", "weight of MarginMSE (paper: 1)")
+    dense_scale: float = flag(1.0, "dense", "inner products are multiplied by it in both losses (ours)")
+    dense_pseudo: int = flag(0, "dense", "pseudo-queries of a document among the examples (paper: 0, annotated ones only)")
+    negatives: int = flag(100, "dense", "hard negatives kept of each query (paper: 100)")
+    teacher: str = flag("", "dense", "JSON lines {qid, docids, scores} of a cross-encoder, one file or one for each round, with commas (default: BM25)")
+    save_negatives: bool = flag(False, "dense", "write each round's negatives, in the format of --teacher, into the run folder (ours)")
+
+    M: int = flag(8, "docids", "codebooks (paper)")
+    K: int = flag(2048, "docids", "centroids of a codebook (paper)")
+    rq_pseudo: int = flag(0, "docids", "pseudo-queries of a document of D_0 whose embeddings fit the codebooks too (paper: 0)")
+    docid_kind: str = flag("rq", "docids", "rq (paper), or for its table 9: pq, atomic (a code for each document; M and K then follow)", "rq pq atomic")
+    docids: str = flag("", "docids", "docid_to_smtid.json: docids made elsewhere, {docid: [codes]} (default: made here)")
+
+    mixture: bool = flag(True, "mixture", "experts and router in the decoder (off: plain T5)")
+    d0_mixture: bool = flag(True, "mixture", "the mixture is there on D_0 already (off: it comes with D_1, the paper's -PT)")
+    layers: int = flag(5, "mixture", "mixed decoder blocks, from the first (paper)")
+    experts: int = flag(2, "mixture", "per layer, at the start (paper)")
+    lora_rank: int = flag(8, "mixture", "r (paper)")
+    lora_alpha: float = flag(16.0, "mixture", "an expert's output is scaled by lora_alpha / r (paper)")
+    lora_dropout: float = flag(0.05, "mixture", "on an expert's input (paper)")
+    lora_in_site: str = flag("post_act", "mixture", "post_act (released code) or pre_act", "post_act pre_act")
+    router: str = flag("cosine", "mixture", "cosine (paper) or linear (Naive Expansion)", "cosine linear")
+    router_row: str = flag("random", "mixture", "a new router row: random (released code) or ood_mean (ours)", "random ood_mean")
+
+    expand: str = flag("ood", "growth", "ood (paper), always, never, or fixed: D_0's experts go on training (ours, for comparison)", "ood always never fixed")
+    delta: float = flag(1.0, "growth", "percent of OOD queries above which a layer grows (paper: 1 on NQ320k)")
+    ood_mode: str = flag("calibrated", "growth", "calibrated (ours) or paper_code", "calibrated paper_code")
+    epsilon: float = flag(0.005, "growth", "calibrated: share of false alarms (ours)")
+
+    d0_steps: int = flag(20_000, "training", "optimiser steps on D_0 (paper: 20,000 on NQ320k)")
+    d0_batch: int = flag(1024, "training", "queries (paper: 1024)")
+    d0_lr: float = flag(1e-3, "training", "peak learning rate (paper)")
+    d0_warmup: float = flag(0.1, "training", "share of D_0's steps in which the learning rate rises (paper: 0.1; 0.045 for a plain T5 on MS MARCO)")
+    d0_mask: str = flag("", "training", "mask of D_0's loss (default: as --mask)", "segment docid_vocab full_vocab")
+    d0_fragments: int = flag(0, "training", "fragments of each document of D_0 that are learnt as documents of their own (ours)")
+    steps: int = flag(0, "training", "optimiser steps on each D_t; 0: by epochs")
+    epochs: int = flag(10, "training", "passes over D_t's pseudo-queries (paper: 10; BASE 5)")
+    batch: int = flag(32, "training", "queries (paper: 32 on NQ320k)")
+    lr: float = flag(1e-3, "training", "peak learning rate on D_t (paper)")
+    warmup: float = flag(0.1, "training", "share of D_t's steps in which the learning rate rises (paper)")
+    mask: str = flag("segment", "training", "logits in the loss: segment (paper), docid_vocab, full_vocab (no mask)", "segment docid_vocab full_vocab")
+    align_coef: float = flag(1.0, "training", "alpha_1 of the align loss (paper)")
+    repel_coef: float = flag(1.0, "training", "alpha_1 of the repel loss (paper)")
+    repel_reduction: str = flag("mean", "training", "over older rows: mean (released code) or sum (paper)", "mean sum")
+    aux_layers: str = flag("all", "training", "layers with router losses: all (released code) or expanded", "all expanded")
+    balance_coef: float = flag(0.0, "training", "balance loss (paper: 0.01, Naive Expansion only)")
+    z_coef: float = flag(0.0, "training", "z loss (paper: 0.001, Naive Expansion only)")
+    kl_coef: float = flag(0.1, "training", "alpha_2 of the KL to the previous model (paper)")
+    kl_old_coef: float = flag(0.0, "training", "weight of the same KL along random docids of earlier corpora (ours)")
+    kl_reduction: str = flag("sum", "training", "over docid positions: sum (released code) or mean (paper)", "sum mean")
+    slow: str = flag("grad", "training", "slow learner of the docid table on D_t: grad (paper), lr, none", "grad lr none")
+
+    sam_rho: float = flag(0.0, "baselines", "radius of adaptive SAM on D_t (paper: 0.15, DSI++ only)")
+    ewc: float = flag(0.0, "baselines", "weight of the EWC penalty on D_t (paper: 0.5, CLEVER only)")
+    ewc_samples: int = flag(512, "baselines", "queries of an earlier corpus behind its Fisher information (paper: 512 and 1024)")
+    ewc_protect_d0: bool = flag(False, "baselines", "EWC protects D_0 too (released code: D_1.. only)")
+    prompts: int = flag(0, "baselines", "prefix prompts of PromptDSI's pool, one a topic (paper: 283 to 310 on NQ320k)")
+    adapters: bool = flag(False, "baselines", "CorpusBrain++'s bottleneck adapters, in both stacks, train on D_t")
+    joint: bool = flag(False, "baselines", "on D_t train anew on all of D_0..D_t, by d0_steps + t * steps steps (ours)")
+    insert: bool = flag(False, "baselines", "on D_t train nothing; find each new document's row of an atomic table (IncDSI)")
+
+    beam: int = flag(10, "search", "partial docids kept (paper)")
+    baselines: bool = flag(True, "search", "score BM25 and the bi-encoder too")
+# fmt: on
+
+
+SMALL = dict(  # a T5 without published weights, on two cores
+    query_length=32, pseudo_per_document=64, width=128, heads=4, feed_forward=512, encoder_blocks=2,
+    decoder_blocks=2, layers=2, dropout=0.0, M=4, K=128, rq_pseudo=24, dense_length=32,
+    dense_warmup_steps=160, dense_rounds=2, dense_steps=40, dense_batch=128, dense_lr=7e-4,
+    dense_contrastive=1.0, dense_margin=0.01, dense_scale=0.1, dense_pseudo=8, negatives=50, d0_steps=700,
+    d0_batch=256, d0_lr=2e-3, steps=300, batch=256, lr=5e-3, lora_rank=32, lora_alpha=64.0, warmup=0.03,
+    d0_warmup=0.03,
+    router_row="ood_mean", d0_fragments=16, kl_coef=0.25, kl_old_coef=0.3,
+)  # fmt: skip
+PAPER = dict(splits="paper", t5="google-t5/t5-base")  # and the defaults of Config
+PRESETS = {
+    "boolq": SMALL,
+    "beir": SMALL,
+    "nq320k": PAPER,
+    "msmarco": PAPER | dict(
+        pseudo_per_document=10, dense_steps=88_400, d0_steps=250_000, batch=512, epochs=5, delta=0.01,
+        baselines=False,  # BM25 over 8.8 million passages takes hours here; the paper's row is Pyserini's
+    ),
+}  # fmt: skip
+PLAIN_START = dict(d0_mixture=False)
+PLAIN = PLAIN_START | dict(mixture=False, kl_coef=0.0, kl_old_coef=0.0, slow="none")
+BASE = PLAIN | dict(lr=1e-3)
+METHODS = {
+    "mixlora-dsi": {},
+    "never-expand": dict(expand="never"),
+    "always-expand": dict(expand="always"),
+    "mixlora-dsi-pt": PLAIN_START | dict(delta=10.0),
+    "naive-expansion": PLAIN_START | dict(
+        expand="always", router="linear", router_row="random", align_coef=0.0, repel_coef=0.0, balance_coef=0.01,
+        z_coef=0.001, kl_coef=0.0, kl_old_coef=0.0, slow="none",
+    ),
+    "base": BASE,
+    "dsi++": BASE | dict(sam_rho=0.15),
+    "clever": BASE | dict(ewc=0.5),
+    "promptdsi": PLAIN | dict(prompts=300),
+    "corpusbrain++": PLAIN | dict(adapters=True, mask="full_vocab", d0_mask="segment"),
+    "joint": PLAIN | dict(joint=True),
+    "incdsi": PLAIN | dict(docid_kind="atomic", insert=True, d0_fragments=0),
+}  # fmt: skip
+# Where the paper's recipe of a method differs from its own preset's (appendix E and the released scripts): methods
+# that start from the plain T5 take larger batches on NQ320k, BASE and its relatives fewer epochs; on MS MARCO they warm D_0 up less.
+FROM_PLAIN = [method for method in METHODS if not METHODS[method].get("d0_mixture", True)]
+METHOD_RECIPES = (
+    {("nq320k", method): dict(batch=128) for method in FROM_PLAIN}
+    | {("nq320k", method): dict(batch=128, epochs=5) for method in ("base", "dsi++", "clever")}
+    | {("msmarco", method): dict(d0_warmup=0.045) for method in FROM_PLAIN}
+    | {("msmarco", "promptdsi"): dict(d0_warmup=0.045, prompts=6611)}
+    | {(preset, "promptdsi"): dict(prompts=32) for preset in ("boolq", "beir")}
+)
+
+
+@dataclass
+class Command:
+    """What a command line asks for."""
+
+    config: Config
+    resume: bool = False
+    overwrite: bool = False
+
+
+def parse(argv: list[str]) -> Command:
+    """Flags -> what to do: defaults < preset < method < flags.
+
+    Raises ValueError that names an unknown preset or method and those that exist.
+    """
+    parser = argparse.ArgumentParser(
+        description="Index a growing corpus in a T5 and retrieve from it. In brackets: the default, which is the paper's "
+        "for NQ320k; the preset and the method override it.",
+        allow_abbrev=False,
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for item in fields(Config):
+        name, kind = item.metadata["group"], type(item.default)
+        group = groups.setdefault(name, parser.add_argument_group(name))
+        form = (
+            {"action": argparse.BooleanOptionalAction}
+            if kind is bool
+            else {"type": kind, "metavar": kind.__name__}
+        )
+        spellings = dict.fromkeys([f"--{item.name}", f"--{item.name.replace('_', '-')}"])
+        text = f"{item.metadata['help']} [{item.default}]"
+        group.add_argument(*spellings, dest=item.name, default=argparse.SUPPRESS, help=text, **form)
+    parser.add_argument("--resume", metavar="RUN", default=argparse.SUPPRESS, help="go on with a stopped run")
+    parser.add_argument("--overwrite", action="store_true", help="move a run that is in the way aside")
+    given = vars(parser.parse_args(argv))
+    overwrite, resume = given.pop("overwrite"), given.pop("resume", None)
+    if resume is None:
+        return Command(settle(given), overwrite=overwrite)
+    if given:
+        raise ValueError(f"--resume takes every setting from the run; remove --{' --'.join(given)}")
+    return Command(saved_config(Path(resume)), resume=True)
+
+
+def settle(given: dict) -> Config:
+    """The whole Config of the flags that were given, checked."""
+    source, method = given.get("data", "boolq"), given.get("method", "mixlora-dsi")
+    preset = given.get("preset") or (source if source in PRESETS else "beir")
+    if preset not in PRESETS or method not in METHODS:
+        raise ValueError(
+            f"found preset {preset!r} and method {method!r}, wanted a preset of {', '.join(PRESETS)} and a method of "
+            f"{', '.join(METHODS)}"
+        )
+    recipe = PRESETS[preset] | METHODS[method] | METHOD_RECIPES.get((preset, method), {})
+    config = Config(**(recipe | given | {"data": source, "method": method, "preset": preset}))
+    config.t5 = "" if config.t5 == "none" else config.t5
+    config.d0_mask = config.d0_mask or config.mask
+    config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config.precision = config.precision or ("bf16" if config.device.startswith("cuda") else "float32")
+    config.run = config.run or f"runs/{Path(source).name}"
+    if source in published.BENCHMARKS:
+        config.data_dir = config.data_dir or str(Path(__file__).parent / "data" / source)
+    check(config)
+    return config
+
+
+def saved_config(run: Path) -> Config:
+    """The settings of a run folder. Raises ValueError where they are another version's."""
+    path = run / "config.json"
+    try:
+        return Config(**read_json(path) | {"run": str(run)})
+    except TypeError as error:
+        raise ValueError(f"{path}: written by another version of this program ({error})") from None
+
+
+def mix_config(config: Config) -> MixConfig:
+    return MixConfig(
+        config.layers, config.experts, config.lora_rank, config.lora_alpha, config.lora_dropout, router=config.router,
+        lora_in_site=config.lora_in_site,
+    )  # fmt: skip
+
+
+def check(config: Config) -> None:
+    """Raises ValueError where a setting cannot work, and says which would."""
+    for item in fields(Config):
+        value, choices = getattr(config, item.name), item.metadata["choices"]
+        if choices and value not in choices:
+            raise ValueError(f"found --{item.name} {value}, wanted one of {', '.join(choices)}")
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"found --{item.name} {value}, wanted a finite number of 0 or more")
+    check_model(config)
+    check_method(config)
+    check_files(config)
+
+
+def check_model(config: Config) -> None:
+    """Shapes that do not fit together."""
+    if config.width % config.heads:
+        raise ValueError(
+            f"found --width {config.width} and --heads {config.heads}, wanted a width that heads divide"
+        )
+    if config.docid_kind == "pq" and config.width % config.M and not config.t5:
+        raise ValueError(
+            f"found --M {config.M}, wanted one that divides --width {config.width} for --docid_kind pq"
+        )
+    if config.layers > config.decoder_blocks and not config.t5:
+        raise ValueError(
+            f"found --layers {config.layers}, wanted at most --decoder_blocks {config.decoder_blocks}"
+        )
+    if config.mixture:
+        mix_config(config)
+
+
+def check_method(config: Config) -> None:
+    """Parts of methods that exclude or need each other."""
+    if not 0 < config.epsilon < 1:
+        raise ValueError("--epsilon is a share: wanted more than 0 and less than 1")
+    if config.docid_kind == "atomic" and config.d0_fragments:
+        raise ValueError("fragments have no atomic docid; pass --d0_fragments 0")
+    if config.docids and config.docid_kind != "rq":
+        raise ValueError(f"--docids brings docids of its own, not those of --docid_kind {config.docid_kind}")
+    if config.insert and config.docid_kind != "atomic":
+        raise ValueError("--insert gives each new document a row of its own; pass --docid_kind atomic")
+    if config.ewc and (config.mixture or config.docid_kind == "atomic"):
+        raise ValueError(
+            "--ewc compares tensors with earlier ones, and experts and atomic tables grow; pass --ewc 0"
+        )
+    if config.mixture and (config.prompts or config.adapters or config.joint or config.insert):
+        raise ValueError(
+            "--prompts, --adapters, --joint and --insert are of methods without a mixture: --no-mixture"
+        )
+    if config.joint and not config.steps:
+        raise ValueError("--joint trains for d0_steps + t * steps steps; pass --steps")
+    if not config.mixture and (config.kl_coef or config.kl_old_coef):
+        raise ValueError(
+            "without a mixture the encoder trains too and no teacher is cached: pass --kl_coef 0 --kl_old_coef 0"
+        )
+
+
+def check_files(config: Config) -> None:
+    """Files that flags name, and pseudo-queries that a benchmark lacks."""
+    named = [config.tokenizer, config.docids, *config.teacher.split(",")]
+    named += [config.pseudo_queries] if config.pseudo_queries != "drawn" else []
+    for path in filter(None, named):
+        if not Path(path).is_file():
+            raise ValueError(f"found no file {path}, which a flag names")
+    if config.data == "msmarco" and not (
+        config.pseudo_queries or published.authors_parts(Path(config.data_dir))
+    ):
+        raise ValueError(
+            "--data msmarco has no pseudo-queries of its own: make them with python -m tools.doc2query and pass "
+            "--pseudo_queries FILE, or pass --pseudo_queries drawn to draw them from the passages"
+        )

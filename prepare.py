@@ -1,0 +1,343 @@
+"""The stages before D_0: corpora, tokenizer, bi-encoder and docids; and the rows of BM25 and the bi-encoder beside.
+
+Paper    appendix C (bi-encoder), section 2 and Eq. 9 (docids), section 4.1 (BM25 and dense retrieval as references)
+In       Config and a run folder
+Out      a Run, which all stages are handed; embeddings (n, D) of each corpus; codebooks (M, K, D) and docids (N, M)
+Next     train.py trains on D_0 and on each later corpus
+Differs  see dense.py and rq.py; the tokenizer is trained on D_0 where no published weights bring one
+"""
+
+import random
+import shutil
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+import dense
+import distributed
+import eval as scoring
+import memory
+import published
+import queries
+import rq
+import store
+import weights
+from arrays import ArrayWriter, Chain, Lookup, open_array
+from bm25 import BM25
+from config import Config
+from search import Ranking
+from t5 import T5, T5Config
+
+
+class Run:
+    """What all stages share: config, run folder, corpora, tokenizer, and pseudo-queries of each corpus.
+
+    The main process reads and writes; the others find the files. What belongs to one corpus is opened when a stage
+    first asks for it.
+    """
+
+    def __init__(self, config: Config, folder: Path, log: store.Log):
+        self.config, self.folder, self.log = config, folder, log
+        self.device = torch.device(config.device)
+        self.t5 = None  # folder of published weights; a run that has its bi-encoder needs them no more
+        if config.t5 and not (folder / "dense.pt").exists():
+            if distributed.is_main_process():
+                weights.find_t5(config.t5, log=log.line)
+            distributed.wait()
+            self.t5 = weights.find_t5(config.t5, log=log.line)
+        if distributed.is_main_process() and not (folder / "corpus.json").exists():
+            read(config, folder, log)
+        distributed.wait()
+        self.corpora = store.load_corpora(folder)
+        self.excluded = store.load_excluded(folder)  # digests of test queries: no pseudo-query may be one
+        if distributed.is_main_process() and not (folder / "tokenizer.model").exists():
+            store.write(folder / "tokenizer.model", self._tokenizer())
+        distributed.wait()
+        self.tokenizer = data.load_tokenizer(folder / "tokenizer.model")
+        self.resume = store.Resume(folder, config.save_seconds, log)
+        self.listed = (folder / "pseudo_queries").exists()  # pseudo-queries came from a file
+        self._samplers = {}
+
+    @cached_property
+    def ids(self) -> Chain:
+        """Document ids of D_0..D_T, by document row."""
+        return Chain([corpus.ids for corpus in self.corpora])
+
+    @cached_property
+    def idf(self) -> queries.Idf:
+        """Inverse document frequencies of D_0's words, counted once and kept in the folder."""
+        path = self.folder / "idf.json"
+        if distributed.is_main_process() and not path.exists():
+            queries.Idf(self.corpora[0].passages()).save(path)
+        distributed.wait()
+        return queries.Idf.load(path)
+
+    def sampler(self, t: int) -> queries.PseudoQuerySampler | queries.ListedPseudoQueries:
+        """Draws pseudo-queries of D_t's documents."""
+        if t not in self._samplers:
+            corpus = self.corpora[t]
+            self._samplers[t] = (
+                queries.ListedPseudoQueries(self.folder / "pseudo_queries" / f"D{t}", corpus.first_row)
+                if self.listed
+                else queries.PseudoQuerySampler(
+                    corpus.titles, corpus.texts, self.idf, self.excluded, corpus.first_row
+                )
+            )
+        return self._samplers[t]
+
+    def draw(self, row: int, rng: random.Random) -> str:
+        """A pseudo-query of the document in this row of the stream."""
+        t = next(t for t, corpus in enumerate(self.corpora) if row in corpus.rows)
+        return self.sampler(t).draw(row, rng)
+
+    def _tokenizer(self) -> bytes:
+        """The SentencePiece model that --tokenizer names, that comes with the weights, or that D_0 trains."""
+        path = Path(self.config.tokenizer) if self.config.tokenizer else self.t5 and self.t5 / "spiece.model"
+        if not path:
+            return data.train_tokenizer(self.corpora[0].passages(), self.config.vocab)
+        data.load_tokenizer(path)
+        return path.read_bytes()
+
+    def pseudo_queries(self, t: int, per_document: int, purpose: str) -> list[tuple[int, str]]:
+        """A fixed list of D_t's (document row, pseudo-query), the same at every call; checked for leaks."""
+        rows, seed = self.corpora[t].rows, f"{self.config.seed} {purpose} {t}"
+        pairs = queries.draw_pseudo_queries(self.sampler(t), rows, per_document, seed)
+        data.check_no_leak(t, rows, pairs, self.excluded)
+        return pairs
+
+    def training_queries(self, t: int) -> list[tuple[int, str]]:
+        """What D_t, t >= 1, trains on: all of its pseudo-queries from the file, or a drawn list."""
+        if not self.listed:
+            return self.pseudo_queries(t, self.config.pseudo_per_document, "training")
+        pairs = self.sampler(t).pairs(self.corpora[t].rows)
+        data.check_no_leak(t, self.corpora[t].rows, pairs, self.excluded)
+        return pairs
+
+    def sample(self, t: int, count: int, purpose: str) -> list[tuple[int, str]]:
+        """Some `count` pairs of D_t, at least one, as evenly over its documents as that goes."""
+        count, rng = max(1, count), random.Random(f"{self.config.seed} {purpose} {t}")
+        rows = self.corpora[t].rows
+        chosen = list(rows) * (count // len(rows)) or rng.sample(rows, count)
+        pairs = [(row, self.sampler(t).draw(row, rng)) for row in chosen]
+        data.check_no_leak(t, rows, pairs, self.excluded)
+        return pairs
+
+    def tokens(self, pairs: list[tuple[int, str]]) -> Tensor:
+        """Token ids (Q, S) of the queries of (row, query) pairs."""
+        return data.tokenize(self.tokenizer, [query for _, query in pairs], self.config.query_length)
+
+    def ready(self, model: T5) -> T5:
+        """The model on this process's device, with the main process's weights, as the flags want it to compute."""
+        model.to(self.device)
+        distributed.copy_from_main(model)
+        model.recompute = self.config.recompute
+        if self.config.compile:
+            for block in [*model.encoder, *model.decoder]:
+                block.compile(dynamic=True)
+        return model
+
+    def after(self, t: int) -> tuple[T5, list]:
+        """The model and OOD statistics that D_t's checkpoint holds."""
+        return store.load_model(self.folder / f"D{t}.pt")
+
+
+def read(config: Config, folder: Path, log: store.Log) -> None:
+    """Reads and splits the corpora into the run folder; corpus.json, written last, says that all is there."""
+    reading = folder / "reading"  # documents before they are split
+    shutil.rmtree(folder / "pseudo_queries", ignore_errors=True)  # of a reading that was stopped
+    if config.data == "boolq":
+        log.line("reading BoolQ (downloaded once, about 20 MB)")
+        collection = data.read_boolq(config.seed, store=reading)
+    elif config.data in published.BENCHMARKS:
+        collection = published.read(config.data, Path(config.data_dir), log.line, reading)
+    else:
+        collection = data.read_beir(Path(config.data), config.skip_invalid, reading)
+    splits, spare = config.splits, 0
+    if splits == "paper":
+        splits, spare = published.paper_split(config.data, collection)
+    corpora, left_out = data.split(collection, splits, config.split_by, config.seed, spare)
+    for t, corpus in enumerate(corpora):
+        if not corpus.test:
+            raise ValueError(f"D_{t} got no test query; choose fewer or larger corpora with --splits")
+    data.check_split(corpora)
+    for reason, count in left_out.items():
+        log.line(f"left out: {count} {reason}")
+    manifest = published.manifest(config.data, collection, corpora)
+    listed, strict = collection.pseudo, False
+    if config.pseudo_queries not in ("", "drawn"):
+        listed, strict = queries.read_pseudo_queries(Path(config.pseudo_queries)), True
+    if listed and config.pseudo_queries != "drawn":
+        excluded = data.test_digests(corpora)
+        counts = queries.store_pseudo_queries(listed, folder / "pseudo_queries", corpora, excluded, strict)
+        manifest["pseudo-queries"] = dict(counts)
+    for name, value in manifest.items():
+        log.line(f"{name}: {value}")
+    store.save_corpora(folder, config.data, corpora, left_out, manifest)
+    shutil.rmtree(reading)
+
+
+# ------------------------------------------------------------------------------------------------- bi-encoder
+
+
+def dense_stage(run: Run) -> tuple[T5, list[Tensor]]:
+    """The bi-encoder trained on D_0, and by it the embeddings (n, D) of each corpus's documents, on disk."""
+    config, path, folder = run.config, run.folder / "dense.pt", run.folder / "embeddings"
+    if path.exists():
+        return run.ready(store.load_model(path)[0]), open_embeddings(run)
+    place = run.folder / "cache" / f"documents_{config.document_length}"
+    if distributed.is_main_process():
+        data.tokenize_passages(run.tokenizer, run.corpora, config.document_length, place)
+    distributed.wait()
+    passages = data.tokenize_passages(run.tokenizer, run.corpora, config.document_length, place)
+    torch.manual_seed(config.seed)
+    if run.t5:
+        model = weights.read_published(run.t5, config.M, config.K, config.dropout)
+        check_vocabulary(run.tokenizer.vocab_size(), model.config.vocab, config.t5)
+    else:
+        model = T5(T5Config(
+            vocab=run.tokenizer.vocab_size(), width=config.width, heads=config.heads,
+            head_width=config.width // config.heads, feed_forward=config.feed_forward,
+            encoder_blocks=config.encoder_blocks, decoder_blocks=config.decoder_blocks, dropout=config.dropout,
+            codebooks=config.M, centroids=config.K,
+        ))  # fmt: skip
+        weights.start_from_lsa(model, passages[0].batch(torch.arange(len(passages[0]))))
+    run.ready(model)
+    data.check_no_leak(0, run.corpora[0].rows, run.corpora[0].train, run.excluded)
+    dense.train(run, model, passages[0])
+    if distributed.is_main_process():
+        folder.mkdir(exist_ok=True)
+        for t, tokens in enumerate(passages):
+            embeddings = ArrayWriter(folder / f"D{t}.npy", (len(tokens), model.config.width))
+            dense.embed(model, tokens, out=embeddings.values)
+            embeddings.close()
+        store.save_model(path, model, [])
+        for examples in run.folder.glob("examples_*.pt"):  # of its rounds
+            examples.unlink()
+    distributed.wait()
+    return model, open_embeddings(run)
+
+
+def open_embeddings(run: Run) -> list[Tensor]:
+    return [open_array(run.folder / "embeddings" / f"D{t}.npy") for t in range(len(run.corpora))]
+
+
+def check_vocabulary(pieces: int, rows: int, name: str) -> None:
+    """T5's word table has 100 rows more than its tokenizer has pieces (some other checkpoints up to 128)."""
+    if not 0 <= rows - pieces <= 128:
+        raise ValueError(
+            f"the tokenizer has {pieces} pieces, {name} has {rows} word rows; pass the --tokenizer that belongs to "
+            "the weights"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------- docids
+
+
+def docid_stage(run: Run, bi_encoder: T5, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Codebooks (M, K, D) fitted on D_0, and the docids (N, M) of every corpus by them.
+
+    Of atomic docids, "codebooks" are (1, N, D): the documents' own embeddings.
+    """
+    path = run.folder / "rq.pt"
+    if distributed.is_main_process() and not path.exists():
+        books, codes = make_docids(run, bi_encoder, embeddings)
+        report = rq.report(embeddings[0], books, codes[: len(embeddings[0])])
+        run.log.line(f"docids of D0: {report}")
+        rq.require_distinct(report)
+        report_recall(run, bi_encoder, embeddings, books, codes)
+        store.write_array(run.folder / "docids.npy", codes.numpy().astype(np.int16))
+        store.write_tensors(path, books)
+    distributed.wait()
+    codes = torch.from_numpy(store.read_array(run.folder / "docids.npy").astype(np.int64))
+    return store.read_tensors(path), codes
+
+
+def make_docids(run: Run, bi_encoder: T5, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Fits the codebooks on D_0 and encodes all documents."""
+    config, d0 = run.config, embeddings[0]
+    if config.docid_kind == "atomic":
+        return torch.cat(embeddings)[None], torch.arange(len(run.ids))[:, None]
+    if config.docids:
+        codes = torch.tensor(published.read_docids(Path(config.docids), run.ids, config.M, config.K))
+        return rq.fit_to_docids(d0, codes[: len(d0)], config.K), codes
+    if config.docid_kind == "pq":
+        books, beam = rq.fit_product(d0, config.M, config.K, config.seed), 1
+    else:
+        points, beam = d0, rq.BEAM
+        if config.rq_pseudo:
+            drawn = run.tokens(run.pseudo_queries(0, config.rq_pseudo, "quantiser"))
+            points = torch.cat([d0, dense.embed(bi_encoder, drawn, 1024)])
+        books = rq.fit(points, config.M, config.K, config.seed)
+    return books, torch.cat([rq.encode(part, books, beam, device=run.device) for part in embeddings])
+
+
+def report_recall(run: Run, bi_encoder: T5, embeddings: list[Tensor], books: Tensor, codes: Tensor) -> None:
+    """Logs what quantisation costs the bi-encoder: Recall@10 of exact search before and after it."""
+    row_of, relevant = Lookup(run.ids), []
+    for corpus in run.corpora:
+        relevant += [{row_of(doc_id) for doc_id in labels} for labels in corpus.qrels.values()]
+    texts = [text for corpus in run.corpora for text in corpus.test.values()]
+    embedded = dense.embed(bi_encoder, data.tokenize(run.tokenizer, texts, run.config.query_length))
+    n_d0, d0 = len(run.corpora[0].test), len(embeddings[0])
+
+    def recall(chosen: slice, documents) -> float:
+        return dense.recall(embedded[chosen], relevant[chosen], documents, device=run.device)
+
+    for name in ("before", "after"):
+        chunks = chunks_of(embeddings) if name == "before" else decoded(books, codes)
+        first = chunks_of(embeddings[:1]) if name == "before" else decoded(books, codes[:d0])
+        in_d0, later = recall(slice(n_d0), first), recall(slice(n_d0, None), chunks)
+        run.log.line(
+            f"dense Recall@10 {name} quantisation: {in_d0:.3f} on D0 alone, {later:.3f} on later queries among all"
+        )
+
+
+def chunks_of(embeddings: list[Tensor]):
+    """The embeddings of several corpora, as many at a time as are ranked together."""
+    return (chunk for part in embeddings for chunk in part.split(dense.CHUNK))
+
+
+def decoded(books: Tensor, codes: Tensor):
+    """The same of their reconstructions."""
+    return (rq.decode(books, chunk) for chunk in codes.split(dense.CHUNK))
+
+
+# ------------------------------------------------------------------------------------------- memory, references
+
+
+def check_memory(run: Run) -> None:
+    """Raises ValueError where the run's stages would need more memory than is free."""
+    per_document, corpora = run.config.pseudo_per_document, run.corpora
+    counts = published.Benchmark(
+        tuple(len(corpus.rows) for corpus in corpora), tuple(per_document * len(corpus.rows) for corpus in corpora),
+        tuple(len(corpus.test) for corpus in corpora), len(corpora[0].train), (), {}, "",
+    )  # fmt: skip
+    workload = memory.Workload(counts, run.config.document_length)
+    memory.require_memory(run.config, workload, memory.free_memory(run.config.device), run.config.device)
+
+
+def references(run: Run, bi_encoder: T5, embeddings: list[Tensor]) -> dict[str, dict]:
+    """BM25 and the bi-encoder (exact search, later documents added), after each corpus: rows of the results."""
+    evaluations: dict[str, list] = {"bm25": [], "dense": []}
+    for t in range(len(run.corpora)):
+        corpora = run.corpora[: t + 1]
+        index = BM25(passage for corpus in corpora for passage in corpus.passages())
+
+        def by_bm25(texts: list[str], index=index) -> list[Ranking]:
+            return [index.top(text, 10) for text in texts]
+
+        def by_bi_encoder(texts: list[str], t=t) -> list[Ranking]:
+            embedded = dense.embed(bi_encoder, data.tokenize(run.tokenizer, texts, run.config.query_length))
+            scores, rows = dense.nearest(embedded, chunks_of(embeddings[: t + 1]), 10, run.device)
+            return [list(zip(*pair)) for pair in zip(rows.tolist(), scores.tolist())]
+
+        evaluations["bm25"].append(scoring.evaluate(corpora, by_bm25))
+        evaluations["dense"].append(scoring.evaluate(corpora, by_bi_encoder))
+    for name, stages in evaluations.items():
+        store.write_json(run.folder / f"evaluation_{name}.json", asdict(stages[-1]))
+    return {name: scoring.summarise(stages, run.config.seed) for name, stages in evaluations.items()}

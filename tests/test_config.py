@@ -1,0 +1,128 @@
+"""Settings: what flags, presets and methods make of each other, and what is refused before any work."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import config
+import store
+import train
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--precision", "fp8"], "float32, bf16"),
+        (["--data", "msmarco"], "tools.doc2query .* --pseudo_queries drawn"),
+        (["--teacher", "absent.jsonl"], "found no file absent.jsonl"),
+        (["--docids", "absent.json"], "found no file absent.json"),
+        (["--splits", "paper"], "nq320k or msmarco"),
+        (["--method", "magic"], "mixlora-dsi-pt"),
+        (["--preset", "magic"], "msmarco"),
+        (["--slow", "maybe"], "grad, lr, none"),
+        (["--ood_mode", "x"], "calibrated, paper_code"),
+        (["--router", "x"], "cosine, linear"),
+        (["--width", "130"], "heads"),
+        (["--layers", "9"], "--decoder_blocks"),
+        (["--lr", "nan"], "finite"),
+        (["--delta", "-1"], "0 or more"),
+        (["--experts", "1"], "at least the 2"),
+        (["--no-mixture"], "--kl_coef 0"),
+        (["--docid_kind", "atomic"], "--d0_fragments 0"),
+        (["--insert"], "--docid_kind atomic"),
+        (["--docid_kind", "atomic", "--d0_fragments", "0", "--ewc", "1"], "--ewc 0"),
+        (["--ewc", "1"], "experts and atomic tables grow"),
+        (["--prompts", "5"], "--no-mixture"),
+        (["--docid_kind", "pq", "--M", "5"], "divides --width 128"),
+        (["--method", "joint", "--steps", "0"], "pass --steps"),
+        (["--data", "no/such/folder"], "corpus.jsonl"),
+        (["--resume", "no/such/run"], "config.json"),
+        (["--resume", "runs/x", "--lr", "1"], "remove --lr"),
+    ],
+)
+def test_a_wrong_flag_is_named_with_what_is_wanted(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train.main(argv)
+
+
+def test_help_groups_every_field_of_config_by_stage(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{name} " in text or f"--{name}," in text for name in config.Config.__dataclass_fields__)
+    assert [text.index(f"\n{group}:") for group in ("data", "model", "dense", "docids", "mixture", "growth")]
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_overwrite_moves_it_aside(tmp_path):
+    folder = tmp_path / "run"
+    store.new_folder(folder, {}, overwrite=False)
+    store.new_folder(folder, {}, overwrite=False)  # nothing was saved yet: no run is in the way
+    (tmp_path / "run" / "corpus.json").write_text("{}")
+    (tmp_path / "run" / "precious").write_text("kept")
+    with pytest.raises(ValueError, match="--resume .*--overwrite"):
+        store.new_folder(folder, {}, overwrite=False)
+    store.new_folder(folder, {}, overwrite=True)
+    assert [path.read_text() for path in tmp_path.glob("run.*/precious")] == ["kept"]
+
+
+def test_a_run_may_be_moved_and_one_of_another_version_is_refused_by_name(tmp_path):
+    store.new_folder(tmp_path / "old", asdict(config.Config(lr=0.5)), overwrite=False)
+    (tmp_path / "old").rename(tmp_path / "new")
+    command = config.parse(["--resume", str(tmp_path / "new")])
+    assert command.resume and command.config.lr == 0.5 and command.config.run == str(tmp_path / "new")
+    store.write_json(tmp_path / "new" / "config.json", {"learning_rate": 1})
+    with pytest.raises(ValueError, match="config.json: written by another version"):
+        config.parse(["--resume", str(tmp_path / "new")])
+
+
+def test_flags_override_the_method_and_the_method_overrides_the_preset():
+    settings = config.parse(["--method", "naive-expansion"]).config
+    assert (settings.router, settings.kl_coef, settings.width) == ("linear", 0.0, config.SMALL["width"])
+    settings = config.parse(["--method", "naive-expansion", "--router", "cosine", "--kl-coef", "0.2"]).config
+    assert (settings.router, settings.kl_coef) == ("cosine", 0.2)
+    settings = config.parse(["--data", "some/folder", "--preset", "nq320k", "--method", "base"]).config
+    assert (settings.M, settings.K, settings.width, settings.batch, settings.epochs) == (8, 2048, 768, 128, 5)
+
+
+# Method, then batch, epochs or steps, learning rates, warm-up and delta, as the specification's tables of recipes have them.
+NQ = dict(M=8, K=2048, layers=5, experts=2, lora_rank=8, dense_steps=54_000, dense_batch=256, dense_lr=5e-4,
+          d0_steps=20_000, d0_batch=1024, d0_lr=1e-3, d0_warmup=0.1, lr=1e-3, warmup=0.1,
+          beam=10, splits="paper", t5="google-t5/t5-base", seed=42)  # fmt: skip
+MS = NQ | dict(dense_steps=88_400, d0_steps=250_000, batch=512, epochs=5, pseudo_per_document=10)
+GOOD = dict(
+    align_coef=1.0, repel_coef=1.0, balance_coef=0.0, z_coef=0.0, kl_coef=0.1, slow="grad", router="cosine"
+)
+NAIVE = dict(
+    align_coef=0.0, repel_coef=0.0, balance_coef=0.01, z_coef=0.001, kl_coef=0.0, slow="none", router="linear"
+)
+PLAIN = dict(d0_mixture=False)
+
+
+@pytest.mark.parametrize(
+    "data, method, recipe",
+    [
+        ("nq320k", "mixlora-dsi", NQ | GOOD | dict(batch=32, epochs=10, delta=1.0, expand="ood", d0_mixture=True)),
+        ("nq320k", "never-expand", NQ | GOOD | dict(batch=32, epochs=10, expand="never", d0_mixture=True)),
+        ("nq320k", "always-expand", NQ | GOOD | dict(batch=32, epochs=10, expand="always", d0_mixture=True)),
+        ("nq320k", "mixlora-dsi-pt", NQ | GOOD | PLAIN | dict(batch=128, epochs=10, delta=10.0, expand="ood")),
+        ("nq320k", "naive-expansion", NQ | NAIVE | PLAIN | dict(batch=128, epochs=10, expand="always")),
+        ("nq320k", "base", NQ | PLAIN | dict(batch=128, epochs=5, mixture=False, kl_coef=0.0, slow="none")),
+        ("nq320k", "dsi++", NQ | PLAIN | dict(batch=128, epochs=5, mixture=False, slow="none", sam_rho=0.15)),
+        ("nq320k", "clever", NQ | PLAIN | dict(batch=128, epochs=5, mixture=False, ewc=0.5, ewc_samples=512)),
+        ("nq320k", "promptdsi", NQ | PLAIN | dict(batch=128, epochs=10, mixture=False, prompts=300)),
+        ("nq320k", "corpusbrain++", NQ | PLAIN | dict(batch=128, epochs=10, adapters=True, mask="full_vocab")),
+        ("msmarco", "promptdsi", MS | PLAIN | dict(d0_warmup=0.045, prompts=6611)),
+        ("msmarco", "clever", MS | PLAIN | dict(d0_warmup=0.045, ewc=0.5)),
+        ("msmarco", "mixlora-dsi", MS | GOOD | dict(delta=0.01, expand="ood", d0_mixture=True)),
+        ("msmarco", "always-expand", MS | GOOD | dict(expand="always", d0_mixture=True)),
+        ("msmarco", "mixlora-dsi-pt", MS | GOOD | PLAIN | dict(delta=10.0, d0_warmup=0.045)),
+        ("msmarco", "naive-expansion", MS | NAIVE | PLAIN | dict(expand="always", d0_warmup=0.045)),
+        ("msmarco", "base", MS | PLAIN | dict(mixture=False, kl_coef=0.0, slow="none", d0_warmup=0.045)),
+    ],
+)  # fmt: skip
+def test_presets_carry_the_recipe_of_the_paper_for_every_method(data, method, recipe):
+    settings = config.parse(["--data", data, "--method", method, "--pseudo_queries", "drawn"]).config
+    assert {name: getattr(settings, name) for name in recipe} == recipe
+    assert settings.precision == ("bf16" if torch.cuda.is_available() else "float32")
