@@ -698,9 +698,9 @@ def figure(value: float, unit: str) -> str:
 
 
 def markdown(found: dict) -> str:
-    """A results file as README's table."""
+    """A results file as the table of docs/speed.md."""
     lines = [
-        "| work \\| peer | ours | peer | ratio: least, median, greatest | reach |",
+        "| work \\| peer | ours | peer | ratio: min / median / max | reach |",
         "|---|---|---|---|---|",
     ]
     for item in found["rows"]:
@@ -725,7 +725,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny shapes, to see that everything runs")
     parser.add_argument("--list", action="store_true", help="name the rows and end")
     parser.add_argument(
-        "--show", action="store_true", help="print what --json holds as README's table and end"
+        "--show", action="store_true", help="print what --json holds as the table of docs/speed.md and end"
     )
     args = parser.parse_args()
     if args.show:
