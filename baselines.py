@@ -4,7 +4,7 @@ Paper    the rows beside its own in the results: CorpusBrain++ (adapters), Promp
          Kwon et al. 2021), CLEVER (EWC); and IncDSI (Kishore et al. 2023)
 In       a plain T5 after D_0, its gradients, or hidden states (n, D) of pseudo-queries
 Out      modules that T5 calls where they are, moved parameters, a penalty, rows of a docid table
-Next     train.py trains with them; run.py keeps adapters and prompts in checkpoints
+Next     train.py trains with them; store.py keeps adapters and prompts in checkpoints
 Differs  DSI++ is without its generative replay, as in the paper. PromptDSI's released code compares topics with the
          mean of the decoder's input embeddings, which in training holds the docid that is asked for: here it is
          the mean of the query's encoder outputs, the same in training and search. Topics come from k-means of

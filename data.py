@@ -6,7 +6,7 @@ Out      Corpus D_t: documents, annotated queries (D_0 only), test queries that 
 Next     dense.py embeds the documents; train.py trains on the pseudo-queries
 Differs  the authors' splits are not public, so ours is drawn with a seed and its document ids are stored with
          hashes; in place of doc2query's output the default draws pseudo-queries from the document's own words;
-         documents, their token ids and listed pseudo-queries lie on disk (mapped.py), not in dictionaries
+         documents, their token ids and listed pseudo-queries lie on disk (arrays.py), not in dictionaries
 
 What stage t may see is what it is handed: D_t alone. `check_no_leak` proves it on every list of queries that a
 stage trains on; what D_0 draws anew in each batch comes from a sampler that holds D_0 alone and no test query.
@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 import topics
-from mapped import (
+from arrays import (
     Chain,
     Documents,
     Lookup,
@@ -66,7 +66,7 @@ class Corpus:
     """Documents that arrive together, with their queries. Rows count documents over the whole stream."""
 
     first_row: int
-    ids: Sequence[str]  # these three are lists or stores on disk (mapped.Strings)
+    ids: Sequence[str]  # these three are lists or stores on disk (arrays.Strings)
     titles: Sequence[str]
     texts: Sequence[str]
     train: list[tuple[int, str]] = field(default_factory=list)  # (row, annotated query); empty for t >= 1

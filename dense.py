@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distributed
+from arrays import Lookup, StreamedFile, Tokens, read_tensors, write_tensors
 from bm25 import BM25
 from data import EOS, Corpus, PseudoQuerySampler, read_lines, tokenize
-from mapped import Lookup, StreamedFile, Tokens, read_tensors, write_tensors
 from optim import fit, parameter_groups
 from t5 import T5
 
@@ -269,7 +269,7 @@ class Batches:
         return self.order[self.at - self.batch : self.at]
 
     def state(self) -> tuple:
-        """Where it stands, for resume.py."""
+        """Where it stands, for store.Resume."""
         return self.order, self.at, self.generator.get_state()
 
     def restore(self, state: tuple) -> None:

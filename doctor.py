@@ -31,8 +31,8 @@ import data
 import dense
 import mixlora
 import rq
-import run as store
-from mapped import Lookup, open_array
+import store
+from arrays import Lookup, open_array
 from mixlora import MixedFeedForward, mixed_layers
 from search import beam_search, exact_scores, retrieve
 from t5 import T5, segment_logits

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from arrays import Chain
 from data import Corpus
-from mapped import Chain
 from search import Ranking, retrieve
 
 METRICS = ("recall@1", "recall@10", "mrr@10", "ndcg@10")
@@ -167,7 +167,7 @@ def table(title: str, rows: dict[str, dict], metrics: tuple[str, ...] = ("recall
 
 
 def main(argv: list[str]) -> None:
-    from run import LoadedRun
+    from store import LoadedRun
 
     parser = argparse.ArgumentParser(description="Evaluate the checkpoints of a run again.")
     parser.add_argument("run", type=Path, help="run folder")

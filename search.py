@@ -106,7 +106,7 @@ def retrieve(
 
 
 def main(argv: list[str]) -> None:
-    from run import LoadedRun
+    from store import LoadedRun
 
     parser = argparse.ArgumentParser(description="Retrieve documents from a finished run.")
     parser.add_argument("run", type=Path, help="run folder")

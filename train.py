@@ -2,7 +2,7 @@
 
 Paper    Eq. 7 and appendix E: cross-entropy + alpha_1 * router losses + alpha_2 * KL to the previous model
 In       `Config`, whose fields are the flags; a corpus
-Out      a run folder (see run.py) and the results table
+Out      a run folder (see store.py) and the results table
 Next     search.py answers queries from the run folder, eval.py scores it again
 Differs  plain AdamW in place of 8-bit; the docid mask is on for plain T5 on D_0 too; D_0 starts from the
          bi-encoder's weights; D_t's frozen encoder outputs and the previous model's hidden states are computed
@@ -42,16 +42,16 @@ import mixlora
 import ood
 import published
 import rq
-import run as store
+import store
+from arrays import ArrayWriter, Chain, Lookup, open_array
 from bm25 import BM25
 from data import Corpus
 from losses import docid_cross_entropy, kl_to_previous, router_losses
-from mapped import ArrayWriter, Chain, Lookup, open_array
 from mixlora import MixConfig, mixed_layers
 from optim import fit, parameter_groups
-from resume import Resume
 from scan import Scan, SourceCache, scan
 from search import Ranking, retrieve
+from store import Resume
 from t5 import T5, T5Config, read_published, segment_logits, start_from_lsa
 
 
@@ -562,7 +562,7 @@ class MovingEnergies:
                 self.sums[number] = self.sums.get(number, 0) + ood.sums(route.scores, route.gates)
 
     def state(self) -> list[dict]:
-        """For resume.py."""
+        """For store.Resume."""
         return [stat.state() for stat in self.stats]
 
     def restore(self, states: list[dict]) -> None:

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+from arrays import Documents
 from data import Collection, Corpus, Idf, PseudoQuerySampler, check_no_leak, read_beir, split, split_sizes
-from mapped import Documents
 
 SHARED = Path(os.environ.get("MIXLORA_DATA") or Path(__file__).parents[1] / "../shared/data")
 XQUAD, SPIECE = SHARED / "xquad_en", SHARED / "t5" / "spiece.model"

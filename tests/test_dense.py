@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import data
 import dense
+from arrays import Documents, Tokens
 from bm25 import BM25
 from data import EOS, PAD, Corpus
 from dense import Windows, in_batch_contrastive, margin_mse, rank, recall
-from mapped import Documents, Tokens
 from t5 import T5, T5Config
 
 # ----------------------------------------------------------------------------------------------------- search

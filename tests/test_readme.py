@@ -13,7 +13,7 @@ from toy import TOY, toy_folder
 
 import dense
 import doc2query
-import run
+import store
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +65,7 @@ def test_the_teacher_example_writes_what_the_next_run_reads(tmp_path, monkeypatc
         block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "CrossEncoder" in block
     )
     exec(example, {})
-    d0 = run.load_corpora(folder)[0]
+    d0 = store.load_corpora(folder)[0]
     found = dense.read_teacher(tmp_path / "teacher_1.jsonl", d0)
     assert len(found.queries) == len(d0.train) == 30 and found.negatives.shape == (30, 5)
     for query, row, score in zip(found.queries, found.positives.tolist(), found.positive_scores.tolist()):

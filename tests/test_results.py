@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import experiments
-import run as store
+import store
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "RESULTS.md").read_text()

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import data
 import topics
+from arrays import Documents
 from data import Collection, check_no_leak, split
-from mapped import Documents
 from topics import topic_order
 
 

@@ -11,17 +11,17 @@ import pytest
 import torch
 from toy import TOY, toy_folder
 
+import arrays
 import data
 import dense
 import eval as scoring
 import losses
-import mapped
 import mixlora
 import ood
 import rq
-import run as store
 import scan
 import search
+import store
 import train
 from t5 import T5, T5Config, segment_logits, to_published
 
@@ -103,7 +103,7 @@ def test_after_each_corpus_all_but_newest_experts_rows_and_docid_table_are_bit_e
 
 def test_docids_never_change_and_codebooks_stay_those_of_d0(finished):
     books, codes = store.read_tensors(finished / "rq.pt"), np.load(finished / "docids.npy")
-    embeddings = mapped.open_array(finished / "embeddings.npy")
+    embeddings = arrays.open_array(finished / "embeddings.npy")
     assert torch.equal(rq.encode(embeddings, books), torch.from_numpy(codes.astype(np.int64)))
     assert (finished / "doc_ids.txt").read_text().split() == list(store.LoadedRun(finished).ids)
 

@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mapped
-from mapped import (
+import arrays
+from arrays import (
     ArrayWriter,
     Chain,
     Documents,
@@ -118,10 +118,10 @@ def test_strings_equal_other_sequences_by_content_alone(tmp_path):
 
 def test_digests_tell_strings_apart_and_are_the_same_for_lists_stores_and_views(tmp_path):
     found = store(tmp_path / "s.bin", TEXTS)
-    numbers = mapped.digests(TEXTS)
+    numbers = arrays.digests(TEXTS)
     assert numbers.dtype == np.uint64 and len(set(numbers.tolist())) == len(set(TEXTS))
-    assert (mapped.digests(found) == numbers).all() and (mapped.digests(found[3:]) == numbers[3:]).all()
-    assert numbers.tolist() == [mapped.digest(text) for text in TEXTS]
+    assert (arrays.digests(found) == numbers).all() and (arrays.digests(found[3:]) == numbers[3:]).all()
+    assert numbers.tolist() == [arrays.digest(text) for text in TEXTS]
 
 
 @pytest.mark.parametrize("name", ["s.bin", "s.npy"])
@@ -242,7 +242,7 @@ def test_chain_equals_the_lists_one_after_the_other(parts, data):
     assert list(chain) == wanted and len(chain) == len(wanted)
     assert [chain[row] for row in range(len(wanted))] == wanted
     if wanted:
-        assert (chain.digests == mapped.digests(wanted)).all()
+        assert (chain.digests == arrays.digests(wanted)).all()
         text = data.draw(st.sampled_from(wanted))
         assert text in chain and chain.index(text) == wanted.index(text)
         assert Lookup(chain)(text) == wanted.index(text)
@@ -255,7 +255,7 @@ def test_chain_of_stores_and_lists(tmp_path):
     one, other = store(tmp_path / "a.bin", TEXTS), store(tmp_path / "b.bin", ["x", "y"])
     chain = Chain([other, [], one[2:4], ["z"]])
     assert list(chain) == ["x", "y", *TEXTS[2:4], "z"] and chain[np.int64(4)] == "z"
-    assert (mapped.digests(chain) == mapped.digests(list(chain))).all()
+    assert (arrays.digests(chain) == arrays.digests(list(chain))).all()
 
 
 few_texts = st.lists(st.text("ab", max_size=3), max_size=25)  # many repeat
@@ -264,7 +264,7 @@ few_texts = st.lists(st.text("ab", max_size=3), max_size=25)  # many repeat
 @pytest.mark.parametrize("collide", [False, lambda text: 7, lambda text: 2**64 - 1 - len(text) % 2])
 def test_lookup_equals_a_dict_of_first_rows_also_where_digests_collide(collide, monkeypatch):
     if collide:
-        monkeypatch.setattr(mapped, "digest", collide)
+        monkeypatch.setattr(arrays, "digest", collide)
 
     @FUZZ
     @given(few_texts, few_texts)
