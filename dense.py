@@ -23,8 +23,9 @@ from torch import Tensor
 import distributed
 from arrays import Lookup, StreamedFile, Tokens, read_tensors, write_tensors
 from bm25 import BM25
-from data import EOS, Corpus, PseudoQuerySampler, read_lines, tokenize
+from data import EOS, Corpus, read_lines, tokenize
 from optim import fit, parameter_groups
+from queries import PseudoQuerySampler
 from t5 import T5
 
 CHUNK = 65_536  # documents that are embedded or ranked together

@@ -1,13 +1,18 @@
-"""The run folder: everything that is needed to search, evaluate or continue, written so that nothing
-half-done counts.
+"""The run folder: all that is needed to search, evaluate or go on, written so that nothing half-done counts.
 
 Paper    none
-In       tensors, arrays, JSON values and lines
-Out      runs/NAME/: config.json, tokenizer.model, corpus.json, documents/, dense.pt, embeddings.npy, rq.pt,
-         docids.npy, D0.pt .. DT.pt, ood.json, results.json, metrics.jsonl, log.txt
-Next     search.py and eval.py load a model from it; train.py skips the stages whose files exist
-Differs  every file is written under a temporary name, flushed and renamed; every checkpoint says what it was made
-         for; tensors are read with `weights_only=True`. The released code pickles tries and rewrites JSON in place
+In       corpora, models, OOD statistics, lines of a log; what a stage trains and every source of its chance
+Out      runs/NAME/: config.json, tokenizer.model, corpus.json, excluded.npy, idf.json; of each corpus documents/D0/,
+         queries/D0.json, pseudo_queries/D0/, embeddings/D0.npy and D0.pt; dense.pt, rq.pt, docids.npy, latest.pt,
+         ood.json, results.json, metrics.jsonl, log.txt
+Next     search.py and eval.py load a model from it; train.py skips the stages whose files exist; optim.py saves and
+         restores a stage through Resume
+Differs  every file is whole or absent (arrays.py) and every checkpoint says what it was made for; a stopped stage goes
+         on where it was, bit by bit, while the released code starts it again and pickles tries
+
+A corpus has files of its own, opened when they are first asked for: a stage on D_t can do without those before it.
+What leads up to a stage's first step (scan, growth, mined negatives) is not saved: it follows from the checkpoint
+before it and from the seed, and is done again.
 """
 
 import fcntl
@@ -15,6 +20,7 @@ import hashlib
 import json
 import os
 import random
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -24,49 +30,35 @@ import torch
 from torch import Tensor
 
 import distributed
-from arrays import Chain, Documents, StreamedFile, read_tensors, sync_folder, write_tensors
+from arrays import (
+    Chain,
+    Documents,
+    StreamedFile,
+    damaged,
+    read_array,
+    read_json,
+    read_tensors,
+    sync_folder,
+    write,
+    write_array,
+    write_json,
+    write_tensors,
+)  # fmt: skip
 from baselines import adapters, add_adapters, add_prompts
-from data import Corpus, load_tokenizer
+from data import Corpus, excluded_queries, load_tokenizer
 from mixlora import MixConfig, add_mixture, mixed_layers
 from ood import Stats
+from queries import Idf
 from rq import Trie
 from t5 import T5, T5Config
 
-
-def write(path: Path, content: bytes) -> None:
-    """Writes a file so that it is either whole or absent, also after a power cut."""
-    with StreamedFile(path) as file:
-        file.write(content)
+FORMAT = 2  # of the run folder and its checkpoints
 
 
-def write_json(path: Path, value) -> None:
-    write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def read_json(path: Path):
-    if not path.is_file():
-        raise ValueError(f"found no {path}; is {path.parent} the folder of a finished run?")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); remove the file to make it anew") from None
-
-
-def read_array(path: Path) -> np.ndarray:
-    try:
-        found = np.load(path, allow_pickle=False)
-        if not isinstance(found, np.ndarray):
-            raise ValueError("an archive of arrays")
-        return found
-    except Exception as error:  # damaged headers raise almost anything
-        raise ValueError(
-            f"{path}: cannot be read ({error}); go on with train.py --resume to make it anew"
-        ) from None
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    with StreamedFile(path) as file:
-        np.save(file, array, allow_pickle=False)
+def check_format(path: Path, number) -> None:
+    if number != FORMAT:
+        last = "commit dfcda6d is the last that reads format 1"
+        raise ValueError(f"{path}: found format {number} of run folders, wanted {FORMAT}; {last}")
 
 
 # ---------------------------------------------------------------------------------------------------- corpora
@@ -74,71 +66,108 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 def ids_sha256(corpus: Corpus) -> str:
     """Names the split: sha256 of the corpus's document ids, each followed by a line feed."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for doc_id in corpus.ids:
-        found.update(f"{doc_id}\n".encode())
-    return found.hexdigest()
+        digest.update(f"{doc_id}\n".encode())
+    return digest.hexdigest()
 
 
 def save_corpora(folder: Path, source: str, corpora: list[Corpus], left_out: dict, manifest: dict) -> None:
-    """Documents into stores, in stream order; queries, labels, counts and hashes into corpus.json, written last."""
-    documents = Documents(folder / "documents")
+    """The documents and queries of each corpus, D_0's IDF, the digests of all test queries; corpus.json is last."""
     with StreamedFile(folder / "doc_ids.txt") as file:
-        for corpus in corpora:
+        for t, corpus in enumerate(corpora):
+            documents = Documents(folder / "documents" / f"D{t}")
             for doc_id, title, text in zip(corpus.ids, corpus.titles, corpus.texts):
                 documents.add(doc_id, title, text)
                 file.write(f"{doc_id}\n".encode())
-    documents.close()
+            documents.close()
+            queries = {name: getattr(corpus, name) for name in StoredCorpus.QUERIES}
+            write_json(folder / "queries" / f"D{t}.json", queries)
+    Idf(corpora[0].passages()).save(folder / "idf.json")
+    write_array(folder / "excluded.npy", np.array(sorted(excluded_queries(corpora)), np.uint64))
     listed = [
-        {
-            "first_row": c.first_row, "documents": len(c.ids), "ids_sha256": ids_sha256(c), "train": c.train,
-            "train_ids": c.train_ids, "test": c.test, "qrels": c.qrels,
-        }
-        for c in corpora
-    ]  # fmt: skip
-    value = {"source": source, "manifest": manifest, "left_out": left_out, "corpora": listed}
-    write_json(folder / "corpus.json", value)
+        {"first_row": c.first_row, "documents": len(c.ids), "ids_sha256": ids_sha256(c)} for c in corpora
+    ]
+    about = {"format": FORMAT, "source": source, "manifest": manifest, "left_out": left_out}
+    write_json(folder / "corpus.json", about | {"corpora": listed})
+
+
+class StoredCorpus(Corpus):
+    """A corpus of a run folder: its documents and its queries are opened when they are first asked for."""
+
+    DOCUMENTS, QUERIES = ("ids", "titles", "texts"), ("train", "train_ids", "test", "qrels")
+
+    def __init__(self, folder: Path, t: int, first_row: int, size: int):
+        self.folder, self.name, self.first_row, self.size = folder, f"D{t}", first_row, size
+
+    @property
+    def rows(self) -> range:
+        return range(self.first_row, self.first_row + self.size)
+
+    def __getattr__(self, name: str):  # of what is not there yet
+        if name in self.DOCUMENTS:
+            documents = Documents.open(self.folder / "documents" / self.name)
+            if len(documents) != self.size:
+                counts = f"{len(documents)} documents, corpus.json says {self.size}"
+                raise ValueError(
+                    f"{documents.folder}: found {counts}; they are of different runs, start it anew"
+                )
+            vars(self).update({name: getattr(documents, name) for name in self.DOCUMENTS})
+        elif name in self.QUERIES:
+            path = self.folder / "queries" / f"{self.name}.json"
+            queries = read_json(path)
+            try:
+                queries["train"] = [(row, query) for row, query in queries["train"]]
+                vars(self).update({name: queries[name] for name in self.QUERIES})
+            except (KeyError, TypeError, ValueError) as error:
+                raise damaged(path, f"not the queries of a corpus ({error!r})") from None
+        else:
+            raise AttributeError(name)
+        return vars(self)[name]
 
 
 def load_corpora(folder: Path) -> list[Corpus]:
-    corpora, listed, saved = [], 0, read_json(folder / "corpus.json")
-    documents = Documents.open(folder / "documents")
+    """The corpora of a run; none of their files is opened yet. Raises ValueError where corpus.json is not of a run, or
+    of one of another format.
+    """
+    path, corpora, row = folder / "corpus.json", [], 0
+    about = read_json(path)
     try:
-        for item in saved["corpora"]:
-            first, n = item["first_row"], item.pop("documents")
-            item.pop("ids_sha256")
-            item["train"] = [tuple(pair) for pair in item["train"]]
-            if first != listed or not 0 <= n <= len(documents) - listed:
-                raise ValueError(f"{folder}: documents and corpus.json are of different runs; start it anew")
-            rows = slice(first, first + n)
-            texts = dict(ids=documents.ids[rows], titles=documents.titles[rows], texts=documents.texts[rows])
-            corpora.append(Corpus(**item, **texts))
-            listed += n
+        check_format(path, about.get("format", 1))
+        for t, item in enumerate(about["corpora"]):
+            size = item["documents"]
+            if item["first_row"] != row or type(size) is not int or size < 0:
+                raise TypeError("rows do not follow each other")
+            corpora.append(StoredCorpus(folder, t, row, size))
+            row += size
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'corpus.json'}: not the corpora of a run ({error!r})") from None
-    if listed != len(documents):
-        raise ValueError(f"{folder}: documents and corpus.json are of different runs; start it anew")
+        raise ValueError(f"{path}: not the corpora of a run ({error!r})") from None
     return corpora
+
+
+def load_excluded(folder: Path) -> frozenset[int]:
+    """Digests of all test queries of a run, for queries.PseudoQuerySampler and data.check_no_leak."""
+    return frozenset(read_array(folder / "excluded.npy", np.uint64, 1).tolist())
+
+
+def load_docids(folder: Path) -> Tensor:
+    """docids.npy: (N, M) int64, of all corpora."""
+    return torch.from_numpy(read_array(folder / "docids.npy", np.int16, 2).astype(np.int64))
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-FORMAT = 1  # of checkpoints
-
-
 def made_for(folder: Path, docids: bool) -> str:
-    """Names what a checkpoint belongs to: sha256 over the split, the tokenizer and, from D_0 on, the docids of a run
-    folder.
-    """
-    found = hashlib.sha256()
+    """Names what a checkpoint belongs to: sha256 over a run's split, tokenizer and, from D_0 on, docids."""
+    digest = hashlib.sha256()
     if (folder / "corpus.json").exists():
         for item in read_json(folder / "corpus.json")["corpora"]:
-            found.update(item["ids_sha256"].encode())
+            digest.update(item["ids_sha256"].encode())
     for name in ("tokenizer.model", "docids.npy") if docids else ("tokenizer.model",):
         if (folder / name).exists():
-            found.update((folder / name).read_bytes())
-    return found.hexdigest()
+            digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
 
 
 def stamp(folder: Path) -> dict:
@@ -148,22 +177,14 @@ def stamp(folder: Path) -> dict:
 
 
 def check_stamp(path: Path, value: dict) -> None:
-    """Raises ValueError where a checkpoint is of another format, or of a run with other documents, tokenizer or
-    docids.
-    """
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        found = value.get("format") if isinstance(value, dict) else type(value).__name__
-        raise ValueError(
-            f"{path}: found a checkpoint of format {found}, wanted {FORMAT}; another version wrote it"
-        )
+    """Raises ValueError where a checkpoint is of another format or belongs to another run."""
+    check_format(path, value.get("format") if isinstance(value, dict) else type(value).__name__)
     if value["made_for"] != made_for(path.parent, value["docids"]):
-        raise ValueError(
-            f"{path}: made for other documents, another tokenizer or other docids than {path.parent} holds; it is of "
-            "another run: remove the file to make it anew"
-        )
+        run = f"made for other documents, another tokenizer or other docids than {path.parent} holds"
+        raise damaged(path, f"{run}; it is of another run")
 
 
-def save_model(path: Path, model: T5, stats: list[Stats], **extra) -> None:
+def save_model(path: Path, model: T5, stats: list[Stats]) -> None:
     """A model with its shape, its experts, adapters or prompts, and the OOD statistics of its layers."""
     layers, bottlenecks, prompts = mixed_layers(model), adapters(model), model.prompts
     value = stamp(path.parent) | {
@@ -176,7 +197,7 @@ def save_model(path: Path, model: T5, stats: list[Stats], **extra) -> None:
         "model": model.state_dict(),
         "stats": [stat.state() for stat in stats],
     }
-    write_tensors(path, value | extra)
+    write_tensors(path, value)
 
 
 def load_model(path: Path, device: str = "cpu") -> tuple[T5, list[Stats]]:
@@ -187,9 +208,9 @@ def load_model(path: Path, device: str = "cpu") -> tuple[T5, list[Stats]]:
         model = T5(T5Config(**value["t5"]))
         if value["mix"]:
             add_mixture(model, MixConfig(**value["mix"]), value["frozen"], value["trainable"])
-        if value.get("adapters"):
+        if value["adapters"]:
             add_adapters(model, value["adapters"])
-        if value.get("prompts"):
+        if value["prompts"]:
             pool, length = value["prompts"]
             add_prompts(model, torch.zeros(pool, model.config.width), length)
         model.load_state_dict(value["model"])
@@ -208,10 +229,9 @@ class LoadedRun:
         self.corpora = load_corpora(folder)
         self.finished = [t for t in range(len(self.corpora)) if (folder / f"D{t}.pt").is_file()]
         if not self.finished:
-            raise ValueError(
-                f"found no finished corpus (D0.pt ..) in {folder}; go on with train.py --resume {folder}"
-            )
-        self.docids = torch.from_numpy(read_array(folder / "docids.npy").astype(np.int64))
+            to_do = f"go on with train.py --resume {folder}"
+            raise ValueError(f"found no finished corpus (D0.pt ..) in {folder}; {to_do}")
+        self.docids = load_docids(folder)
         self.ids = Chain([corpus.ids for corpus in self.corpora])
 
     def headline(self, row: int) -> str:
@@ -222,28 +242,23 @@ class LoadedRun:
 
     def at(self, t: int) -> tuple[T5, Trie]:
         """The model after D_t, and the trie of the documents of D_0..D_t."""
-        return load_model(self.folder / f"D{t}.pt", self.device)[0], Trie(
-            self.docids[: self.corpora[t].rows.stop]
-        )
+        model, _ = load_model(self.folder / f"D{t}.pt", self.device)
+        return model, Trie(self.docids[: self.corpora[t].rows.stop])
 
 
 def lock(folder: Path):
-    """Keeps other processes from training in this folder while the returned file is open.
-
-    Raises ValueError where one does already.
-    """
+    """Keeps others from training in this folder while the returned file is open. Raises ValueError where one does."""
     file = (folder / "lock").open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
-        raise ValueError(
-            f"{folder}: another process trains here; wait for it, or pass another --run"
-        ) from None
+        to_do = "wait for it, or pass another --run"
+        raise ValueError(f"{folder}: another process trains here; {to_do}") from None
     return file
 
 
-# -------------------------------------------------------------------------------------------------------- log
+# ---------------------------------------------------------------------------------------------- log and resume
 
 
 class Log:
@@ -254,8 +269,6 @@ class Log:
     """
 
     def __init__(self, folder: Path, quiet: bool = False, writes: bool = True):
-        import sys
-
         self.folder, self.out, self.quiet, self.writes = folder, sys.stdout, quiet, writes
         self.open_line, self.next_plain = False, 0.0
 
@@ -289,8 +302,8 @@ class Log:
 
         def stays(line: bytes) -> bool:
             try:
-                found = json.loads(line)
-                return found["stage"] != stage or found["step"] <= step
+                values = json.loads(line)
+                return values["stage"] != stage or values["step"] <= step
             except (ValueError, KeyError, TypeError):
                 return False
 
@@ -308,21 +321,18 @@ class Log:
             file.write(json.dumps(plain) + "\n")
 
 
-# ----------------------------------------------------------------------------------------------------- resume
-
-
 class Resume:
-    """Saves and restores the stage that is being trained. Without a folder it does neither."""
+    """Saves and restores the stage that is being trained, in latest.pt. Without a folder it does neither."""
 
     def __init__(self, folder: Path | None, seconds: float, log):
         self.folder, self.seconds, self.log = folder, seconds, log
-        self.found = self._read() if folder else {}
+        self.saved = self._read() if folder else {}
         self.last = time.monotonic()
 
     @property
     def stage(self) -> str:
         """The stage that the folder's latest.pt is of, "" without one."""
-        return self.found.get("stage", "")
+        return self.saved.get("stage", "")
 
     def _read(self) -> dict:
         """latest.pt or, where it cannot be trusted, the one before it."""
@@ -330,30 +340,30 @@ class Resume:
             path = self.folder / name
             if path.exists():
                 try:
-                    found = read_tensors(path)
-                    check_stamp(path, found)
-                    return found
+                    saved = read_tensors(path)
+                    check_stamp(path, saved)
+                    return saved
                 except ValueError as error:
                     self.log.line(f"{error}; going on without it")
         return {}
 
     def restore(self, stage: str, trained: list[Tensor], optimizer, chance: dict) -> int:
-        """Puts everything back to where latest.pt found this stage; returns the number of steps done then."""
-        found, self.found = self.found, {}
-        self.log.forget(stage, found["step"] if found.get("stage") == stage else 0)
-        if found.get("stage") != stage:
+        """Puts everything back to where latest.pt left this stage; returns the number of steps done then."""
+        saved, self.saved = self.saved, {}
+        self.log.forget(stage, saved["step"] if saved.get("stage") == stage else 0)
+        if saved.get("stage") != stage:
             return 0
         with torch.no_grad():
-            for p, value in zip(trained, found["trained"], strict=True):
+            for p, value in zip(trained, saved["trained"], strict=True):
                 p.copy_(value)
-        optimizer.load_state_dict(found["optimizer"])
+        optimizer.load_state_dict(saved["optimizer"])
         for name, source in chance.items():
-            put_state(source, found["chance"][name])
-        torch.set_rng_state(found["torch"])
-        if torch.cuda.is_available() and found["cuda"]:
-            torch.cuda.set_rng_state_all(found["cuda"])
-        self.log.line(f"{stage}: going on after step {found['step']}")
-        return found["step"]
+            put_state(source, saved["chance"][name])
+        torch.set_rng_state(saved["torch"])
+        if torch.cuda.is_available() and saved["cuda"]:
+            torch.cuda.set_rng_state_all(saved["cuda"])
+        self.log.line(f"{stage}: going on after step {saved['step']}")
+        return saved["step"]
 
     def due(self) -> bool:
         """Has it been long enough since the last save?"""

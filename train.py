@@ -41,11 +41,11 @@ import eval as scoring
 import mixlora
 import ood
 import published
+import queries
 import rq
 import store
 from arrays import ArrayWriter, Chain, Lookup, open_array
 from bm25 import BM25
-from data import Corpus
 from losses import docid_cross_entropy, kl_to_previous, router_losses
 from mixlora import MixConfig, mixed_layers
 from optim import fit, parameter_groups
@@ -263,17 +263,19 @@ class Job:
         self.resume = Resume(folder, config.save_seconds, log)
         self.ids = Chain([corpus.ids for corpus in self.corpora])
         self.listed = None  # pseudo-queries from a file
-        if (folder / "pseudo_queries" / "starts.npy").exists():
-            self.listed = data.ListedPseudoQueries(folder / "pseudo_queries")
-            self.samplers = [self.listed] * len(self.corpora)
+        self.excluded = store.load_excluded(folder)
+        if (folder / "pseudo_queries").exists():
+            self.listed = True
+            self.samplers = [
+                queries.ListedPseudoQueries(folder / "pseudo_queries" / f"D{t}", corpus.first_row)
+                for t, corpus in enumerate(self.corpora)
+            ]
         else:
-            idf, exclude = data.Idf(self.corpora[0].passages()), self.exclude(self.corpora)
-            self.samplers = [data.PseudoQuerySampler(corpus, idf, exclude) for corpus in self.corpora]
-
-    @staticmethod
-    def exclude(corpora: list[Corpus]) -> set[str]:
-        """Test queries in their normal form: no pseudo-query may be one."""
-        return {data.normalise(text) for corpus in corpora for text in corpus.test.values()}
+            idf = queries.Idf.load(folder / "idf.json")
+            self.samplers = [
+                queries.PseudoQuerySampler(corpus.titles, corpus.texts, idf, self.excluded, corpus.first_row)
+                for corpus in self.corpora
+            ]
 
     def _tokenizer(self) -> bytes:
         """The SentencePiece model that --tokenizer names, that comes with the weights, or that D_0 trains."""
@@ -303,6 +305,7 @@ class Job:
         for t, corpus in enumerate(corpora):
             if not corpus.test:
                 raise ValueError(f"D_{t} got no test query; choose fewer or larger corpora with --splits")
+        data.check_split(corpora)
         for reason, count in left_out.items():
             log.line(f"left out: {count} {reason}")
         manifest = published.manifest(config.data, collection, corpora)
@@ -311,7 +314,10 @@ class Job:
             pseudo, strict = data.read_pseudo_queries(Path(config.pseudo_queries)), True
         if pseudo and config.pseudo_queries != "drawn":
             where = self.folder / "pseudo_queries"
-            counts = data.store_pseudo_queries(pseudo, where, corpora, self.exclude(corpora), strict)
+            documents = [(corpus.ids, corpus.titles, corpus.texts) for corpus in corpora]
+            counts = queries.store_pseudo_queries(
+                pseudo, where, documents, data.excluded_queries(corpora), strict
+            )
             manifest["pseudo-queries"] = dict(counts)
         for name, value in manifest.items():
             log.line(f"{name}: {value}")
@@ -321,16 +327,16 @@ class Job:
     def pseudo_queries(self, t: int, per_document: int, purpose: str) -> list[tuple[int, str]]:
         """A fixed list of D_t's (row, pseudo-query) pairs, the same at every call; checked for leaks."""
         seed = f"{self.config.seed} {purpose} {t}"
-        pairs = data.draw_pseudo_queries(self.samplers[t], self.corpora[t].rows, per_document, seed)
-        data.check_no_leak(t, self.corpora, pairs)
+        pairs = queries.draw_pseudo_queries(self.samplers[t], self.corpora[t].rows, per_document, seed)
+        data.check_no_leak(t, self.corpora[t].rows, pairs, self.excluded)
         return pairs
 
     def training_queries(self, t: int) -> list[tuple[int, str]]:
         """What D_t, t >= 1, trains on: all of its pseudo-queries from the file, or a drawn list."""
         if not self.listed:
             return self.pseudo_queries(t, self.config.pseudo_per_document, "training")
-        pairs = self.listed.pairs(self.corpora[t].rows)
-        data.check_no_leak(t, self.corpora, pairs)
+        pairs = self.samplers[t].pairs()
+        data.check_no_leak(t, self.corpora[t].rows, pairs, self.excluded)
         return pairs
 
     def sample(self, t: int, count: int, purpose: str) -> list[tuple[int, str]]:
@@ -339,7 +345,7 @@ class Job:
         rows, rng = self.corpora[t].rows, random.Random(f"{self.config.seed} {purpose} {t}")
         chosen = list(rows) * (count // len(rows)) or rng.sample(rows, count)
         pairs = [(row, self.samplers[t].draw(row, rng)) for row in chosen]
-        data.check_no_leak(t, self.corpora, pairs)
+        data.check_no_leak(t, self.corpora[t].rows, pairs, self.excluded)
         return pairs
 
     def tokens(self, queries: list[tuple[int, str]]) -> Tensor:
@@ -363,9 +369,9 @@ def dense_stage(job: Job) -> tuple[T5, Tensor]:
         return job.ready(store.load_model(path)[0]), open_array(job.folder / "embeddings.npy")
     place = job.folder / "cache" / f"documents_{config.document_length}"
     if distributed.first():
-        data.tokenize_passages(job.tokenizer, job.corpora, config.document_length, place)
+        tokenize_all(job, place)
     distributed.wait()
-    passages = data.tokenize_passages(job.tokenizer, job.corpora, config.document_length, place)
+    passages = tokenize_all(job, place)
     torch.manual_seed(config.seed)
     if job.t5:
         model = read_published(job.t5, config.M, config.K, config.dropout)
@@ -379,7 +385,7 @@ def dense_stage(job: Job) -> tuple[T5, Tensor]:
         ))  # fmt: skip
         start_from_lsa(model, passages[0].batch(torch.arange(len(passages[0]))))
     job.ready(model)
-    data.check_no_leak(0, job.corpora, job.corpora[0].train)
+    data.check_no_leak(0, job.corpora[0].rows, job.corpora[0].train, job.excluded)
     dense.train(
         model, job.tokenizer, job.corpora[0], passages[0], job.samplers[0], config, job.log,
         job.folder, job.resume,
@@ -392,6 +398,18 @@ def dense_stage(job: Job) -> tuple[T5, Tensor]:
         store.save_model(path, model, [])
     distributed.wait()
     return model, open_array(job.folder / "embeddings.npy")
+
+
+def tokenize_all(job: Job, place: Path) -> list:
+    return [
+        data.tokenize_passages(
+            job.tokenizer,
+            corpus.passages(),
+            job.config.document_length,
+            place.with_name(f"{place.name}_D{t}.bin"),
+        )
+        for t, corpus in enumerate(job.corpora)
+    ]
 
 
 def check_vocabulary(pieces: int, rows: int, weights: str) -> None:
@@ -411,7 +429,7 @@ def rq_stage(job: Job, bi_encoder: T5, embeddings: Tensor) -> tuple[Tensor, Tens
         store.write_array(job.folder / "docids.npy", codes.numpy().astype(np.int16))
         store.write_tensors(path, books)
     distributed.wait()
-    codes = torch.from_numpy(store.read_array(job.folder / "docids.npy").astype(np.int64))
+    codes = store.load_docids(job.folder)
     return store.read_tensors(path), codes
 
 
@@ -435,10 +453,10 @@ def make_docids(job: Job, bi_encoder: T5, embeddings: Tensor) -> tuple[Tensor, T
     found = rq.report(d0, books, codes[: len(d0)])
     job.log.line(f"docids of D0: {found}")
     rq.require_distinct(found)
-    row_of, queries = Lookup(job.ids), [q for corpus in job.corpora for q in corpus.test.values()]
+    row_of, texts = Lookup(job.ids), [q for corpus in job.corpora for q in corpus.test.values()]
     labels = [found for corpus in job.corpora for found in corpus.qrels.values()]
     relevant = [{row_of(doc_id) for doc_id in found} for found in labels]
-    embedded = dense.embed(bi_encoder, data.tokenize(job.tokenizer, queries, config.query_length))
+    embedded = dense.embed(bi_encoder, data.tokenize(job.tokenizer, texts, config.query_length))
     first = len(job.corpora[0].test)
     for name in ("before", "after"):
 
@@ -485,8 +503,12 @@ def d0_stage(
     config, corpus, sampler = job.config, job.corpora[0], job.samplers[0]
     if last:
         corpus = data.joined(job.corpora[: last + 1])
-        exclude = job.exclude(job.corpora)
-        sampler = job.listed or data.PseudoQuerySampler(corpus, data.Idf(corpus.passages()), exclude)
+        if job.listed:
+            sampler = queries.JoinedSamplers(job.samplers, [part.first_row for part in job.corpora])
+        else:
+            sampler = queries.PseudoQuerySampler(
+                corpus.titles, corpus.texts, queries.Idf(corpus.passages()), job.excluded
+            )
     torch.manual_seed(config.seed + 1 + last)
     table = table_so_far(job, last, books)
     model = T5(replace(bi_encoder.config, codebooks=len(table), centroids=table.shape[1])).to(job.device)
@@ -500,9 +522,9 @@ def d0_stage(
     rng = random.Random(f"{config.seed} D{last}")
     targets, n_fragments = codes.to(job.device), len(corpus.ids) * config.d0_fragments
     if n_fragments:  # their docids follow those of the documents
-        spans = data.fragments(corpus, config.d0_fragments, rng)
-        of_fragments = data.PseudoQuerySampler(spans, data.Idf(corpus.passages()), job.exclude(job.corpora))
-        tokens = data.tokenize(job.tokenizer, list(spans.passages()), config.document_length)
+        spans = queries.fragments(corpus.titles, corpus.texts, config.d0_fragments, rng)
+        of_fragments = queries.PseudoQuerySampler(*spans, queries.Idf(corpus.passages()), job.excluded)
+        tokens = data.tokenize(job.tokenizer, list(queries.passages(*spans)), config.document_length)
         found = rq.encode(dense.embed(bi_encoder, tokens, 256), books, config.rq_beam, device=job.device)
         targets = torch.cat([targets, found.to(job.device)])
 
