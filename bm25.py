@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from data import words
+from queries import words
 
 K1, B = 0.9, 0.4
 
@@ -25,11 +25,11 @@ class BM25:
         self.vocabulary: dict[str, int] = {}
         terms, counts, distinct, lengths = array("i"), array("i"), array("i"), array("i")
         for passage in passages:
-            found = Counter(word.lower() for word in words(passage))
-            terms.extend(self.vocabulary.setdefault(word, len(self.vocabulary)) for word in found)
-            counts.extend(found.values())
-            distinct.append(len(found))
-            lengths.append(found.total())
+            times = Counter(word.lower() for word in words(passage))
+            terms.extend(self.vocabulary.setdefault(word, len(self.vocabulary)) for word in times)
+            counts.extend(times.values())
+            distinct.append(len(times))
+            lengths.append(times.total())
         self.n_documents = len(lengths)
         lengths, term = np.array(lengths, float), np.array(terms, np.int32)
         length_norm = K1 * (1 - B + B * lengths / max(lengths.mean() if len(lengths) else 0, 1))
@@ -51,9 +51,7 @@ class BM25:
         return scores
 
     def top(self, query: str, k: int) -> list[tuple[int, float]]:
-        """The k best (row, score) by (score descending, row ascending); documents without a query word are
-        left out.
-        """
+        """The k best (row, score) by (score descending, row ascending), of documents that hold a query word."""
         scores = self.scores(query)
         least = np.partition(scores, -k)[-k] if k < len(scores) else 0.0
         candidates = np.flatnonzero(scores >= max(least, np.nextafter(0, 1)))

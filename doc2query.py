@@ -31,10 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import EOS, PAD, UNK, load_tokenizer, read_jsonl, tokenize, words
+from data import EOS, PAD, UNK, load_tokenizer, read_jsonl, tokenize
 from download import find_t5
 from published import json_items, read_tsv
-from run import read_json, write_json
+from queries import words
+from store import read_json, write_json
 from t5 import T5, read_published
 
 SECONDS_BETWEEN_LINES = 10  # of progress on the terminal

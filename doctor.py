@@ -31,9 +31,10 @@ import data
 import dense
 import mixlora
 import rq
-import run as store
-from mapped import Lookup, open_array
+import store
+from arrays import Lookup, open_array
 from mixlora import MixedFeedForward, mixed_layers
+from queries import Idf, ListedPseudoQueries, PseudoQuerySampler, draw_pseudo_queries
 from search import beam_search, exact_scores, retrieve
 from t5 import T5, segment_logits
 
@@ -84,13 +85,18 @@ class Patient:
         self.books = store.read_tensors(folder / "rq.pt")  # (M, K, D)
         self.embeddings = open_array(folder / "embeddings.npy")  # (N, D)
         self.row_of = Lookup(self.ids)
-        if (folder / "pseudo_queries" / "starts.npy").exists():
-            self.listed = data.ListedPseudoQueries(folder / "pseudo_queries")
-            self.samplers = [self.listed] * len(self.corpora)
+        self.listed = (folder / "pseudo_queries").exists()
+        if self.listed:
+            self.samplers = [
+                ListedPseudoQueries(folder / "pseudo_queries" / f"D{t}", corpus.first_row)
+                for t, corpus in enumerate(self.corpora)
+            ]
         else:
-            self.listed, idf = None, data.Idf(self.corpora[0].passages())
-            exclude = {data.normalise(text) for corpus in self.run.corpora for text in corpus.test.values()}
-            self.samplers = [data.PseudoQuerySampler(corpus, idf, exclude) for corpus in self.corpora]
+            idf, excluded = Idf.load(folder / "idf.json"), store.load_excluded(folder)
+            self.samplers = [
+                PseudoQuerySampler(corpus.titles, corpus.texts, idf, excluded, corpus.first_row)
+                for corpus in self.corpora
+            ]
 
     @cached_property
     def start(self) -> T5:
@@ -138,7 +144,7 @@ class Patient:
             return [({row}, self.samplers[t].draw(row, rng)) for row in rng.choices(rows, k=self.count)]
         # The run's list is drawn document by document, so that a part of it is cheap: its beginning.
         each, seed = config["pseudo_per_document"], f"{config['seed']} training {t}"
-        pairs = data.draw_pseudo_queries(self.samplers[t], rows[: self.count], each, seed)
+        pairs = draw_pseudo_queries(self.samplers[t], rows[: self.count], each, seed)
         return [({row}, query) for row, query in rng.sample(pairs, min(self.count, len(pairs)))]
 
     def asked(self, t: int, count: int) -> list[tuple[set[int], str]]:

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import run as store
+import store
 import train
 
 METRICS = ("recall@10", "mrr@10")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from run import read_json, write
+from store import read_json, write
 
 NUMBER, OPTIONAL = int | float, int | float | None  # OPTIONAL may be null or absent
 # What is read of each file: {key: form}, {...: the form of every value}, [the form of every item], or a type.

@@ -27,7 +27,7 @@ import queries
 import rq
 import store
 import weights
-from arrays import ArrayWriter, Chain, Lookup, open_array
+from arrays import ArrayWriter, Chain, Lookup, Tokens, open_array
 from bm25 import BM25
 from config import Config
 from search import Ranking
@@ -70,12 +70,8 @@ class Run:
 
     @cached_property
     def idf(self) -> queries.Idf:
-        """Inverse document frequencies of D_0's words, counted once and kept in the folder."""
-        path = self.folder / "idf.json"
-        if distributed.is_main_process() and not path.exists():
-            queries.Idf(self.corpora[0].passages()).save(path)
-        distributed.wait()
-        return queries.Idf.load(path)
+        """Inverse document frequencies of D_0's words."""
+        return queries.Idf.load(self.folder / "idf.json")
 
     def sampler(self, t: int) -> queries.PseudoQuerySampler | queries.ListedPseudoQueries:
         """Draws pseudo-queries of D_t's documents."""
@@ -114,7 +110,7 @@ class Run:
         """What D_t, t >= 1, trains on: all of its pseudo-queries from the file, or a drawn list."""
         if not self.listed:
             return self.pseudo_queries(t, self.config.pseudo_per_document, "training")
-        pairs = self.sampler(t).pairs(self.corpora[t].rows)
+        pairs = self.sampler(t).pairs()
         data.check_no_leak(t, self.corpora[t].rows, pairs, self.excluded)
         return pairs
 
@@ -170,10 +166,11 @@ def read(config: Config, folder: Path, log: store.Log) -> None:
     manifest = published.manifest(config.data, collection, corpora)
     listed, strict = collection.pseudo, False
     if config.pseudo_queries not in ("", "drawn"):
-        listed, strict = queries.read_pseudo_queries(Path(config.pseudo_queries)), True
+        listed, strict = data.read_pseudo_queries(Path(config.pseudo_queries)), True
     if listed and config.pseudo_queries != "drawn":
-        excluded = data.test_digests(corpora)
-        counts = queries.store_pseudo_queries(listed, folder / "pseudo_queries", corpora, excluded, strict)
+        documents = [(corpus.ids, corpus.titles, corpus.texts) for corpus in corpora]
+        excluded, place = data.excluded_queries(corpora), folder / "pseudo_queries"
+        counts = queries.store_pseudo_queries(listed, place, documents, excluded, strict)
         manifest["pseudo-queries"] = dict(counts)
     for name, value in manifest.items():
         log.line(f"{name}: {value}")
@@ -189,11 +186,11 @@ def dense_stage(run: Run) -> tuple[T5, list[Tensor]]:
     config, path, folder = run.config, run.folder / "dense.pt", run.folder / "embeddings"
     if path.exists():
         return run.ready(store.load_model(path)[0]), open_embeddings(run)
-    place = run.folder / "cache" / f"documents_{config.document_length}"
     if distributed.is_main_process():
-        data.tokenize_passages(run.tokenizer, run.corpora, config.document_length, place)
+        for t in range(len(run.corpora)):
+            document_tokens(run, t)
     distributed.wait()
-    passages = data.tokenize_passages(run.tokenizer, run.corpora, config.document_length, place)
+    passages = [document_tokens(run, t) for t in range(len(run.corpora))]
     torch.manual_seed(config.seed)
     if run.t5:
         model = weights.read_published(run.t5, config.M, config.K, config.dropout)
@@ -220,6 +217,13 @@ def dense_stage(run: Run) -> tuple[T5, list[Tensor]]:
             examples.unlink()
     distributed.wait()
     return model, open_embeddings(run)
+
+
+def document_tokens(run: Run, t: int) -> Tokens:
+    """Token ids of D_t's documents, in a store that is written once."""
+    length = run.config.document_length
+    place = run.folder / "cache" / f"documents_{length}_D{t}.bin"
+    return data.tokenize_passages(run.tokenizer, run.corpora[t].passages(), length, place)
 
 
 def open_embeddings(run: Run) -> list[Tensor]:
@@ -253,8 +257,7 @@ def docid_stage(run: Run, bi_encoder: T5, embeddings: list[Tensor]) -> tuple[Ten
         store.write_array(run.folder / "docids.npy", codes.numpy().astype(np.int16))
         store.write_tensors(path, books)
     distributed.wait()
-    codes = torch.from_numpy(store.read_array(run.folder / "docids.npy").astype(np.int64))
-    return store.read_tensors(path), codes
+    return store.read_tensors(path), store.load_docids(run.folder)
 
 
 def make_docids(run: Run, bi_encoder: T5, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import download
+from arrays import Documents, StreamedFile
 from data import Collection, Corpus, read_lines
-from mapped import Documents, StreamedFile
 
 
 @dataclass(frozen=True)

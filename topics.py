@@ -12,13 +12,15 @@ import math
 import random
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from queries import words
 
 CHARACTERS = 4000  # of a passage that are looked at: the first ones tell the topic
 DIMENSIONS = 64  # of latent semantic analysis
@@ -30,9 +32,7 @@ NO_TOPIC = (
 )
 
 
-def topic_order(
-    passages: Iterable[str], sizes: list[int], seed: int, words: Callable[[str], list[str]]
-) -> list[int]:
+def topic_order(passages: Iterable[str], sizes: list[int], seed: int) -> list[int]:
     """Rows of the documents by arrival: D_0, then D_1..D_T, each of its size, then those beyond all sizes.
 
     Spherical k-means makes clusters as large as a later corpus on average. A D_t, t >= 1, that has a cluster gets the
@@ -41,7 +41,7 @@ def topic_order(
     the centroid, less the similarity of as many that come next and stay behind. So a cluster of what fits nowhere is
     left to D_0, as is one of which much would remain there. The corpora choose in random order, so that a seed
     decides which topic comes when. D_0 and what is beyond all sizes are drawn from the rest, and documents within a
-    corpus come in random order. `words` cuts a passage into words.
+    corpus come in random order.
 
     Raises ValueError where there is no later corpus, or no word to tell topics by.
     """
@@ -50,7 +50,7 @@ def topic_order(
             "--split_by topic: found one corpus, wanted a D_1 that holds a topic of its own; pass two sizes or more "
             "to --splits, or --split_by random"
         )
-    x = embed(passages, seed, words)
+    x = embed(passages, seed)
     n, later = len(x), sizes[1:]
     assert sum(sizes) <= n, f"sizes {sizes} add up to more than {n} documents"
     # one cluster at least is D_0's
@@ -81,26 +81,23 @@ def topic_order(
     return [*arrival[0][: sizes[0]], *(row for rows in arrival[1:] for row in rows), *beyond]
 
 
-def embed(passages: Iterable[str], seed: int, words: Callable[[str], list[str]]) -> Tensor:
+def embed(passages: Iterable[str], seed: int) -> Tensor:
     """Passages -> (N, d), unit rows, d at most 64: TF-IDF of words after latent semantic analysis.
 
     Counts the words that occur in two documents or more and in at most a third of them, in either case of letters. A
     document without such a word is a row of zeros. Raises ValueError where there is none.
     """
     number: dict[str, int] = {}
-    found, times, lengths = (
-        array("i"),
-        array("f"),
-        array("i"),
-    )  # word and weight of an entry; entries of a row
+    numbers, times = array("i"), array("f")  # word and weight of an entry
+    lengths = array("i")  # entries of a row
     for passage in passages:
         counts = Counter(word.lower() for word in words(passage[:CHARACTERS]))
-        found.extend(number.setdefault(word, len(number)) for word in counts)
+        numbers.extend(number.setdefault(word, len(number)) for word in counts)
         times.extend(1 + math.log(count) for count in counts.values())
         lengths.append(len(counts))
     n = len(lengths)
     row = torch.arange(n).repeat_interleave(torch.from_numpy(np.array(lengths)))
-    column, weight = torch.from_numpy(np.array(found)).long(), torch.from_numpy(np.array(times))
+    column, weight = torch.from_numpy(np.array(numbers)).long(), torch.from_numpy(np.array(times))
     documents = torch.bincount(column, minlength=len(number))  # that a word occurs in
     kept = (documents >= 2) & (3 * documents <= n)
     if not kept.any():
@@ -122,8 +119,7 @@ def embed(passages: Iterable[str], seed: int, words: Callable[[str], list[str]])
 
 def similarities(x: Tensor, clusters: int, seed: int) -> Tensor:
     """Cosines (N, C) of unit rows (N, d) with the centroids of spherical k-means."""
-    kmeans = faiss.Kmeans(
-        x.shape[1], clusters, nredo=REPEATS, spherical=True, seed=seed, min_points_per_centroid=1
-    )
+    options = dict(nredo=REPEATS, spherical=True, seed=seed, min_points_per_centroid=1)
+    kmeans = faiss.Kmeans(x.shape[1], clusters, **options)
     kmeans.train(np.ascontiguousarray(x.numpy()))
     return x @ torch.from_numpy(kmeans.centroids.reshape(clusters, -1)).T

@@ -101,7 +101,7 @@ class FirstCorpus:
         corpus, length = self.corpus, self.config.document_length
         titles, texts = queries.fragments(corpus.titles, corpus.texts, self.config.d0_fragments, self.rng)
         self.of_fragments = self.sampler(titles, texts)
-        passages = list(map(data.passage, titles, texts))
+        passages = list(queries.passages(titles, texts))
         embedded = dense.embed(bi_encoder, data.tokenize(self.run.tokenizer, passages, length), 256)
         docids = rq.encode(embedded, books, device=self.run.device)
         self.targets = torch.cat([self.targets, docids.to(self.run.device)])

@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import rq
-from mapped import ArrayWriter, Lookup, StringsWriter, open_array
+from arrays import ArrayWriter, Lookup, StringsWriter, open_array
 from search import beam_search, documents
 from t5 import T5, T5Config
 

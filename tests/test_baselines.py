@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import run
+import store
 from baselines import (
     Adapter,
     Prompts,
@@ -517,8 +517,8 @@ def test_adapters_come_back_with_the_checkpoint(tmp_path, ids, codes):
     with torch.no_grad():
         for adapter in adapters(model):
             adapter.up.normal_()
-    run.save_model(tmp_path / "D1.pt", model, [])
-    loaded, _ = run.load_model(tmp_path / "D1.pt")
+    store.save_model(tmp_path / "D1.pt", model, [])
+    loaded, _ = store.load_model(tmp_path / "D1.pt")
     assert loaded.prompts is None and len(adapters(loaded)) == 13 and len(adapters(loaded)[0].down) == 3
     assert torch.equal(exact_scores(loaded, ids, codes), exact_scores(model, ids, codes))
     assert all(p.requires_grad for adapter in adapters(loaded) for p in adapter.parameters())
@@ -527,8 +527,8 @@ def test_adapters_come_back_with_the_checkpoint(tmp_path, ids, codes):
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_prompts_come_back_with_the_checkpoint(tmp_path, ids, codes, blocks):
     model = prompted_model(length=2, decoder_blocks=blocks)
-    run.save_model(tmp_path / "D1.pt", model, [])
-    loaded, _ = run.load_model(tmp_path / "D1.pt")
+    store.save_model(tmp_path / "D1.pt", model, [])
+    loaded, _ = store.load_model(tmp_path / "D1.pt")
     assert loaded.prompts.length == 2 and loaded.prompts.block == model.prompts.block and not adapters(loaded)
     assert torch.equal(loaded.prompts.topics, model.prompts.topics)
     assert torch.equal(exact_scores(loaded, ids, codes), exact_scores(model, ids, codes))
@@ -537,14 +537,14 @@ def test_prompts_come_back_with_the_checkpoint(tmp_path, ids, codes, blocks):
 
 
 def test_checkpoint_from_before_adapters_and_prompts_still_loads(tmp_path, monkeypatch):
-    model, write = small_model(), run.write_tensors
+    model, write = small_model(), store.write_tensors
     older = {"adapters", "prompts"}
     monkeypatch.setattr(
-        run,
+        store,
         "write_tensors",
         lambda path, value: write(path, {k: v for k, v in value.items() if k not in older}),
     )
-    run.save_model(tmp_path / "D1.pt", model, [])
-    loaded, _ = run.load_model(tmp_path / "D1.pt")
+    store.save_model(tmp_path / "D1.pt", model, [])
+    loaded, _ = store.load_model(tmp_path / "D1.pt")
     assert loaded.prompts is None and not adapters(loaded)
     assert loaded.state_dict().keys() == model.state_dict().keys()

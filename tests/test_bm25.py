@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bm25 import BM25
-from data import read_beir, words
+from data import read_beir
+from queries import words
 
 XQUAD = Path(os.environ.get("MIXLORA_DATA") or Path(__file__).parents[1] / "../shared/data") / "xquad_en"
 

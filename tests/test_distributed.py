@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from toy import TOY, toy_folder
 
 import distributed
-import run as store
+import store
 
 ROOT = Path(__file__).parents[1]
 FLAGS = [

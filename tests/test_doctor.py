@@ -15,9 +15,9 @@ import doctor
 import losses
 import ood
 import rq
-import run as store
+import store
 import train
-from mapped import StringsWriter
+from arrays import StringsWriter
 from t5 import T5
 
 LONGER = [

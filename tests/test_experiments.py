@@ -12,7 +12,7 @@ import torch
 from toy import TOY, toy_folder
 
 import experiments
-import run as store
+import store
 import train
 
 SHARED = Path(os.environ.get("MIXLORA_DATA", Path(__file__).parents[1] / "../shared/data"))

@@ -22,13 +22,13 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import arrays
 import data
 import dense
 import doc2query
-import mapped
 import published
-import run
 import search
+import store
 from data import Corpus
 from mixlora import MixConfig, add_mixture
 from rq import Trie
@@ -713,7 +713,7 @@ def test_doc2query_reads_documents_as_written_or_refuses_them_by_place(folder, p
 def test_json_of_a_run_is_read_as_written_or_refused_by_name(folder, raw, how):
     raw, path = content(raw, how), folder / "config.json"
     path.write_bytes(raw)
-    found = read_or_refused(lambda: [run.read_json(path)], str(path))
+    found = read_or_refused(lambda: [store.read_json(path)], str(path))
     if found is not None:
         assert repr(found[0]) == repr(json.loads(raw.decode()))
 
@@ -725,7 +725,7 @@ def corpora_files(folder) -> dict[str, bytes]:
     corpora[0].test, corpora[0].qrels = {"q1": "age of rome"}, {"q1": {"d1": 1}}
     corpora[1].test, corpora[1].qrels = {"q2": STRANGE}, {"q2": {"d3": 1}}
     (folder / "run").mkdir()
-    run.save_corpora(folder / "run", "made up", corpora, {}, {})
+    store.save_corpora(folder / "run", "made up", corpora, {}, {})
     names = [
         "corpus.json",
         *(f"documents/{n}.{k}" for n in ("ids", "titles", "texts") for k in ("bin", "npy")),
@@ -742,7 +742,7 @@ def test_corpora_of_a_run_are_whole_or_refused_by_name(folder, corpora_files, pi
     write(folder / "run", files)
 
     def reader():
-        corpora = run.load_corpora(folder / "run")
+        corpora = store.load_corpora(folder / "run")
         return (
             corpora,
             [list(corpus.passages()) for corpus in corpora],
@@ -760,7 +760,7 @@ def test_corpora_of_a_run_whose_rows_do_not_follow_each_other_are_refused(folder
     raw = corpora_files["corpus.json"].replace(b'"first_row": 2', stated)
     write(folder / "run", corpora_files | {"corpus.json": raw})
     with pytest.raises(ValueError, match=r"corpus\.json"):
-        run.load_corpora(folder / "run")
+        store.load_corpora(folder / "run")
 
 
 def npy(values: np.ndarray) -> bytes:
@@ -790,7 +790,7 @@ HEADERS = [
 def test_array_of_a_run_is_an_array_or_refused_by_name(folder, how):
     path = folder / "docids.npy"
     path.write_bytes(content(ARRAY, how))
-    found = read_or_refused(lambda: [run.read_array(path)], str(path))
+    found = read_or_refused(lambda: [store.read_array(path)], str(path))
     assert found is None or isinstance(found[0], np.ndarray)
 
 
@@ -799,7 +799,7 @@ def test_array_of_a_run_is_an_array_or_refused_by_name(folder, how):
 def test_embeddings_are_float32_or_refused_by_name(folder, how):
     path = folder / "embeddings.npy"
     path.write_bytes(content(npy(np.ones((2, 3), np.float32)), how))
-    found = read_or_refused(lambda: mapped.open_array(path), str(path))
+    found = read_or_refused(lambda: arrays.open_array(path), str(path))
     assert found is None or found.dtype == torch.float32
 
 
@@ -818,7 +818,7 @@ def checkpoint() -> bytes:
 def test_tensors_of_a_run_are_as_written_or_refused_by_name(folder, checkpoint, how):
     path = folder / "D0.pt"
     path.write_bytes(content(checkpoint, how))
-    found = read_or_refused(lambda: run.read_tensors(path), str(path))
+    found = read_or_refused(lambda: store.read_tensors(path), str(path))
     if found is not None:
         assert torch.equal(found["weights"], torch.ones(2, 3)) and (found["name"], found["steps"]) == (
             STRANGE,
@@ -827,11 +827,11 @@ def test_tensors_of_a_run_are_as_written_or_refused_by_name(folder, checkpoint, 
 
 
 def make_stores(folder: Path) -> None:
-    writer = mapped.StringsWriter(folder / "strings.bin")
+    writer = arrays.StringsWriter(folder / "strings.bin")
     for text in ("one", STRANGE, "", "four"):
         writer.add(text)
     writer.close(np.array([2, 0, 3, 1]))
-    mapped.Tokens.write(folder / "tokens.bin", [[5, 6], [7], [40]], 100)
+    arrays.Tokens.write(folder / "tokens.bin", [[5, 6], [7], [40]], 100)
 
 
 @pytest.fixture(scope="module")
@@ -857,7 +857,7 @@ def test_strings_of_a_store_cover_its_bytes_or_are_refused_by_name(folder, store
     write(folder, files)
 
     def reader():
-        opened = mapped.Strings.open(folder / "strings.bin")
+        opened = arrays.Strings.open(folder / "strings.bin")
         return list(opened), opened.spans.tolist()
 
     read = read_or_refused(reader, str(folder / "strings.bin"), str(folder / "strings.npy"))
@@ -878,7 +878,7 @@ def test_tokens_of_a_store_cover_its_bytes_or_are_refused_by_name(folder, stores
     files, _ = change({name: stores[name] for name in ("tokens.bin", "tokens.npy")}, pick, how)
     write(folder, files)
     tokens = read_or_refused(
-        lambda: mapped.Tokens.open(folder / "tokens.bin", 100),
+        lambda: arrays.Tokens.open(folder / "tokens.bin", 100),
         str(folder / "tokens.bin"),
         str(folder / "tokens.npy"),
     )
@@ -896,8 +896,8 @@ def test_missing_half_of_a_store_is_refused_by_name(tmp_path, name):
     make_stores(tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}.*{re.escape(name)}"):
-        mapped.Strings.open(tmp_path / "strings.bin")
-        mapped.Tokens.open(tmp_path / "tokens.bin", 100)
+        arrays.Strings.open(tmp_path / "strings.bin")
+        arrays.Tokens.open(tmp_path / "tokens.bin", 100)
 
 
 @pytest.mark.parametrize(
@@ -911,11 +911,11 @@ def test_missing_half_of_a_store_is_refused_by_name(tmp_path, name):
         lambda path: published.read_docids(path, [], 2, 8),
         lambda path: published.read_authors(path.parent),
         lambda path: dense.read_teacher(path, D0),
-        run.read_json,
-        run.read_tensors,
-        run.read_array,
-        mapped.open_array,
-        lambda path: run.load_corpora(path.parent),
+        store.read_json,
+        store.read_tensors,
+        store.read_array,
+        arrays.open_array,
+        lambda path: store.load_corpora(path.parent),
     ],
 )
 def test_missing_file_is_refused_by_name(tmp_path, reader):
@@ -988,7 +988,7 @@ flags = st.lists(
 def test_any_command_line_prints_a_ranking_or_says_what_is_wrong(finished, capsys, query, flags):
     arguments = ["a run", query, *(part for flag in flags for part in flag)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "LoadedRun", lambda path, device: finished)
+        patch.setattr(store, "LoadedRun", lambda path, device: finished)
         patch.setattr("builtins.input", lambda prompt: "")
         try:
             search.main(arguments)
@@ -1012,7 +1012,7 @@ def test_any_command_line_prints_a_ranking_or_says_what_is_wrong(finished, capsy
     ],
 )
 def test_beam_wider_than_memory_still_finds_every_document(finished, capsys, monkeypatch, arguments):
-    monkeypatch.setattr(run, "LoadedRun", lambda path, device: finished)
+    monkeypatch.setattr(store, "LoadedRun", lambda path, device: finished)
     search.main(["a run", *arguments])
     assert capsys.readouterr().out
 

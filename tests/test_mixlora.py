@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ood
-import run as store
+import store
 from mixlora import (
     Experts,
     MixConfig,

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 import data
 import published
+from arrays import Documents
 from data import Collection, Corpus
-from mapped import Documents
 from published import (
     BENCHMARKS,
     json_items,

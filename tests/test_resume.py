@@ -16,7 +16,7 @@ import pytest
 import torch
 from toy import TOY, toy_folder
 
-import run as store
+import store
 import train
 
 ROOT = Path(__file__).parents[1]

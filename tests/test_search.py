@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import run as store
 import search
+import store
 from data import Corpus, load_tokenizer, tokenize, train_tokenizer
 from mixlora import MixConfig, add_mixture, mixed_layers
 from rq import Trie

@@ -9,10 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
 import topics
-from data import Collection, check_no_leak, split
-from mapped import Documents
+from arrays import Documents
+from data import Collection, check_no_leak, check_split, excluded_queries, split
 from topics import topic_order
 
 
@@ -38,7 +37,7 @@ def cut(order: list[int], sizes: list[int], topic: list[int]) -> list[Counter]:
 def test_a_later_corpus_is_one_topic_and_d0_holds_none_of_it(seed):
     passages, topic = planted([30] * 8, seed)
     sizes = [120, 30, 30, 30, 30]
-    d0, *later = cut(topic_order(passages, sizes, seed, data.words), sizes, topic)
+    d0, *later = cut(topic_order(passages, sizes, seed), sizes, topic)
     assert [len(held) for held in later] == [1] * 4 and len({t for held in later for t in held}) == 4
     assert not set(d0) & {t for held in later for t in held}
 
@@ -46,7 +45,7 @@ def test_a_later_corpus_is_one_topic_and_d0_holds_none_of_it(seed):
 def test_corpora_of_unequal_sizes_find_the_topics_that_fit():
     passages, topic = planted([60, 60, 60, 20, 40, 30])
     sizes = [180, 40, 20, 30]
-    d0, *later = cut(topic_order(passages, sizes, 0, data.words), sizes, topic)
+    d0, *later = cut(topic_order(passages, sizes, 0), sizes, topic)
     assert later == [{4: 40}, {3: 20}, {5: 30}] and d0 == {0: 60, 1: 60, 2: 60}
 
 
@@ -54,7 +53,7 @@ def test_of_a_larger_topic_d0_keeps_the_rest_and_a_smaller_one_is_filled_up():
     passages, topic = planted([40] * 4)
     for size, beyond in ((35, 0), (44, 4)):
         sizes = [160 - 2 * size, size, size]
-        d0, *later = cut(topic_order(passages, sizes, 0, data.words), sizes, topic)
+        d0, *later = cut(topic_order(passages, sizes, 0), sizes, topic)
         for held in later:
             ((t, count),) = held.most_common(1)
             assert count == size - beyond and d0[t] == 40 - count
@@ -64,7 +63,7 @@ def test_of_a_larger_topic_d0_keeps_the_rest_and_a_smaller_one_is_filled_up():
 def test_a_topic_that_fills_up_leaves_those_of_other_later_corpora_alone():
     passages, topic = planted([40] * 5)
     sizes = [200 - 3 * 44, 44, 44, 44]
-    later = cut(topic_order(passages, sizes, 1, data.words), sizes, topic)[1:]
+    later = cut(topic_order(passages, sizes, 1), sizes, topic)[1:]
     own = [held.most_common(1)[0] for held in later]
     assert [count for _, count in own] == [40] * 3
     for held in later:
@@ -78,7 +77,7 @@ def test_documents_that_fit_nowhere_stay_in_d0():
     sizes = [120, 30, 30, 30]
     topic += [6] * 30
     for seed in range(3):
-        d0, *later = cut(topic_order(passages + mixed, sizes, seed, data.words), sizes, topic)
+        d0, *later = cut(topic_order(passages + mixed, sizes, seed), sizes, topic)
         assert all(held.most_common(1)[0][0] != 6 and held.most_common(1)[0][1] >= 28 for held in later)
 
 
@@ -86,16 +85,16 @@ def test_documents_that_fit_nowhere_stay_in_d0():
 @given(st.lists(st.integers(1, 25), min_size=2, max_size=5), st.integers(0, 5), st.integers(0, 9))
 def test_an_order_names_each_document_once_whatever_the_sizes(sizes, spare, seed):
     n = max(sum(sizes) + spare, 12)
-    order = topic_order(planted([n // 3, n // 3, n - 2 * (n // 3)])[0], sizes, seed, data.words)
+    order = topic_order(planted([n // 3, n // 3, n - 2 * (n // 3)])[0], sizes, seed)
     assert sorted(order) == list(range(n))
 
 
 def test_an_order_is_the_seed_s_and_leaves_the_random_state_alone():
     passages, topic = planted([30] * 8)
     sizes, state = [150, 30, 30, 30], torch.get_rng_state()
-    one, same = (topic_order(passages, sizes, 5, data.words) for _ in range(2))
+    one, same = (topic_order(passages, sizes, 5) for _ in range(2))
     assert one == same and torch.equal(torch.get_rng_state(), state)
-    streams = [cut(topic_order(passages, sizes, seed, data.words), sizes, topic) for seed in range(5)]
+    streams = [cut(topic_order(passages, sizes, seed), sizes, topic) for seed in range(5)]
     assert len({tuple(next(iter(held)) for held in found[1:]) for found in streams}) > 1
     rows = one[:150]
     assert rows != sorted(rows) and one[150:180] != sorted(one[150:180])  # no order within a corpus
@@ -104,7 +103,7 @@ def test_an_order_is_the_seed_s_and_leaves_the_random_state_alone():
 def test_spare_documents_are_of_no_later_topic():
     passages, topic = planted([30] * 8)
     sizes = [100, 30, 30, 30]
-    found = cut(topic_order(passages, sizes, 0, data.words), [*sizes, 50], topic)
+    found = cut(topic_order(passages, sizes, 0), [*sizes, 50], topic)
     assert all(len(held) == 1 for held in found[1:4])
     assert not set(found[4]) & {t for held in found[1:4] for t in held}
     assert len(found[4]) == 5  # a random part of what is D_0's
@@ -129,14 +128,14 @@ def test_vectors_are_tf_idf_by_hand_where_nothing_is_reduced():
     tf = torch.tensor([[row.get(word, 0.0) for word in words] for row in counts])
     tfidf = torch.where(tf > 0, 1 + tf.clamp(min=1).log(), 0.0) * torch.tensor(8 / 2).log()
     wanted = tfidf / tfidf.norm(dim=1, keepdim=True)
-    found = topics.embed(iter(passages), 0, data.words)
+    found = topics.embed(iter(passages), 0)
     assert found.shape == (8, 6)
     torch.testing.assert_close(found @ found.T, wanted @ wanted.T, atol=1e-5, rtol=0)
 
 
 def test_rarer_words_weigh_more():
     passages = ["p r", "p s", "p", "p", "r", "s", "t", "t", "u", "u", "v", "v"]  # p in 4 of 12, r and s in 2
-    found = topics.embed(passages, 0, data.words)
+    found = topics.embed(passages, 0)
     log3, log6 = torch.tensor(3.0).log(), torch.tensor(6.0).log()
     assert float(found[0] @ found[4]) == pytest.approx(float(log6 / (log3**2 + log6**2).sqrt()), abs=1e-5)
 
@@ -144,16 +143,16 @@ def test_rarer_words_weigh_more():
 def test_only_the_first_characters_of_a_passage_count():
     passages, _ = planted([10] * 4)
     padded = [p + " " * topics.CHARACTERS + f" end{i % 2}" * 50 for i, p in enumerate(passages)]
-    assert torch.equal(topics.embed(padded, 0, data.words), topics.embed(passages, 0, data.words))
+    assert torch.equal(topics.embed(padded, 0), topics.embed(passages, 0))
 
 
 def test_documents_without_a_counted_word_are_zeros_and_end_in_some_corpus():
     passages, _ = planted([12] * 3)
     passages += ["", "hapax", "the0"]
-    found = topics.embed(passages, 0, data.words)
+    found = topics.embed(passages, 0)
     assert found[36:38].eq(0).all() and torch.isfinite(found).all()
     torch.testing.assert_close(found[:36].norm(dim=1), torch.ones(36))
-    assert sorted(topic_order(passages, [15, 12, 12], 0, data.words)) == list(range(39))
+    assert sorted(topic_order(passages, [15, 12, 12], 0)) == list(range(39))
 
 
 @pytest.mark.parametrize(
@@ -163,12 +162,12 @@ def test_passages_that_share_no_telling_word_are_refused(passages):
     with pytest.raises(
         ValueError, match=rf"--split_by topic: no word .* all {len(passages)} documents.*random"
     ):
-        topic_order(passages, [1, 1, 1], 0, data.words)
+        topic_order(passages, [1, 1, 1], 0)
 
 
 def test_a_stream_of_one_corpus_is_refused():
     with pytest.raises(ValueError, match="--split_by topic: found one corpus"):
-        topic_order(planted([20, 20])[0], [40], 0, data.words)
+        topic_order(planted([20, 20])[0], [40], 0)
 
 
 # --------------------------------------------------------------------------------------------- data.split by topic
@@ -207,7 +206,8 @@ def test_split_by_topic_gives_corpora_of_their_sizes_and_queries_follow_their_do
             assert title == f"title{doc_id[1:]}"
     assert sum(len(corpus.test) for corpus in corpora) == 192
     assert left_out == {"annotated queries of documents outside D0": 72}
-    check_no_leak(0, corpora, corpora[0].train)
+    check_split(corpora)
+    check_no_leak(0, corpora[0].rows, corpora[0].train, excluded_queries(corpora))
     again, _ = split(held, "62.5,12.5,12.5,12.5", "topic", 3)
     assert again == corpora
 

@@ -12,7 +12,7 @@ import torch
 
 import data
 import ood
-import run
+import store
 from data import Corpus
 from mixlora import MixConfig, add_mixture, mixed_layers
 from t5 import T5, T5Config
@@ -27,8 +27,8 @@ def fail(*_, **__):
 
 def test_write_replaces_the_file_whole_and_leaves_no_other(tmp_path):
     path = tmp_path / "a.json"
-    run.write(path, b"old")
-    run.write(path, b"new and longer")
+    store.write(path, b"old")
+    store.write(path, b"new and longer")
     assert path.read_bytes() == b"new and longer"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
@@ -49,7 +49,7 @@ def test_write_flushes_the_whole_content_to_disk_before_it_renames(tmp_path, mon
 
     monkeypatch.setattr(os, "fsync", spy_fsync)
     monkeypatch.setattr(os, "replace", spy_replace)
-    run.write(path, b"new content")
+    store.write(path, b"new content")
     assert events[:2] == [("fsync", 11, b"old"), ("replace", b"new content", b"old")]
     assert [event[0] for event in events[2:]] == ["fsync"]  # of the folder, so that the rename lasts
 
@@ -57,26 +57,26 @@ def test_write_flushes_the_whole_content_to_disk_before_it_renames(tmp_path, mon
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_write_that_fails_midway_keeps_the_old_file_and_the_next_succeeds(tmp_path, monkeypatch, step):
     path = tmp_path / "a.json"
-    run.write_json(path, {"old": 1})
+    store.write_json(path, {"old": 1})
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(os, step, fail)
-        run.write_json(path, {"new": 2})
-    assert run.read_json(path) == {"old": 1}
-    run.write_json(path, {"new": 2})
-    assert run.read_json(path) == {"new": 2} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+        store.write_json(path, {"new": 2})
+    assert store.read_json(path) == {"old": 1}
+    store.write_json(path, {"new": 2})
+    assert store.read_json(path) == {"new": 2} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_write_that_fails_at_first_leaves_no_file_of_that_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError):
-        run.write_tensors(tmp_path / "D0.pt", torch.ones(3))
+        store.write_tensors(tmp_path / "D0.pt", torch.ones(3))
     assert not (tmp_path / "D0.pt").exists()
 
 
 def test_values_come_back_as_written(tmp_path):
     value = {"é": [1, 2.5, None, True], "nested": {"x": "↯"}}
-    run.write_json(tmp_path / "v.json", value)
-    assert run.read_json(tmp_path / "v.json") == value
+    store.write_json(tmp_path / "v.json", value)
+    assert store.read_json(tmp_path / "v.json") == value
     tensors = {
         "a": torch.randn(3, 2),
         "list": [torch.arange(4)],
@@ -85,19 +85,19 @@ def test_values_come_back_as_written(tmp_path):
         "inf": math.inf,
         "none": None,
     }
-    run.write_tensors(tmp_path / "v.pt", tensors)
-    found = run.read_tensors(tmp_path / "v.pt")
+    store.write_tensors(tmp_path / "v.pt", tensors)
+    found = store.read_tensors(tmp_path / "v.pt")
     assert torch.equal(found.pop("a"), tensors.pop("a")) and torch.equal(
         found.pop("list")[0], tensors.pop("list")[0]
     )
     assert found == tensors
     array = np.arange(6, dtype=np.int16).reshape(2, 3)
-    run.write_array(tmp_path / "v.npy", array)
+    store.write_array(tmp_path / "v.npy", array)
     again = np.load(tmp_path / "v.npy", allow_pickle=False)
     assert again.dtype == np.int16 and (again == array).all()
 
 
-@pytest.mark.parametrize("read", [run.read_json, run.read_tensors])
+@pytest.mark.parametrize("read", [store.read_json, store.read_tensors])
 def test_missing_file_is_named(tmp_path, read):
     for path in (tmp_path / "gone", tmp_path):  # a folder is no file
         with pytest.raises(ValueError, match="found no ") as error:
@@ -109,7 +109,7 @@ def test_missing_file_is_named(tmp_path, read):
 def test_json_cut_or_garbled_is_refused_by_name(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"config.json: not JSON .* remove the file"):
-        run.read_json(tmp_path / "config.json")
+        store.read_json(tmp_path / "config.json")
 
 
 def written(value) -> bytes:
@@ -123,7 +123,7 @@ def test_tensors_cut_anywhere_are_refused_by_name(tmp_path):
     for length in [*range(41, len(content), 41), len(content) - 1]:
         path.write_bytes(content[:length])
         with pytest.raises(ValueError, match=r"cannot be read .* remove the file") as error:
-            run.read_tensors(path)
+            store.read_tensors(path)
         assert str(error.value).startswith(str(path))
 
 
@@ -140,7 +140,7 @@ def test_garbled_tensors_are_read_or_refused_by_name(tmp_path):
             bad[rng.randrange(len(bad))] = rng.randrange(256)
         path.write_bytes(rng.choice([bad, rng.randbytes(40)]))
         try:
-            run.read_tensors(path)
+            store.read_tensors(path)
         except ValueError as error:
             refused += 1
             assert type(error) is ValueError and str(error).startswith(f"{path}: cannot be read")
@@ -163,7 +163,7 @@ def test_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
     for content in (written(evil), pickle.dumps(evil, protocol=2)):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"D0.pt: cannot be read"):
-            run.read_tensors(path)
+            store.read_tensors(path)
         assert not marker.exists()
     pickle.loads(pickle.dumps(evil))
     assert marker.exists()  # it would have
@@ -196,11 +196,13 @@ def plain(corpus: Corpus) -> dict:
 
 def test_corpora_come_back_as_saved_with_a_hash_of_their_ids(tmp_path):
     manifest = {"found": {"documents": [2, 1]}}
-    run.save_corpora(tmp_path, "boolq", corpora(), {"annotated queries of documents outside D0": 3}, manifest)
-    loaded = run.load_corpora(tmp_path)
+    store.save_corpora(
+        tmp_path, "boolq", corpora(), {"annotated queries of documents outside D0": 3}, manifest
+    )
+    loaded = store.load_corpora(tmp_path)
     assert [plain(corpus) for corpus in loaded] == [vars(corpus) for corpus in corpora()]
     assert loaded == corpora()  # pairs are tuples again
-    saved = run.read_json(tmp_path / "corpus.json")
+    saved = store.read_json(tmp_path / "corpus.json")
     assert (saved["source"], saved["left_out"]) == ("boolq", {"annotated queries of documents outside D0": 3})
     assert saved["manifest"] == manifest and [item["documents"] for item in saved["corpora"]] == [2, 1]
     assert [item["ids_sha256"] for item in saved["corpora"]] == [
@@ -213,8 +215,8 @@ def test_corpora_come_back_as_saved_with_a_hash_of_their_ids(tmp_path):
 def test_corpora_that_were_loaded_can_be_saved_elsewhere_the_same(tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
-    run.save_corpora(tmp_path / "one", "boolq", corpora(), {}, {})
-    run.save_corpora(tmp_path / "two", "boolq", run.load_corpora(tmp_path / "one"), {}, {})
+    store.save_corpora(tmp_path / "one", "boolq", corpora(), {}, {})
+    store.save_corpora(tmp_path / "two", "boolq", store.load_corpora(tmp_path / "one"), {}, {})
     files = [sorted((tmp_path / folder).rglob("*")) for folder in ("one", "two")]
     contents = [
         {path.relative_to(tmp_path / folder): path.read_bytes() for path in found if path.is_file()}
@@ -228,25 +230,25 @@ def test_corpora_that_were_loaded_can_be_saved_elsewhere_the_same(tmp_path):
 @pytest.mark.parametrize("name", ["ids.bin", "titles.npy", "texts.bin", "texts.npy"])
 @pytest.mark.parametrize("cut", [False, True])
 def test_missing_or_cut_documents_are_refused_by_name(tmp_path, name, cut):
-    run.save_corpora(tmp_path, "boolq", corpora(), {}, {})
+    store.save_corpora(tmp_path, "boolq", corpora(), {}, {})
     path = tmp_path / "documents" / name
     content = path.read_bytes()
     path.unlink()
     if cut:
         path.write_bytes(content[:-1])
     with pytest.raises(ValueError, match=path.stem):
-        run.load_corpora(tmp_path)
+        store.load_corpora(tmp_path)
 
 
 @pytest.mark.parametrize("held", [2, 4])
 def test_documents_of_another_run_are_refused(tmp_path, held):
-    run.save_corpora(tmp_path, "boolq", corpora(), {}, {})
-    documents = run.Documents(tmp_path / "documents")
+    store.save_corpora(tmp_path, "boolq", corpora(), {}, {})
+    documents = store.Documents(tmp_path / "documents")
     for i in range(held):
         documents.add(f"other{i}", "", "text")
     documents.close()
     with pytest.raises(ValueError, match="documents and corpus.json are of different runs"):
-        run.load_corpora(tmp_path)
+        store.load_corpora(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["doc_ids.txt.part", "documents/titles.npy.part", "corpus.json.part"])
@@ -261,18 +263,18 @@ def test_corpora_that_meet_a_full_disk_do_not_count_and_can_be_saved_after(tmp_p
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(Path, "open", onto_full)
-        run.save_corpora(tmp_path, "boolq", corpora(), {}, {})
+        store.save_corpora(tmp_path, "boolq", corpora(), {}, {})
     assert not (tmp_path / "corpus.json").exists() and not (tmp_path / name.removesuffix(".part")).exists()
-    run.save_corpora(tmp_path, "boolq", corpora(), {}, {})
-    assert run.load_corpora(tmp_path) == corpora()
+    store.save_corpora(tmp_path, "boolq", corpora(), {}, {})
+    assert store.load_corpora(tmp_path) == corpora()
 
 
 @pytest.mark.parametrize("value", [[], {}, {"corpora": [{}]}, {"corpora": [7]}, {"corpora": None}])
 def test_json_that_holds_no_corpora_is_refused_by_name(tmp_path, value):
-    run.save_corpora(tmp_path, "boolq", corpora(), {}, {})
-    run.write_json(tmp_path / "corpus.json", value)
+    store.save_corpora(tmp_path, "boolq", corpora(), {}, {})
+    store.write_json(tmp_path / "corpus.json", value)
     with pytest.raises(ValueError, match="corpus.json: not the corpora of a run"):
-        run.load_corpora(tmp_path)
+        store.load_corpora(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -315,8 +317,8 @@ def same(a, b) -> bool:
 def test_model_comes_back_bit_equal_and_answers_the_same(tmp_path, make):
     torch.manual_seed(0)
     model = make()
-    run.save_model(tmp_path / "D1.pt", model, [])
-    loaded, stats = run.load_model(tmp_path / "D1.pt")
+    store.save_model(tmp_path / "D1.pt", model, [])
+    loaded, stats = store.load_model(tmp_path / "D1.pt")
     assert stats == [] and not loaded.training and loaded.config == model.config
     assert same(dict(loaded.state_dict()), dict(model.state_dict()))
     assert torch.equal(answer(loaded), answer(model.eval()))
@@ -325,8 +327,8 @@ def test_model_comes_back_bit_equal_and_answers_the_same(tmp_path, make):
 
 def test_loaded_model_trains_just_the_experts_that_trained(tmp_path):
     model = mixed_t5()
-    run.save_model(tmp_path / "D1.pt", model, [])
-    loaded, _ = run.load_model(tmp_path / "D1.pt")
+    store.save_model(tmp_path / "D1.pt", model, [])
+    loaded, _ = store.load_model(tmp_path / "D1.pt")
     assert [(len(layer.old), len(layer.new)) for layer in mixed_layers(loaded)] == [(3, 1), (0, 2)]
     frozen = {name for name, p in loaded.named_parameters() if not p.requires_grad}
     assert frozen == {name for name, p in model.named_parameters() if not p.requires_grad}
@@ -337,8 +339,8 @@ def test_model_whose_experts_are_all_frozen_comes_back(tmp_path):
     model = mixed_t5()
     for layer in mixed_layers(model):
         layer.freeze_all()
-    run.save_model(tmp_path / "D1.pt", model, [])
-    loaded, _ = run.load_model(tmp_path / "D1.pt")
+    store.save_model(tmp_path / "D1.pt", model, [])
+    loaded, _ = store.load_model(tmp_path / "D1.pt")
     assert [(len(layer.old), len(layer.new)) for layer in mixed_layers(loaded)] == [(4, 0), (2, 0)]
     assert torch.equal(answer(loaded), answer(model.eval()))
 
@@ -351,8 +353,8 @@ def test_statistics_of_both_modes_come_back(tmp_path):
     ood.grow(grown)
     stats = [calibrated, grown, ood.new_stats("calibrated", 2, 3)]
     assert calibrated.threshold < math.inf == stats[2].threshold and grown.base
-    run.save_model(tmp_path / "D1.pt", T5(SHAPE), stats)
-    _, loaded = run.load_model(tmp_path / "D1.pt")
+    store.save_model(tmp_path / "D1.pt", T5(SHAPE), stats)
+    _, loaded = store.load_model(tmp_path / "D1.pt")
     assert [type(item) for item in loaded] == [ood.Stats] * 3
     assert all(same(vars(a), vars(b)) for a, b in zip(loaded, stats, strict=True))
     energies = torch.randn(40, 3) - 0.5
@@ -360,8 +362,8 @@ def test_statistics_of_both_modes_come_back(tmp_path):
 
 
 def test_checkpoint_holds_what_else_it_is_given(tmp_path):
-    run.save_model(tmp_path / "latest.pt", T5(SHAPE), [], step=7, order=torch.arange(3))
-    value = run.read_tensors(tmp_path / "latest.pt")
+    store.save_model(tmp_path / "latest.pt", T5(SHAPE), [], step=7, order=torch.arange(3))
+    value = store.read_tensors(tmp_path / "latest.pt")
     assert value["step"] == 7 and torch.equal(value["order"], torch.arange(3))
 
 
@@ -369,18 +371,18 @@ def test_checkpoint_holds_what_else_it_is_given(tmp_path):
 
 
 def run_folder(folder: Path, finished: int) -> Path:
-    run.write_json(folder / "config.json", {"data": "boolq", "seed": 3})
-    run.write(folder / "tokenizer.model", data.train_tokenizer(["a cat sat", "a dog"], 30))
-    run.save_corpora(folder, "boolq", corpora(), {}, {})
-    run.write_array(folder / "docids.npy", np.array([[4, 0, 1], [0, 2, 2], [0, 1, 3]], dtype=np.int16))
+    store.write_json(folder / "config.json", {"data": "boolq", "seed": 3})
+    store.write(folder / "tokenizer.model", data.train_tokenizer(["a cat sat", "a dog"], 30))
+    store.save_corpora(folder, "boolq", corpora(), {}, {})
+    store.write_array(folder / "docids.npy", np.array([[4, 0, 1], [0, 2, 2], [0, 1, 3]], dtype=np.int16))
     for t in range(finished):
         torch.manual_seed(t)
-        run.save_model(folder / f"D{t}.pt", T5(SHAPE), [])
+        store.save_model(folder / f"D{t}.pt", T5(SHAPE), [])
     return folder
 
 
 def test_loaded_run_holds_the_model_and_the_trie_after_each_corpus(tmp_path):
-    loaded = run.LoadedRun(run_folder(tmp_path, 2))
+    loaded = store.LoadedRun(run_folder(tmp_path, 2))
     assert (loaded.config["seed"], loaded.finished, loaded.corpora) == (3, [0, 1], corpora())
     assert list(loaded.ids) == ["a", "ü", "c"]
     assert [loaded.headline(row) for row in range(3)] == ["Älpha", 'a "quoted" line', "Gamma"]
@@ -396,20 +398,20 @@ def test_document_without_a_title_is_shown_by_its_first_words(tmp_path):
     words = [f"word{i}" for i in range(30)]
     long = Corpus(0, ["a", "b", "c"], [""] * 3, [" \n ".join(words), "x" * 500, ""], test={"q": "w"})
     run_folder(tmp_path, 1)
-    run.save_corpora(tmp_path, "boolq", [long], {}, {})
-    loaded = run.LoadedRun(tmp_path)
+    store.save_corpora(tmp_path, "boolq", [long], {}, {})
+    loaded = store.LoadedRun(tmp_path)
     assert loaded.headline(0).split() == words[:12]
     assert loaded.headline(1) == "x" * 400 and loaded.headline(2) == ""
 
 
 def test_unfinished_run_counts_its_finished_corpora_and_says_what_to_do_without_any(tmp_path):
     folder = run_folder(tmp_path, 1)
-    assert run.LoadedRun(folder).finished == [0]
+    assert store.LoadedRun(folder).finished == [0]
     (folder / "D0.pt").unlink()
     with pytest.raises(
         ValueError, match=r"found no finished corpus .* go on with train.py --resume"
     ) as error:
-        run.LoadedRun(folder)
+        store.LoadedRun(folder)
     assert str(error.value).endswith(str(folder))
 
 
@@ -417,7 +419,7 @@ def test_unfinished_run_counts_its_finished_corpora_and_says_what_to_do_without_
 def test_run_without_a_file_names_it(tmp_path, name):
     (run_folder(tmp_path, 1) / name).unlink()
     with pytest.raises(ValueError, match=name):
-        run.LoadedRun(tmp_path)
+        store.LoadedRun(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------- log
@@ -428,18 +430,20 @@ class Terminal(io.StringIO):
         return True
 
 
-def log_with(folder: Path, monkeypatch, out: io.StringIO, quiet: bool = False) -> tuple[run.Log, list[float]]:
+def log_with(
+    folder: Path, monkeypatch, out: io.StringIO, quiet: bool = False
+) -> tuple[store.Log, list[float]]:
     """A log that prints into `out`, under a clock that stands still; set clock[0] to move it."""
     clock = [1000.0]
-    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
-    log = run.Log(folder, quiet)
+    monkeypatch.setattr(store.time, "monotonic", lambda: clock[0])
+    log = store.Log(folder, quiet)
     log.out = out
     return log, clock
 
 
 def test_line_is_printed_and_added_to_the_log_file(tmp_path, capsys):
     (tmp_path / "log.txt").write_text("an earlier run\n")
-    log = run.Log(tmp_path)
+    log = store.Log(tmp_path)
     log.line("α: one")
     log.line()
     log.line("two")
@@ -479,8 +483,8 @@ def test_quiet_log_prints_nothing_and_still_keeps_its_files(tmp_path, monkeypatc
 
 
 def test_log_of_another_process_writes_and_prints_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(run.time, "monotonic", lambda: 1000.0)
-    log = run.Log(tmp_path, writes=False)
+    monkeypatch.setattr(store.time, "monotonic", lambda: 1000.0)
+    log = store.Log(tmp_path, writes=False)
     log.out = Terminal()
     log.line("a line")
     for i in range(3):
@@ -490,7 +494,7 @@ def test_log_of_another_process_writes_and_prints_nothing(tmp_path, monkeypatch)
 
 
 def test_metrics_are_one_json_object_a_line_with_numbers_for_tensors(tmp_path):
-    log = run.Log(tmp_path, quiet=True)
+    log = store.Log(tmp_path, quiet=True)
     log.metrics(
         stage="D0", step=1, loss=torch.tensor(1.5), gradient_norm=torch.tensor([2.0], requires_grad=True)
     )
@@ -508,14 +512,14 @@ def test_metrics_are_one_json_object_a_line_with_numbers_for_tensors(tmp_path):
 def test_deeply_nested_json_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"config.json: not JSON"):
-        run.read_json(tmp_path / "config.json")
+        store.read_json(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x02]"])
 def test_empty_file_and_cut_pickle_are_refused_by_name(tmp_path, content):
     (tmp_path / "D0.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"D0.pt: cannot be read"):
-        run.read_tensors(tmp_path / "D0.pt")
+        store.read_tensors(tmp_path / "D0.pt")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\x93NUMPY", b"garbage"])
@@ -525,10 +529,10 @@ def test_missing_or_cut_docids_are_refused_by_name(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"docids.npy"):
-        run.LoadedRun(tmp_path)
+        store.LoadedRun(tmp_path)
 
 
 def test_file_of_another_kind_is_refused_by_name(tmp_path):
-    run.write_tensors(tmp_path / "D0.pt", {"a": torch.ones(1)})
+    store.write_tensors(tmp_path / "D0.pt", {"a": torch.ones(1)})
     with pytest.raises(ValueError, match=r"D0.pt"):
-        run.load_model(tmp_path / "D0.pt")
+        store.load_model(tmp_path / "D0.pt")

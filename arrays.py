@@ -1,16 +1,17 @@
-"""Lists that live on disk: strings, token ids and arrays that need not fit into memory.
+"""Files that are whole or absent, and lists that live on disk: strings, token ids and arrays.
 
 Paper    none; MS MARCO's 8.8 million passages and their embeddings (27 GB) ask for it
-In       strings, lists of token ids, shapes of arrays
-Out      sequences that read like a list or a tensor and hold only what is asked for
-Next     data.py keeps documents and pseudo-queries in them; dense.py embeddings; scan.py encoder outputs
+In       JSON values, tensors, arrays; strings, lists of token ids
+Out      the same again; sequences that read like a list or a tensor and hold only what is asked for
+Next     data.py and queries.py keep documents and pseudo-queries in them; dense.py embeddings; store.py checkpoints
 Differs  the released code keeps JSON maps and tuple-keyed dictionaries, all in memory
 
-A store is a file of raw bytes and a file of offsets, which is written last: a store without it does not count.
+A list of strings or token ids is a file of items and an .npy file of spans, which is written last and makes it count.
 """
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ import zipfile
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -26,10 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-def digest(text: str) -> int:
-    """64 bits that stand for a string in sorted arrays and sets."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+# ------------------------------------------------------------------------------------------------------ files
 
 
 class StreamedFile:
@@ -39,6 +38,7 @@ class StreamedFile:
         self.path, self.partial = path, path.with_name(path.name + ".part")
 
     def __enter__(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.partial.open("wb")
         return self.file
 
@@ -61,57 +61,138 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def damaged(path: Path, reason: str) -> ValueError:
+    """The error of a file that must be made anew."""
+    return ValueError(f"{path}: {reason}; remove the file to make it anew")
+
+
+@contextmanager
+def reading(path: Path):
+    """Raises ValueError, with the path, where the file is missing or whatever reads it fails."""
+    if not path.is_file():
+        raise ValueError(f"found no {path}; is {path.parent} the folder of a run that got this far?")
+    try:
+        yield
+    except Exception as error:  # damaged files fail in many ways: NumPy evaluates a header as Python
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise damaged(path, f"cannot be read ({reason})") from None
+
+
+def write(path: Path, content: bytes) -> None:
+    with StreamedFile(path) as file:
+        file.write(content)
+
+
+def write_json(path: Path, value) -> None:
+    write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path):
+    with reading(path):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write_tensors(path: Path, value) -> None:
     """Raises OSError where the disk is full, as any other write."""
     with StreamedFile(path) as file:
-        failed = ()
         try:
             torch.save(value, file)
         except (
             RuntimeError
-        ) as error:  # torch may close its archive after a write that failed, and complain of that
-            if not isinstance(error.__context__, OSError):
-                raise
-            failed = error.__context__.args
-        if failed:  # raised here, so that it does not hold on to torch's error and all of its frames
-            raise OSError(*failed)
+        ) as error:  # torch closes its archive after a write that failed, and may complain of that
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def read_tensors(path: Path):
-    if not path.is_file():
-        raise ValueError(f"found no {path}; is {path.parent} the folder of a run that got this far?")
-    try:
+    with reading(path):
         with zipfile.ZipFile(path) as zipped:  # torch does not look at the checksums
             if bad := zipped.testzip():
                 raise ValueError(f"its part {bad} is damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: cannot be read ({reason}); remove the file to make it anew") from None
+
+
+def write_array(path: Path, values: np.ndarray) -> None:
+    with StreamedFile(path) as file:
+        np.save(file, values, allow_pickle=False)
+
+
+def read_array(path: Path, kind: type, dimensions: int, mode: str | None = None) -> np.ndarray:
+    """The array of an .npy file; `mode` r or c maps it. Raises ValueError where it is not of this kind and shape."""
+    with reading(path):
+        values = np.load(path, mode, allow_pickle=False)
+        if (values.dtype, values.ndim) != (kind, dimensions):
+            held = f"{values.dtype} in {values.ndim} dimensions"
+            raise ValueError(f"found {held}, wanted {kind.__name__} in {dimensions}")
+    return values
+
+
+# ---------------------------------------------------------------------------------------- strings and token ids
+
+
+def digest(text: str) -> int:
+    """64 bits that stand for a string in sorted arrays and sets."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def digests(texts: Sequence[str]) -> np.ndarray:
+    """(N,) uint64, one per string."""
+    return np.fromiter(map(digest, texts), np.uint64, len(texts))
+
+
+class ItemsWriter:
+    """Appends lists of items to a file, as bytes; `close` flushes it and writes their spans, which make it count."""
+
+    def __init__(self, path: Path, kind: type = np.uint8):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".npy").unlink(missing_ok=True)
+        self.path, self.size, self.file = path, np.dtype(kind).itemsize, path.open("wb")
+        self.ends = array("q", [0])
+
+    def add(self, items: bytes) -> None:
+        self.ends.append(self.ends[-1] + self.file.write(items) // self.size)
+
+    def close(self, order: np.ndarray | None = None) -> None:
+        """Ends the file; `order` (N,) lists the added in another order than they came."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        ends = np.frombuffer(self.ends, np.int64)
+        spans = np.stack([ends[:-1], ends[1:]], axis=1)
+        write_array(self.path.with_suffix(".npy"), spans if order is None else spans[order])
+
+
+def open_items(path: Path, kind: type) -> tuple[np.ndarray, np.ndarray]:
+    """All items, and spans (N, 2): of each list the first item and the one after its last; read when they are used.
+
+    Raises ValueError where one of the two files is missing, cut, or does not fit the other.
+    """
+    spans_path = path.with_suffix(".npy")
+    if not (path.is_file() and spans_path.is_file()):
+        raise ValueError(f"found no whole {path} (with {spans_path.name}); make it anew")
+    spans, size = read_array(spans_path, np.int64, 2, "r"), path.stat().st_size
+    if spans.shape[1] != 2:
+        raise damaged(spans_path, f"found {spans.shape[1]} columns, wanted 2")
+    starts, ends = spans.T
+    n = int(ends.max()) if len(spans) else 0
+    if (wanted := n * np.dtype(kind).itemsize) != size:
+        raise damaged(path, f"found {size} bytes, wanted {wanted}")
+    if len(spans) and (starts.min() < 0 or (starts > ends).any() or ends.sum() - starts.sum() != n):
+        raise damaged(spans_path, f"found spans that do not cover {path.name}")
+    return np.memmap(path, kind, "r") if size else np.empty(0, kind), spans
 
 
 class Strings(Sequence):
     """Read-only strings of one UTF-8 file: an integer gives a string, a slice or an array of rows a view."""
 
     def __init__(self, data: np.ndarray, spans: np.ndarray):
-        self.data, self.spans = data, spans  # bytes; (N, 2) first byte and the one after the last
+        self.data, self.spans = data, spans  # bytes; (N, 2)
 
     @classmethod
     def open(cls, path: Path) -> "Strings":
-        """The store that `StringsWriter(path)` wrote. Raises ValueError where one of its files is missing or cut."""
-        spans_path = path.with_suffix(".npy")
-        if not (path.is_file() and spans_path.is_file()):
-            raise ValueError(f"found no whole {path} (with {spans_path.name}); make it anew")
-        spans, size = load_array(spans_path, np.int64, 2, "r"), path.stat().st_size
-        if spans.shape[1] != 2:
-            raise ValueError(f"{spans_path}: found {spans.shape[1]} columns, wanted 2; make {path.name} anew")
-        starts, ends = spans.T
-        wanted = int(ends.max()) if len(spans) else 0
-        if wanted != size:
-            raise ValueError(f"{path}: found {size} bytes, wanted {wanted}; make it anew")
-        if len(spans) and (starts.min() < 0 or (starts > ends).any() or ends.sum() - starts.sum() != size):
-            raise ValueError(f"{spans_path}: found offsets that do not cover {path.name}; make it anew")
-        return cls(np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8), spans)
+        """The store that `StringsWriter(path)` wrote. Raises ValueError as `open_items` does."""
+        return cls(*open_items(path, np.uint8))
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -122,8 +203,8 @@ class Strings(Sequence):
             try:
                 return self.data[start:end].tobytes().decode()
             except UnicodeDecodeError as error:
-                where = f"{self.data.filename}: byte {start + error.start}"
-                raise ValueError(f"{where}: not UTF-8 ({error.reason}); make the file anew") from None
+                place = f"byte {start + error.start}"
+                raise damaged(self.data.filename, f"{place} is not UTF-8 ({error.reason})") from None
         return Strings(self.data, self.spans[rows])
 
     def __eq__(self, other) -> bool:
@@ -131,59 +212,16 @@ class Strings(Sequence):
 
     __hash__ = None
 
-    @cached_property
-    def digests(self) -> np.ndarray:
-        """(N,) uint64, one per string."""
-        return np.fromiter(map(digest, self), np.uint64, len(self))
 
-
-class StringsWriter:
-    """Appends strings to a store; `close` flushes it and writes its offsets, which make it count."""
-
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".npy").unlink(missing_ok=True)
-        self.path, self.file, self.end, self.ends = path, path.open("wb"), 0, array("q")
+class StringsWriter(ItemsWriter):
+    """`add` strings, then `close`, which returns the finished store."""
 
     def add(self, text: str) -> None:
-        self.end += self.file.write(text.encode())
-        self.ends.append(self.end)
+        super().add(text.encode())
 
     def close(self, order: np.ndarray | None = None) -> Strings:
-        """The finished store; `order` (N,) lists its strings in another order than they came."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        ends = np.frombuffer(self.ends, np.int64) if self.ends else np.empty(0, np.int64)
-        spans = np.stack([np.concatenate([[0], ends[:-1]]) if len(ends) else ends, ends], axis=1)
-        save_array(self.path.with_suffix(".npy"), spans if order is None else spans[order])
+        super().close(order)
         return Strings.open(self.path)
-
-
-def digests(texts: Sequence[str]) -> np.ndarray:
-    """(N,) uint64, one per string; a store remembers its own."""
-    if hasattr(texts, "digests"):
-        return texts.digests
-    return np.fromiter(map(digest, texts), np.uint64, len(texts))
-
-
-def load_array(path: Path, kind: type, dimensions: int | None = None, mode: str | None = None) -> np.ndarray:
-    """The array of an .npy file. Raises ValueError where it is missing, damaged or holds numbers of another kind."""
-    try:
-        found = np.load(path, mode, allow_pickle=False)
-        if found.dtype != kind or dimensions not in (None, found.ndim):
-            raise ValueError(
-                f"found {found.dtype} in {found.ndim} dimensions, wanted {kind.__name__} in {dimensions}"
-            )
-    except Exception as error:  # NumPy evaluates the header as Python, which fails in many ways
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: cannot be read ({reason}); remove the file to make it anew") from None
-    return found
-
-
-def save_array(path: Path, values: np.ndarray) -> None:
-    with StreamedFile(path) as file:
-        np.save(file, values, allow_pickle=False)
 
 
 class Chain(Sequence):
@@ -201,19 +239,15 @@ class Chain(Sequence):
             raise IndexError(row)
         return self.parts[part][row - self.ends[part] + len(self.parts[part])]
 
-    @cached_property
-    def digests(self) -> np.ndarray:
-        return np.concatenate([digests(part) for part in self.parts])
-
 
 class Lookup:
     """String -> row, for millions of strings: a binary search among sorted digests, checked against the string."""
 
     def __init__(self, texts: Sequence[str]):
         self.texts = texts
-        found = digests(texts)
-        self.order = np.argsort(found, kind="stable")
-        self.sorted = found[self.order]
+        numbers = digests(texts)
+        self.order = np.argsort(numbers, kind="stable")
+        self.sorted = numbers[self.order]
 
     def __call__(self, text: str) -> int | None:
         """The first row that holds this string, or None."""
@@ -261,15 +295,13 @@ class Documents:
 
     @classmethod
     def open(cls, folder: Path) -> "Documents":
-        found = cls.__new__(cls)
-        found.folder = folder
-        found.ids, found.titles, found.texts = (
-            Strings.open(folder / f"{name}.bin") for name in ("ids", "titles", "texts")
-        )
-        if not len(found.ids) == len(found.titles) == len(found.texts):
-            counts = f"{len(found.ids)} ids, {len(found.titles)} titles and {len(found.texts)} texts"
-            raise ValueError(f"{folder}: found {counts}, wanted as many of each; make it anew")
-        return found
+        """Raises ValueError where a store is missing or damaged, or does not hold as many as the others."""
+        documents = cls.__new__(cls)
+        stores = [Strings.open(folder / f"{name}.bin") for name in ("ids", "titles", "texts")]
+        documents.folder, (documents.ids, documents.titles, documents.texts) = folder, stores
+        if len(set(counts := list(map(len, stores)))) > 1:
+            raise damaged(folder, f"found {counts} ids, titles and texts, wanted as many of each")
+        return documents
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -281,11 +313,11 @@ class Documents:
 
 
 class Tokens:
-    """Token ids of N texts without padding: one flat array and where each text starts in it."""
+    """Token ids of N texts without padding: one flat array and the span of each text in it."""
 
-    def __init__(self, flat: np.ndarray, starts: np.ndarray):
-        self.flat, self.starts = flat, starts  # (tokens,), (N + 1,)
-        self.lengths = torch.from_numpy(np.diff(starts))
+    def __init__(self, flat: np.ndarray, spans: np.ndarray):
+        self.flat, self.starts = flat, spans[:, 0]  # (tokens,), (N,)
+        self.lengths = torch.from_numpy(spans[:, 1] - spans[:, 0])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -294,40 +326,22 @@ class Tokens:
     def of(cls, ids: Tensor) -> "Tokens":
         """From a padded batch (N, S), padded with 0."""
         lengths = (ids != 0).sum(1).numpy()
-        return cls(ids[ids != 0].numpy(), np.concatenate([[0], lengths.cumsum()]))
+        ends = lengths.cumsum()
+        return cls(ids[ids != 0].numpy(), np.stack([ends - lengths, ends], axis=1))
 
     @classmethod
     def write(cls, path: Path, pieces: Iterable[list[int]], vocabulary: int) -> "Tokens":
         """Streams token ids into a store: two bytes a token where the vocabulary allows it."""
-        kind = np.uint16 if vocabulary <= 1 << 16 else np.int32
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".npy").unlink(missing_ok=True)
-        starts = array("q", [0])
-        with path.open("wb") as file:
+        writer = ItemsWriter(path, kind := token_kind(vocabulary))
+        with writer.file:
             for ids in pieces:
-                file.write(np.asarray(ids, kind).tobytes())
-                starts.append(starts[-1] + len(ids))
-            file.flush()
-            os.fsync(file.fileno())
-        save_array(path.with_suffix(".npy"), np.frombuffer(starts, np.int64))
+                writer.add(np.asarray(ids, kind).tobytes())
+            writer.close()
         return cls.open(path, vocabulary)
 
     @classmethod
     def open(cls, path: Path, vocabulary: int) -> "Tokens":
-        kind = np.uint16 if vocabulary <= 1 << 16 else np.int32
-        starts_path = path.with_suffix(".npy")
-        starts = load_array(starts_path, np.int64, 1)
-        if len(starts) == 0 or starts[0] != 0 or (np.diff(starts) < 0).any():
-            raise ValueError(
-                f"{starts_path}: found offsets that do not ascend from 0; remove the file to make it anew"
-            )
-        found = path.stat().st_size if path.is_file() else 0
-        wanted = int(starts[-1]) * np.dtype(kind).itemsize
-        if found != wanted:
-            raise ValueError(
-                f"{path}: found {found} bytes, wanted {wanted}; remove the file {starts_path.name} to make it anew"
-            )
-        return cls(np.memmap(path, kind, "r") if found else np.empty(0, kind), starts)
+        return cls(*open_items(path, token_kind(vocabulary)))
 
     def batch(self, rows: Tensor) -> Tensor:
         """Rows (B,) -> token ids (B, S) int64, padded with 0 to the longest."""
@@ -338,22 +352,35 @@ class Tokens:
         at = first[:, None] + torch.arange(length)
         inside = at < self.lengths[rows, None]
         places = torch.from_numpy(self.starts[rows.numpy()])[:, None] + at
-        found = self.flat[places.clamp(max=len(self.flat) - 1).numpy()].astype(np.int64)
-        return torch.from_numpy(found) * inside
+        ids = self.flat[places.clamp(max=len(self.flat) - 1).numpy()].astype(np.int64)
+        return torch.from_numpy(ids) * inside
+
+
+def token_kind(vocabulary: int) -> type:
+    return np.uint16 if vocabulary <= 1 << 16 else np.int32
+
+
+# ----------------------------------------------------------------------------------------------------- arrays
 
 
 def open_array(path: Path) -> Tensor:
-    """An .npy file as a tensor whose pages are read when they are used."""
-    return torch.from_numpy(load_array(path, np.float32, mode="c"))
+    """A matrix of an .npy file as a tensor whose pages are read when they are used."""
+    return torch.from_numpy(read_array(path, np.float32, 2, "c"))
 
 
 class ArrayWriter:
     """A tensor in an .npy file that is filled in place and counts once `close` has renamed it."""
 
     def __init__(self, path: Path, shape: tuple[int, ...]):
+        path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.partial = path, path.with_name(path.name + ".part")
         self.mapped = np.lib.format.open_memmap(self.partial, "w+", np.float32, shape)
-        reserve(self.partial, self.partial.stat().st_size)
+        try:
+            with self.partial.open("r+b") as file:
+                reserve(file, self.partial, self.partial.stat().st_size)
+        except OSError:
+            self.partial.unlink()
+            raise
         self.values = torch.from_numpy(self.mapped)
 
     def close(self) -> Tensor:
@@ -371,28 +398,22 @@ def scratch(folder: Path | None, shape: tuple[int, ...], dtype: torch.dtype) -> 
     if folder is None or size == 0:
         return torch.empty(shape, dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=folder)
-    os.close(descriptor)
-    try:
-        reserve(Path(name), size)
-        mapped = np.memmap(name, np.uint8, "r+", shape=(size,))
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        reserve(file, folder, size)
+        mapped = np.memmap(file, np.uint8, "r+", shape=(size,))
     return torch.from_numpy(mapped).view(dtype).view(shape)
 
 
-def reserve(path: Path, size: int) -> None:
+def reserve(file, path: Path, size: int) -> None:
     """Takes the disk space of a file that will be mapped: writing to a mapped page on a full disk would kill the
     process without a message.
     """
-    free = shutil.disk_usage(path.parent).free + path.stat().st_blocks * 512
+    free = shutil.disk_usage(path.parent).free + os.fstat(file.fileno()).st_blocks * 512
     try:
         if size > free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if hasattr(os, "posix_fallocate"):
-            with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
+            os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
-        path.unlink(missing_ok=True)
         text = f"{error.strerror}: {size / 2**30:.2f} GiB wanted, {free / 2**30:.2f} GiB free"
         raise OSError(error.errno, text, str(path)) from None

@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mapped
-from mapped import (
+import arrays
+from arrays import (
     ArrayWriter,
     Chain,
     Documents,
@@ -27,8 +27,8 @@ from mapped import (
     Tokens,
     open_array,
     reserve,
-    save_array,
     scratch,
+    write_array,
 )
 
 FUZZ = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -118,10 +118,10 @@ def test_strings_equal_other_sequences_by_content_alone(tmp_path):
 
 def test_digests_tell_strings_apart_and_are_the_same_for_lists_stores_and_views(tmp_path):
     found = store(tmp_path / "s.bin", TEXTS)
-    numbers = mapped.digests(TEXTS)
+    numbers = arrays.digests(TEXTS)
     assert numbers.dtype == np.uint64 and len(set(numbers.tolist())) == len(set(TEXTS))
-    assert (mapped.digests(found) == numbers).all() and (mapped.digests(found[3:]) == numbers[3:]).all()
-    assert numbers.tolist() == [mapped.digest(text) for text in TEXTS]
+    assert (arrays.digests(found) == numbers).all() and (arrays.digests(found[3:]) == numbers[3:]).all()
+    assert numbers.tolist() == [arrays.digest(text) for text in TEXTS]
 
 
 @pytest.mark.parametrize("name", ["s.bin", "s.npy"])
@@ -138,7 +138,7 @@ def test_store_of_another_length_is_refused_with_both(tmp_path, change):
     content = (tmp_path / "s.bin").read_bytes()
     (tmp_path / "s.bin").write_bytes(content[:change] if change < 0 else content + b"x" * change)
     found, wanted = len(content) + change, len(content)
-    with pytest.raises(ValueError, match=f"s.bin: found {found} bytes, wanted {wanted}; make it anew"):
+    with pytest.raises(ValueError, match=f"s.bin: found {found} bytes, wanted {wanted}; remove the file"):
         Strings.open(tmp_path / "s.bin")
 
 
@@ -202,7 +202,7 @@ def test_streamed_file_is_as_before_until_its_body_ends(tmp_path, before):
 
 
 @needs_full
-@pytest.mark.parametrize("write", [lambda path: save_array(path, np.ones(9)), lambda path: stream(path)])
+@pytest.mark.parametrize("write", [lambda path: write_array(path, np.ones(9)), lambda path: stream(path)])
 def test_files_that_meet_a_full_disk_are_absent(tmp_path, write):
     (tmp_path / "f.npy.part").symlink_to(FULL)
     with pytest.raises(OSError, match="No space left"):
@@ -217,7 +217,7 @@ def stream(path: Path) -> None:
 
 def test_saved_array_is_whole_or_absent(tmp_path, monkeypatch):
     values = np.arange(6).reshape(2, 3)
-    save_array(tmp_path / "a.npy", values)
+    write_array(tmp_path / "a.npy", values)
 
     def half(file, *_, **__):
         file.write(b"half an array")
@@ -226,7 +226,7 @@ def test_saved_array_is_whole_or_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "save", half)
     for path in (tmp_path / "a.npy", tmp_path / "b.npy"):
         with pytest.raises(OSError, match="No space"):
-            save_array(path, values + 1)
+            write_array(path, values + 1)
     assert not (tmp_path / "b.npy").exists()
     again = np.load(tmp_path / "a.npy", allow_pickle=False)
     assert (again == values).all() and again.dtype == values.dtype
@@ -242,7 +242,7 @@ def test_chain_equals_the_lists_one_after_the_other(parts, data):
     assert list(chain) == wanted and len(chain) == len(wanted)
     assert [chain[row] for row in range(len(wanted))] == wanted
     if wanted:
-        assert (chain.digests == mapped.digests(wanted)).all()
+        assert (arrays.digests(chain) == arrays.digests(wanted)).all()
         text = data.draw(st.sampled_from(wanted))
         assert text in chain and chain.index(text) == wanted.index(text)
         assert Lookup(chain)(text) == wanted.index(text)
@@ -255,7 +255,7 @@ def test_chain_of_stores_and_lists(tmp_path):
     one, other = store(tmp_path / "a.bin", TEXTS), store(tmp_path / "b.bin", ["x", "y"])
     chain = Chain([other, [], one[2:4], ["z"]])
     assert list(chain) == ["x", "y", *TEXTS[2:4], "z"] and chain[np.int64(4)] == "z"
-    assert (mapped.digests(chain) == mapped.digests(list(chain))).all()
+    assert (arrays.digests(chain) == arrays.digests(list(chain))).all()
 
 
 few_texts = st.lists(st.text("ab", max_size=3), max_size=25)  # many repeat
@@ -264,7 +264,7 @@ few_texts = st.lists(st.text("ab", max_size=3), max_size=25)  # many repeat
 @pytest.mark.parametrize("collide", [False, lambda text: 7, lambda text: 2**64 - 1 - len(text) % 2])
 def test_lookup_equals_a_dict_of_first_rows_also_where_digests_collide(collide, monkeypatch):
     if collide:
-        monkeypatch.setattr(mapped, "digest", collide)
+        monkeypatch.setattr(arrays, "digest", collide)
 
     @FUZZ
     @given(few_texts, few_texts)
@@ -444,19 +444,19 @@ def test_tokens_that_meet_a_full_disk_say_so_and_do_not_count(tmp_path, where):
 
 
 def test_array_has_no_file_of_its_name_until_it_is_closed(tmp_path):
-    writer = ArrayWriter(tmp_path / "a.npy", (5, 3))
+    writer = ArrayWriter(tmp_path / "new" / "a.npy", (5, 3))
     assert writer.values.dtype == torch.float32 and writer.values.shape == (5, 3)
     writer.values[:2] = torch.arange(6.0).view(2, 3)
     writer.values[2:] = -1
-    assert not (tmp_path / "a.npy").exists()
+    assert not (tmp_path / "new" / "a.npy").exists()
     found = writer.close()
     wanted = [[0, 1, 2], [3, 4, 5], *[[-1, -1, -1]] * 3]
-    assert found.tolist() == open_array(tmp_path / "a.npy").tolist() == wanted
-    assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
+    assert found.tolist() == open_array(tmp_path / "new" / "a.npy").tolist() == wanted
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.npy"]
 
 
 def test_array_that_was_not_closed_leaves_the_one_before_and_can_be_written_again(tmp_path):
-    save_array(tmp_path / "a.npy", np.ones((2, 2), np.float32))
+    write_array(tmp_path / "a.npy", np.ones((2, 2), np.float32))
     unfinished = ArrayWriter(tmp_path / "a.npy", (4, 2))
     unfinished.values[:] = 7
     assert open_array(tmp_path / "a.npy").tolist() == [[1, 1], [1, 1]]
@@ -466,10 +466,10 @@ def test_array_that_was_not_closed_leaves_the_one_before_and_can_be_written_agai
 
 
 def test_opened_array_can_be_written_to_without_changing_its_file(tmp_path):
-    save_array(tmp_path / "a.npy", np.arange(4, dtype=np.float32))
+    write_array(tmp_path / "a.npy", np.arange(4, dtype=np.float32)[None])
     opened = open_array(tmp_path / "a.npy")
     opened += 1
-    assert opened.tolist() == [1, 2, 3, 4] and open_array(tmp_path / "a.npy").tolist() == [0, 1, 2, 3]
+    assert opened.tolist() == [[1, 2, 3, 4]] and open_array(tmp_path / "a.npy").tolist() == [[0, 1, 2, 3]]
 
 
 def test_array_s_disk_space_is_taken_before_it_is_filled(tmp_path):
@@ -543,13 +543,12 @@ def test_scratch_of_nothing_is_an_empty_tensor(tmp_path):
 def test_space_that_a_file_holds_already_counts_as_free_for_it(tmp_path, monkeypatch):
     path = tmp_path / "f"
     path.write_bytes(b"x" * 100_000)
-    held = path.stat().st_blocks * 512
     monkeypatch.setattr(shutil, "disk_usage", disk_of(free=500))
-    reserve(path, held + 500)
-    assert path.read_bytes()[:100_000] == b"x" * 100_000
-    with pytest.raises(OSError, match="No space left"):
-        reserve(path, path.stat().st_blocks * 512 + 501)
-    assert not path.exists()
+    with path.open("r+b") as file:
+        reserve(file, path, path.stat().st_blocks * 512 + 500)
+        assert path.read_bytes()[:100_000] == b"x" * 100_000
+        with pytest.raises(OSError, match="No space left"):
+            reserve(file, path, path.stat().st_blocks * 512 + 501)
 
 
 def test_space_is_asked_for_as_file_systems_without_fallocate_need_it(tmp_path, monkeypatch):
@@ -562,6 +561,7 @@ def test_space_is_asked_for_as_file_systems_without_fallocate_need_it(tmp_path, 
         os.ftruncate(descriptor, max(size, os.fstat(descriptor).st_size))
 
     monkeypatch.setattr(os, "posix_fallocate", emulated, raising=False)
-    (tmp_path / "f").write_bytes(b"content")
-    reserve(tmp_path / "f", 5000)
-    assert (tmp_path / "f").read_bytes() == b"content" + bytes(4993)
+    writer = ArrayWriter(tmp_path / "a.npy", (50, 3))
+    writer.values[:] = 2
+    assert writer.close().tolist() == [[2, 2, 2]] * 50
+    assert scratch(tmp_path, (50, 3), torch.float32).shape == (50, 3)

@@ -1,0 +1,269 @@
+"""Words, their IDF, and pseudo-queries: what a document may be asked, made from its own text or listed in a file.
+
+Paper    section 4: later corpora have no annotated queries, so docT5query writes some for each document
+In       titles and texts of documents; triples (place, document id, query) of a file; digests of the test queries
+Out      samplers whose draw(row, rng) gives a query of a document; lists of (row, query); fragments of documents
+Next     dense.py and train.py train on them; bm25.py and topics.py count the words
+Differs  in place of docT5query the default draws from the document's own words; fragments are ours
+
+It takes texts, not corpora: what a stage may see is what it is handed.
+"""
+
+import random
+import re
+from array import array
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from math import log1p
+from pathlib import Path
+
+import numpy as np
+
+import arrays
+from arrays import Chain, Lookup, Strings, StringsWriter, digest
+
+QUESTION_WORDS = (
+    "is are was were do does did can could has have will would should who what when where which how".split()
+)
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+(?:['’.-]\w+)*", text)
+
+
+def normalise(query: str) -> str:
+    """The form in which two queries count as the same: lower-case words, single spaces."""
+    return " ".join(words(query)).lower()
+
+
+def query_digest(query: str) -> int:
+    """64 bits that two queries share where they count as the same."""
+    return digest(normalise(query))
+
+
+def passages(titles: Iterable[str], texts: Iterable[str]) -> Iterator[str]:
+    """Title and text in one string, one per document: what is embedded and indexed."""
+    for title, text in zip(titles, texts):
+        yield f"{title}. {text}" if title else text
+
+
+class Idf:
+    """Inverse document frequency of words, ln(1 + N / n), over some passages; an unseen word counts as n = 1/2."""
+
+    def __init__(self, passages: Iterable[str] = ()):
+        self.n_documents, self.counts = 0, Counter()
+        for passage in passages:
+            self.n_documents += 1
+            self.counts.update({word.lower() for word in words(passage)})
+
+    def __call__(self, word: str) -> float:
+        return log1p(self.n_documents / (self.counts.get(word.lower()) or 0.5))
+
+    def save(self, path: Path) -> None:
+        arrays.write_json(path, {"documents": self.n_documents, "counts": self.counts})
+
+    @classmethod
+    def load(cls, path: Path) -> "Idf":
+        """What `save` wrote. Raises ValueError where the file is missing or holds something else."""
+        value, idf = arrays.read_json(path), cls()
+        try:
+            idf.n_documents, idf.counts = value["documents"], Counter(value["counts"])
+            if not all(type(n) is int and n > 0 for n in (idf.n_documents, *idf.counts.values())):
+                raise TypeError("a count is no number above 0")
+        except (KeyError, TypeError) as error:
+            raise arrays.damaged(path, f"holds no counts of words ({error})") from None
+        return idf
+
+
+# ---------------------------------------------------------------------------------------------- drawn from a text
+
+
+class PseudoQuerySampler:
+    """Draws pseudo-queries from a document's own words, anew at every call.
+
+    One in four is a crop of 5 to 14 words of a sentence. The others are 2 to 7 words of a window of 40, drawn
+    by inverse document frequency and kept in text order, mostly led by words of the title and sometimes by a
+    question word. A query whose digest is `excluded`, as those of test queries are, is never returned.
+    """
+
+    def __init__(
+        self,
+        titles: Sequence[str],
+        texts: Sequence[str],
+        idf: Idf,
+        excluded: frozenset[int] = frozenset(),
+        first_row: int = 0,
+    ):
+        self.titles, self.texts, self.idf, self.excluded = titles, texts, idf, excluded
+        self.rows = range(first_row, first_row + len(titles))
+        self._document = lru_cache(maxsize=32_768)(self._document)
+
+    def _document(self, row: int) -> tuple[list[str], list[str], list[float], list[list[str]]]:
+        """A document's title words, words, their weights, and its sentences as words."""
+        i = row - self.rows.start
+        title, text = words(self.titles[i]), self.texts[i]
+        document = words(text) or title
+        sentences = [s for s in map(words, re.split(r"(?<=[.!?])\s+", text)) if len(s) >= 5] or [document]
+        return title, document, [self.idf(word) for word in document], sentences
+
+    def draw(self, row: int, rng: random.Random) -> str:
+        """One pseudo-query of the document in this row of the stream. Raises ValueError where it is not held here, or
+        has too few words for a query that is not excluded.
+        """
+        if row not in self.rows:
+            first, last = self.rows.start, self.rows.stop - 1
+            raise ValueError(f"document row {row} is outside this corpus, {first}..{last}")
+        title, document, weights, sentences = self._document(row)
+        for _ in range(20 if document else 0):
+            if rng.random() < 0.25:
+                query = " ".join(self._crop(sentences, rng))
+            else:
+                query = " ".join(self._keywords(title, document, weights, rng))
+            if query_digest(query) not in self.excluded:
+                return query
+        raise ValueError(f"document row {row} is too short for a pseudo-query that is not also a test query")
+
+    @staticmethod
+    def _crop(sentences: list[list[str]], rng: random.Random) -> list[str]:
+        sentence = rng.choice(sentences)
+        length = rng.randint(5, 14)
+        start = rng.randint(0, max(0, len(sentence) - length))
+        return sentence[start : start + length]
+
+    @staticmethod
+    def _keywords(title: list[str], document: list[str], weights: list[float], rng) -> list[str]:
+        start = rng.randint(0, max(0, len(document) - 20))
+        window = range(start, min(start + 40, len(document)))
+        chosen = sorted(set(rng.choices(window, weights[window.start : window.stop], k=rng.randint(2, 7))))
+        query = [document[j] for j in chosen]
+        if title and rng.random() < 0.7:
+            keep = rng.choice((0.5, 0.8, 1.0))
+            kept = [word for word in title if rng.random() < keep]
+            place = rng.randint(0, len(query))
+            query = query[:place] + kept + query[place:]
+        if rng.random() < 0.5:
+            query = [rng.choice(QUESTION_WORDS), *query]
+        return query
+
+
+def draw_pseudo_queries(sampler, rows: range, per_document: int, seed: str) -> list[tuple[int, str]]:
+    """A fixed list of (row, query), `per_document` for each row; the same seed gives the same list."""
+    rng = random.Random(seed)
+    return [(row, sampler.draw(row, rng)) for row in rows for _ in range(per_document)]
+
+
+def fragments(
+    titles: Iterable[str], texts: Iterable[str], per_document: int, rng: random.Random
+) -> tuple[list[str], list[str]]:
+    """Titles and texts of spans of 25 to 100 words of the documents; half of them keep the title. Ours."""
+    spans = []
+    for title, text in zip(titles, texts):
+        document = text.split() or title.split()
+        for _ in range(per_document):
+            length = rng.randint(25, 100)
+            start = rng.randint(0, max(0, len(document) - length))
+            kept = title if rng.random() < 0.5 else ""
+            spans.append((kept, " ".join(document[start : start + length])))
+    return [title for title, _ in spans], [text for _, text in spans]
+
+
+# ------------------------------------------------------------------------------------------------ listed in a file
+
+
+class ListedPseudoQueries:
+    """A corpus's pseudo-queries that came from a file, on disk, sorted by document."""
+
+    def __init__(self, folder: Path, first_row: int = 0):
+        self.queries, self.first_row = Strings.open(folder / "queries.bin"), first_row
+        self.starts = arrays.read_array(folder / "starts.npy", np.int64, 1)  # (N + 1,)
+
+    def _span(self, row: int) -> range:
+        i = row - self.first_row
+        return range(int(self.starts[i]), int(self.starts[i + 1]))
+
+    def draw(self, row: int, rng: random.Random) -> str:
+        """One of the document's pseudo-queries."""
+        return self.queries[rng.choice(self._span(row))]
+
+    def pairs(self) -> list[tuple[int, str]]:
+        """All (row, query), by row."""
+        rows = range(self.first_row, self.first_row + len(self.starts) - 1)
+        return [(row, self.queries[i]) for row in rows for i in self._span(row)]
+
+
+class JoinedSamplers:
+    """Samplers of several corpora as one, for joint retraining; `first_rows` are those of the corpora."""
+
+    def __init__(self, samplers: list, first_rows: list[int]):
+        self.samplers, self.first_rows = samplers, first_rows
+
+    def draw(self, row: int, rng: random.Random) -> str:
+        return self.samplers[bisect_right(self.first_rows, row) - 1].draw(row, rng)
+
+
+def store_pseudo_queries(
+    queries: Iterable[tuple[str, str, str]],
+    folder: Path,
+    documents: list[tuple[Sequence[str], Sequence[str], Sequence[str]]],
+    excluded: frozenset[int],
+    strict: bool,
+) -> Counter:
+    """Keeps (place, document id, query) triples for ListedPseudoQueries, in a folder D0, D1, .. for each corpus.
+
+    Args:
+        documents: ids, titles and texts of each corpus.
+        excluded: digests of queries that are left out, as test queries must be.
+        strict: unknown documents, empty queries and documents without a query are errors. Otherwise, as published
+            files have some, they are left out, and a document without a query gets its own first words.
+
+    Returns:
+        counts of what was kept, left out and made up.
+    Raises ValueError (strict) with the place of a bad line, or with the number of documents without a query.
+    """
+    ids, titles, texts = map(Chain, zip(*documents))
+    folders = [folder / f"D{t}" for t in range(len(documents))]
+    for part in folders:  # written last: without it the store does not count
+        (part / "starts.npy").unlink(missing_ok=True)
+    writers = [StringsWriter(part / "queries.bin") for part in folders]
+    rows, counts, row_of = [array("q") for _ in documents], Counter(), Lookup(ids)
+
+    def keep(row: int, query: str, reason: str) -> None:
+        t = bisect_right(ids.ends, row)
+        writers[t].add(query)
+        rows[t].append(row)
+        counts[reason] += 1
+
+    last, row, place = None, None, "pseudo-queries"
+    for place, doc_id, query in queries:
+        if doc_id != last:
+            last, row = doc_id, row_of(doc_id)
+        if row is None and strict:
+            raise ValueError(f"{place}: pseudo-query of the unknown document {doc_id!r}")
+        if not words(query) and strict:
+            raise ValueError(f"{place}: the pseudo-query has no word; remove the line")
+        if row is None or not words(query):
+            counts["left out: without a word, or of documents left out"] += 1
+        elif query_digest(query) in excluded:
+            counts["left out as test queries"] += 1
+        else:
+            keep(row, query, "kept")
+    missing = np.flatnonzero(np.bincount(np.concatenate(rows).astype(int), minlength=len(ids)) == 0).tolist()
+    if missing and strict:
+        raise ValueError(
+            f"{place.rpartition(':')[0] or place}: {len(missing)} documents have no pseudo-query, first "
+            f"{ids[missing[0]]!r}; a document that no query trains can hardly be retrieved, so add at least one for each"
+        )
+    for row in missing:
+        beginning = words(f"{titles[row]} {texts[row]}")[:12]
+        while beginning and query_digest(" ".join(beginning)) in excluded:
+            beginning.pop()
+        keep(row, " ".join(beginning), "made of a document's first words, where it had none")
+    for t, end in enumerate(ids.ends):
+        by_row = np.array(rows[t], np.int64)
+        order = np.argsort(by_row, kind="stable")
+        writers[t].close(order)
+        first_rows = np.arange(end - len(ids.parts[t]), end + 1)
+        arrays.write_array(folders[t] / "starts.npy", np.searchsorted(by_row[order], first_rows))
+    return counts

@@ -1,0 +1,448 @@
+"""The run folder: all that is needed to search, evaluate or go on, written so that nothing half-done counts.
+
+Paper    none
+In       corpora, models, OOD statistics, lines of a log; what a stage trains and every source of its chance
+Out      runs/NAME/: config.json, tokenizer.model, corpus.json, excluded.npy, idf.json; of each corpus documents/D0/,
+         queries/D0.json, pseudo_queries/D0/, embeddings/D0.npy and D0.pt; dense.pt, rq.pt, docids.npy, latest.pt,
+         ood.json, results.json, metrics.jsonl, log.txt
+Next     search.py and eval.py load a model from it; train.py skips the stages whose files exist; optim.py saves and
+         restores a stage through Resume
+Differs  every file is whole or absent (arrays.py) and every checkpoint says what it was made for; a stopped stage goes
+         on where it was, bit by bit, while the released code starts it again and pickles tries
+
+A corpus has files of its own, opened when they are first asked for: a stage on D_t can do without those before it.
+What leads up to a stage's first step (scan, growth, mined negatives) is not saved: it follows from the checkpoint
+before it and from the seed, and is done again.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import distributed
+from arrays import (
+    Chain,
+    Documents,
+    StreamedFile,
+    damaged,
+    read_array,
+    read_json,
+    read_tensors,
+    sync_folder,
+    write,
+    write_array,
+    write_json,
+    write_tensors,
+)  # fmt: skip
+from baselines import adapters, add_adapters, add_prompts
+from data import Corpus, excluded_queries, load_tokenizer
+from mixlora import MixConfig, add_mixture, mixed_layers
+from ood import Stats
+from queries import Idf
+from rq import Trie
+from t5 import T5, T5Config
+
+FORMAT = 2  # of the run folder and its checkpoints
+
+
+def check_format(path: Path, number) -> None:
+    if number != FORMAT:
+        last = "commit dfcda6d is the last that reads format 1"
+        raise ValueError(f"{path}: found format {number} of run folders, wanted {FORMAT}; {last}")
+
+
+# ---------------------------------------------------------------------------------------------------- corpora
+
+
+def ids_sha256(corpus: Corpus) -> str:
+    """Names the split: sha256 of the corpus's document ids, each followed by a line feed."""
+    digest = hashlib.sha256()
+    for doc_id in corpus.ids:
+        digest.update(f"{doc_id}\n".encode())
+    return digest.hexdigest()
+
+
+def save_corpora(folder: Path, source: str, corpora: list[Corpus], left_out: dict, manifest: dict) -> None:
+    """The documents and queries of each corpus, D_0's IDF, the digests of all test queries; corpus.json is last."""
+    with StreamedFile(folder / "doc_ids.txt") as file:
+        for t, corpus in enumerate(corpora):
+            documents = Documents(folder / "documents" / f"D{t}")
+            for doc_id, title, text in zip(corpus.ids, corpus.titles, corpus.texts):
+                documents.add(doc_id, title, text)
+                file.write(f"{doc_id}\n".encode())
+            documents.close()
+            queries = {name: getattr(corpus, name) for name in StoredCorpus.QUERIES}
+            write_json(folder / "queries" / f"D{t}.json", queries)
+    Idf(corpora[0].passages()).save(folder / "idf.json")
+    write_array(folder / "excluded.npy", np.array(sorted(excluded_queries(corpora)), np.uint64))
+    listed = [
+        {"first_row": c.first_row, "documents": len(c.ids), "ids_sha256": ids_sha256(c)} for c in corpora
+    ]
+    about = {"format": FORMAT, "source": source, "manifest": manifest, "left_out": left_out}
+    write_json(folder / "corpus.json", about | {"corpora": listed})
+
+
+class StoredCorpus(Corpus):
+    """A corpus of a run folder: its documents and its queries are opened when they are first asked for."""
+
+    DOCUMENTS, QUERIES = ("ids", "titles", "texts"), ("train", "train_ids", "test", "qrels")
+
+    def __init__(self, folder: Path, t: int, first_row: int, size: int):
+        self.folder, self.name, self.first_row, self.size = folder, f"D{t}", first_row, size
+
+    @property
+    def rows(self) -> range:
+        return range(self.first_row, self.first_row + self.size)
+
+    def __getattr__(self, name: str):  # of what is not there yet
+        if name in self.DOCUMENTS:
+            documents = Documents.open(self.folder / "documents" / self.name)
+            if len(documents) != self.size:
+                counts = f"{len(documents)} documents, corpus.json says {self.size}"
+                raise ValueError(
+                    f"{documents.folder}: found {counts}; they are of different runs, start it anew"
+                )
+            vars(self).update({name: getattr(documents, name) for name in self.DOCUMENTS})
+        elif name in self.QUERIES:
+            path = self.folder / "queries" / f"{self.name}.json"
+            queries = read_json(path)
+            try:
+                queries["train"] = [(row, query) for row, query in queries["train"]]
+                vars(self).update({name: queries[name] for name in self.QUERIES})
+            except (KeyError, TypeError, ValueError) as error:
+                raise damaged(path, f"not the queries of a corpus ({error!r})") from None
+        else:
+            raise AttributeError(name)
+        return vars(self)[name]
+
+
+def load_corpora(folder: Path) -> list[Corpus]:
+    """The corpora of a run; none of their files is opened yet. Raises ValueError where corpus.json is not of a run, or
+    of one of another format.
+    """
+    path, corpora, row = folder / "corpus.json", [], 0
+    about = read_json(path)
+    try:
+        check_format(path, about.get("format", 1))
+        for t, item in enumerate(about["corpora"]):
+            size = item["documents"]
+            if item["first_row"] != row or type(size) is not int or size < 0:
+                raise TypeError("rows do not follow each other")
+            corpora.append(StoredCorpus(folder, t, row, size))
+            row += size
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not the corpora of a run ({error!r})") from None
+    return corpora
+
+
+def load_excluded(folder: Path) -> frozenset[int]:
+    """Digests of all test queries of a run, for queries.PseudoQuerySampler and data.check_no_leak."""
+    return frozenset(read_array(folder / "excluded.npy", np.uint64, 1).tolist())
+
+
+def load_docids(folder: Path) -> Tensor:
+    """docids.npy: (N, M) int64, of all corpora."""
+    return torch.from_numpy(read_array(folder / "docids.npy", np.int16, 2).astype(np.int64))
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def made_for(folder: Path, docids: bool) -> str:
+    """Names what a checkpoint belongs to: sha256 over a run's split, tokenizer and, from D_0 on, docids."""
+    digest = hashlib.sha256()
+    if (folder / "corpus.json").exists():
+        for item in read_json(folder / "corpus.json")["corpora"]:
+            digest.update(item["ids_sha256"].encode())
+    for name in ("tokenizer.model", "docids.npy") if docids else ("tokenizer.model",):
+        if (folder / name).exists():
+            digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def stamp(folder: Path) -> dict:
+    """What every checkpoint says of itself, for `check_stamp`."""
+    docids = (folder / "docids.npy").exists()
+    return {"format": FORMAT, "docids": docids, "made_for": made_for(folder, docids)}
+
+
+def check_stamp(path: Path, value: dict) -> None:
+    """Raises ValueError where a checkpoint is of another format or belongs to another run."""
+    check_format(path, value.get("format") if isinstance(value, dict) else type(value).__name__)
+    if value["made_for"] != made_for(path.parent, value["docids"]):
+        run = f"made for other documents, another tokenizer or other docids than {path.parent} holds"
+        raise damaged(path, f"{run}; it is of another run")
+
+
+def save_model(path: Path, model: T5, stats: list[Stats]) -> None:
+    """A model with its shape, its experts, adapters or prompts, and the OOD statistics of its layers."""
+    layers, bottlenecks, prompts = mixed_layers(model), adapters(model), model.prompts
+    value = stamp(path.parent) | {
+        "t5": asdict(model.config),
+        "mix": asdict(layers[0].config) if layers else None,
+        "frozen": [len(layer.old) for layer in layers],
+        "trainable": [len(layer.new) for layer in layers],
+        "adapters": len(bottlenecks[0].down) if bottlenecks else None,
+        "prompts": [len(prompts.topics), prompts.length] if prompts is not None else None,
+        "model": model.state_dict(),
+        "stats": [stat.state() for stat in stats],
+    }
+    write_tensors(path, value)
+
+
+def load_model(path: Path, device: str = "cpu") -> tuple[T5, list[Stats]]:
+    """The model and OOD statistics of a checkpoint, in evaluation mode."""
+    value = read_tensors(path)
+    check_stamp(path, value)
+    try:
+        model = T5(T5Config(**value["t5"]))
+        if value["mix"]:
+            add_mixture(model, MixConfig(**value["mix"]), value["frozen"], value["trainable"])
+        if value["adapters"]:
+            add_adapters(model, value["adapters"])
+        if value["prompts"]:
+            pool, length = value["prompts"]
+            add_prompts(model, torch.zeros(pool, model.config.width), length)
+        model.load_state_dict(value["model"])
+        return model.to(device).eval(), [Stats(**item) for item in value["stats"]]
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a checkpoint of this program ({error})") from None
+
+
+class LoadedRun:
+    """A run as search and evaluation need it: the tokenizer, the documents, and the model after each corpus."""
+
+    def __init__(self, folder: Path, device: str = "cpu"):
+        self.folder, self.device = folder, device
+        self.config = read_json(folder / "config.json")
+        self.tokenizer = load_tokenizer(folder / "tokenizer.model")
+        self.corpora = load_corpora(folder)
+        self.finished = [t for t in range(len(self.corpora)) if (folder / f"D{t}.pt").is_file()]
+        if not self.finished:
+            to_do = f"go on with train.py --resume {folder}"
+            raise ValueError(f"found no finished corpus (D0.pt ..) in {folder}; {to_do}")
+        self.docids = load_docids(folder)
+        self.ids = Chain([corpus.ids for corpus in self.corpora])
+
+    def headline(self, row: int) -> str:
+        """What to show of a document: its title or, without one, its first words."""
+        corpus = next(corpus for corpus in self.corpora if row in corpus.rows)
+        i = row - corpus.first_row
+        return corpus.titles[i] or " ".join(corpus.texts[i][:400].split()[:12])
+
+    def at(self, t: int) -> tuple[T5, Trie]:
+        """The model after D_t, and the trie of the documents of D_0..D_t."""
+        model, _ = load_model(self.folder / f"D{t}.pt", self.device)
+        return model, Trie(self.docids[: self.corpora[t].rows.stop])
+
+
+class Stages:
+    """stages.json: which stages of a run are done, and what each recorded. Written last: what it names is not redone."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        path = folder / "stages.json"
+        self.records: dict[str, dict] = read_json(path) if path.exists() else {}
+
+    def __contains__(self, stage: str) -> bool:
+        return stage in self.records
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[dict]:
+        """Times a stage; what is put into the dictionary that it gives is recorded. One that is done keeps its record."""
+        begin, record = time.monotonic(), {}
+        yield record
+        if name not in self.records:
+            self.records[name] = {"seconds": time.monotonic() - begin} | record
+            if distributed.is_main_process():
+                decisions = {s: r["decisions"] for s, r in self.records.items() if "decisions" in r}
+                write_json(self.folder / "ood.json", decisions)
+                write_json(self.folder / "stages.json", self.records)
+        distributed.wait()
+
+
+def new_folder(folder: Path, config: dict, overwrite: bool) -> None:
+    """Makes a run's folder with its config; one that holds another run is moved aside, or refused by ValueError."""
+    if (folder / "corpus.json").exists():  # a run that got no further than a wrong --data left nothing to keep
+        if not overwrite:
+            raise ValueError(
+                f"{folder} holds a run already: pass --resume {folder}, --overwrite, or another --run"
+            )
+        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        print(f"moved the earlier run to {aside}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config)
+
+
+def lock(folder: Path):
+    """Keeps others from training in this folder while the returned file is open. Raises ValueError where one does."""
+    file = (folder / "lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        to_do = "wait for it, or pass another --run"
+        raise ValueError(f"{folder}: another process trains here; {to_do}") from None
+    return file
+
+
+# ---------------------------------------------------------------------------------------------- log and resume
+
+
+class Log:
+    """Lines for people in log.txt and on the terminal, and for programs in metrics.jsonl.
+
+    `progress` rewrites one line of a terminal; elsewhere, and in log.txt, it prints a plain line now and
+    then. Of several processes only the first `writes`.
+    """
+
+    def __init__(self, folder: Path, quiet: bool = False, writes: bool = True):
+        self.folder, self.out, self.quiet, self.writes = folder, sys.stdout, quiet, writes
+        self.open_line, self.next_plain = False, 0.0
+
+    def line(self, text: str = "") -> None:
+        """One line, for good."""
+        if not self.writes:
+            return
+        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+        if not self.quiet:
+            clear = "\r\x1b[K" if self.open_line else ""
+            print(clear + text, file=self.out, flush=True)
+        self.open_line = False
+
+    def progress(self, text: str, last: bool = False) -> None:
+        """A line that the next one replaces; every ten seconds, and at the last, it is kept."""
+        if not self.writes:
+            return
+        if last or time.monotonic() >= self.next_plain:
+            self.next_plain = time.monotonic() + 10
+            self.line(text)
+        elif not self.quiet and self.out.isatty():
+            print(f"\r\x1b[K{text}", end="", file=self.out, flush=True)
+            self.open_line = True
+
+    def forget(self, stage: str, step: int) -> None:
+        """Drops what metrics.jsonl says of a stage after `step`, which is done again, and a line that was cut."""
+        path = self.folder / "metrics.jsonl"
+        if not (self.writes and path.exists()):
+            return
+
+        def stays(line: bytes) -> bool:
+            try:
+                values = json.loads(line)
+                return values["stage"] != stage or values["step"] <= step
+            except (ValueError, KeyError, TypeError):
+                return False
+
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and stays(line)]
+        if kept != lines:
+            write(path, b"".join(kept))
+
+    def metrics(self, **values) -> None:
+        """One JSON object on a line of metrics.jsonl; tensors become numbers."""
+        if not self.writes:
+            return
+        plain = {key: value.item() if isinstance(value, Tensor) else value for key, value in values.items()}
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain) + "\n")
+
+
+class Resume:
+    """Saves and restores the stage that is being trained, in latest.pt. Without a folder it does neither."""
+
+    def __init__(self, folder: Path | None, seconds: float, log):
+        self.folder, self.seconds, self.log = folder, seconds, log
+        self.saved = self._read() if folder else {}
+        self.last = time.monotonic()
+
+    @property
+    def stage(self) -> str:
+        """The stage that the folder's latest.pt is of, "" without one."""
+        return self.saved.get("stage", "")
+
+    def _read(self) -> dict:
+        """latest.pt or, where it cannot be trusted, the one before it."""
+        for name in ("latest.pt", "latest.previous.pt"):
+            path = self.folder / name
+            if path.exists():
+                try:
+                    saved = read_tensors(path)
+                    check_stamp(path, saved)
+                    return saved
+                except ValueError as error:
+                    self.log.line(f"{error}; going on without it")
+        return {}
+
+    def restore(self, stage: str, trained: list[Tensor], optimizer, chance: dict) -> int:
+        """Puts everything back to where latest.pt left this stage; returns the number of steps done then."""
+        saved, self.saved = self.saved, {}
+        self.log.forget(stage, saved["step"] if saved.get("stage") == stage else 0)
+        if saved.get("stage") != stage:
+            return 0
+        with torch.no_grad():
+            for p, value in zip(trained, saved["trained"], strict=True):
+                p.copy_(value)
+        optimizer.load_state_dict(saved["optimizer"])
+        for name, source in chance.items():
+            put_state(source, saved["chance"][name])
+        torch.set_rng_state(saved["torch"])
+        if torch.cuda.is_available() and saved["cuda"]:
+            torch.cuda.set_rng_state_all(saved["cuda"])
+        self.log.line(f"{stage}: going on after step {saved['step']}")
+        return saved["step"]
+
+    def due(self) -> bool:
+        """Has it been long enough since the last save?"""
+        return self.folder is not None and time.monotonic() - self.last >= self.seconds
+
+    def save(self, stage: str, step: int, trained: list[Tensor], optimizer, chance: dict) -> None:
+        """Writes latest.pt after `step` steps of a stage; the one before it stays as latest.previous.pt."""
+        if self.folder is None or not distributed.is_main_process():
+            return
+        value = stamp(self.folder) | {
+            "stage": stage,
+            "step": step,
+            "trained": [p.detach() for p in trained],
+            "optimizer": optimizer.state_dict(),
+            "chance": {name: get_state(source) for name, source in chance.items()},
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        path = self.folder / "latest.pt"
+        write_tensors(path.with_name("latest.new.pt"), value)
+        if path.exists():
+            os.replace(path, path.with_name("latest.previous.pt"))
+        os.replace(path.with_name("latest.new.pt"), path)
+        sync_folder(self.folder)
+        self.last = time.monotonic()
+
+
+def get_state(source):
+    """The state of a source of chance: random.Random, torch.Generator, or an object with state()."""
+    if isinstance(source, random.Random):
+        return source.getstate()
+    return source.get_state() if isinstance(source, torch.Generator) else source.state()
+
+
+def put_state(source, state) -> None:
+    if isinstance(source, random.Random):
+        source.setstate(state)
+    elif isinstance(source, torch.Generator):
+        source.set_state(state)
+    else:
+        source.restore(state)
