@@ -31,13 +31,13 @@ import torch
 from torch import Tensor
 
 import baselines
-import cost
 import data
 import dense
 import distributed
 import docids as other_docids
 import download
 import eval as scoring
+import memory
 import mixlora
 import ood
 import published
@@ -222,7 +222,6 @@ METHODS = {
     "joint": PLAIN | dict(joint=True),
     "incdsi": PLAIN | dict(docid_kind="atomic", insert=True, d0_fragments=0),
 }  # fmt: skip
-UNCOUNTED = ("dsi++", "clever", "promptdsi", "corpusbrain++", "joint", "incdsi")  # by cost.py, but for memory
 # Where the paper's recipe of a method differs from its own preset's (appendix E and the released scripts): methods
 # that start from the plain T5 take larger batches on NQ320k, BASE and its relatives fewer epochs; on MS MARCO they warm D_0 up less.
 FROM_PLAIN = [method for method in METHODS if not METHODS[method].get("d0_mixture", True)]
@@ -902,7 +901,9 @@ def train(config: Config, folder: Path, log: store.Log, last: int | None = None)
     if "data" not in done:
         finish("data", begin)
     if config.check_memory:
-        cost.require_memory(config, workload(job), cost.free_memory(config.device), config.device)
+        documents = tuple(len(corpus.ids) for corpus in job.corpora)
+        workload = memory.Workload(documents, config.document_length)
+        memory.require_memory(config, workload, memory.free_memory(config.device), config.device)
     begin = time.monotonic()
     bi_encoder, embeddings = dense_stage(job)
     if distributed.first():
@@ -954,16 +955,6 @@ def train(config: Config, folder: Path, log: store.Log, last: int | None = None)
         store.write_json(folder / "results.json", results)
     distributed.wait()
     return results
-
-
-def workload(job: Job) -> cost.Workload:
-    """What the run has to do, for the estimate of its memory."""
-    per_document, corpora = job.config.pseudo_per_document, job.corpora
-    counts = published.Benchmark(
-        tuple(len(corpus.ids) for corpus in corpora), tuple(per_document * len(corpus.ids) for corpus in corpora),
-        tuple(len(corpus.test) for corpus in corpora), len(corpora[0].train), (), {}, "",
-    )  # fmt: skip
-    return cost.Workload(counts, job.config.document_length)
 
 
 def peak_memory() -> int:
@@ -1209,17 +1200,7 @@ def execute(command: Command, last: int | None = None, quiet: bool = False) -> d
 
 def main(argv: list[str]) -> None:
     command = parse(argv)
-    if command.dry_run:
-        source = command.config.data
-        if source not in cost.WORKLOADS:
-            raise ValueError(f"--dry-run counts --data {' or '.join(cost.WORKLOADS)}, found --data {source}")
-        if command.config.method in UNCOUNTED:
-            raise ValueError(
-                f"--dry-run counts no {command.config.method}; take --method base or mixlora-dsi"
-            )
-        print(cost.table(command.config, cost.WORKLOADS[source]))
-    else:
-        execute(command)
+    execute(command)
 
 
 if __name__ == "__main__":
