@@ -11,9 +11,9 @@ import pytest
 import torch
 from toy import TOY, toy_folder
 
-import experiments
 import run as store
 import train
+from tools import experiments
 
 SHARED = Path(os.environ.get("MIXLORA_DATA", Path(__file__).parents[1] / "../shared/data"))
 FLAGS = [*TOY, "--splits", "60,20,20"]
@@ -35,7 +35,7 @@ def slow(toy, tmp_path_factory) -> Path:
 
 
 def in_this_process(tasks, jobs):
-    for task in sum(tasks, []):
+    for task in tasks:
         print(experiments.perform(task, torch.get_num_threads()))
 
 
@@ -46,17 +46,8 @@ def test_every_row_of_every_experiment_has_a_run_whose_flags_train_accepts():
             run = experiments.RUNS[label]
             config = train.parse([*run.flags.split(), "--run", "x"]).config
             start = train.parse([*experiments.STARTS[run.start].flags.split(), "--run", "x"]).config
-            for name in (
-                "docid_kind",
-                "M",
-                "K",
-                "width",
-                "feed_forward",
-                "split_by",
-                "rank",
-                "ood_mode",
-                "d0_mixture",
-            ):
+            shared = "docid_kind M K width feed_forward split_by rank ood_mode d0_mixture"
+            for name in shared.split():
                 if config.mixture or name not in ("d0_mixture", "ood_mode"):
                     assert getattr(config, name) == getattr(start, name), (label, name)
             assert config.d0_mask == start.d0_mask == "segment", label
@@ -123,10 +114,10 @@ def test_a_start_whose_last_stage_was_not_named_done_is_finished_first(slow, toy
     """As if killed between evaluation_D0.json and stages.json."""
     start = slow / "42" / "start-mixture"
     task = experiments.tasks_of(["slow lr"], 42, slow, ["--data", str(toy), *FLAGS])[0][0]
-    assert experiments.is_done(task)
+    assert task.is_done()
     done = store.read_json(start / "stages.json")
     store.write_json(start / "stages.json", {stage: done[stage] for stage in done if stage != "D0"})
-    assert not experiments.is_done(task)
+    assert not task.is_done()
     with pytest.raises(KeyError, match="D0"):
         experiments.inherit(start, tmp_path / "heir", "D0", train.Config())
     store.write_json(start / "stages.json", done)
