@@ -117,10 +117,9 @@ def stages(config, workload: Workload) -> Iterator[Stage]:
         mix, before = mixture(config, t), parameters(net, mixture(config, t - 1))
         parts, whole = parameters(net, mix), t == 0 or not config.mixture
         n = sum(parts.values())
-        if whole:  # all trains, but for the words of a mixed model
+        trains = parts["docids"] + parts["mixture"] - before["mixture"]  # docid table and newest experts
+        if whole:  # but for the words of a mixed model
             trains = n - bool(mix) * parts["words"]
-        else:  # docid table and newest experts
-            trains = parts["docids"] + parts["mixture"] - before["mixture"]
         old, kl = t and config.kl_old_coef > 0, t and config.kl_coef > 0
         scores = logits(net, config.mask) + 2 * (old + kl) * logits(net)  # a KL has the previous model's too
         example = 14 * scores + (1 + old) * kept(net, mix, query, config.M, whole, again)

@@ -225,7 +225,6 @@ def test_tradeoff_sizes_grow_with_trainable_parameters_and_a_diamond_has_none():
     rows = [row("a", [0.5], [0.1], 100), row("b", [0.4], [0.2], 10_000), row("c", [0.3], [0.3], 1000)]
     rows += [row("bm25", [0.9], [0.0], None), row("insert", [0.8], [0.0], 0), row("dense", [0.7], [0.0])]
     del rows[-1]["trainable_parameters"]
-    plot.require(rows, [plot.ROW], "rows")
     (axes,) = plot.tradeoff(rows).axes
     found = [one for one in axes.collections if isinstance(one, PathCollection)]
     assert [one.get_sizes()[0] for one in found] == pytest.approx([30, 200, 115, 30, 30, 30])
@@ -333,17 +332,15 @@ def test_without_matplotlib_the_message_says_what_to_install(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"metrics": {"recall@10": {"P": P}}}, "results.json: metrics: found recall@10, wanted 'mrr@10' too"),
-        ({"metrics": {"recall@10": {"P": "x"}}}, """metrics: recall@10: P: found "x", wanted a list"""),
-        ({"experts": {"D0": [2.5]}}, "experts: D0[0]: found 2.5, wanted a whole number"),
-        ({"routing": [[0.5]]}, "routing: found [[0.5]], wanted an object"),
-        ({"first_choice": {"D1": [[None]]}}, "first_choice: D1[0][0]: found null, wanted a number"),
-        ({"method": 7}, "method: found 7, wanted text"),
+        ({"metrics": {"recall@10": {"P": P}}}, "KeyError: 'mrr@10'"),
+        ({"metrics": {"recall@10": {"P": [7]}}}, "TypeError: "),
+        ({"routing": [[0.5]]}, "AttributeError: "),
+        ({"baselines": {"bm25": {}}}, "KeyError: 'recall@10'"),
     ],
 )
 def test_results_of_another_form_are_refused_by_name(tmp_path, changes, said):
     folder = run_folder(tmp_path / "run", results(**changes), decisions())
-    with pytest.raises(ValueError, match=re.escape(said)):
+    with pytest.raises(ValueError, match=re.escape(f"{folder}: not of the form") + ".*" + re.escape(said)):
         plot.main([str(folder)])
     assert not (folder / "plots").exists()
 
@@ -355,13 +352,13 @@ def test_a_folder_without_results_and_a_file_that_is_not_json_are_refused(tmp_pa
     with pytest.raises(ValueError, match="table1.json: not JSON"):
         plot.main([str(tmp_path / "table1.json")])
     (tmp_path / "table1.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"table1.json: found \[\], wanted an object"):
+    with pytest.raises(ValueError, match=r"table1.json: not of the form"):
         plot.main([str(tmp_path / "table1.json")])
 
 
 def test_ood_of_another_form_is_refused(tmp_path):
     folder = run_folder(tmp_path / "run", results(), {"D1": [{"histogram": {"edges": [0, 1]}}]})
-    with pytest.raises(ValueError, match=r"ood.json: D1\[0\]: found histogram, wanted 'ood_percent' too"):
+    with pytest.raises(ValueError, match="not of the form .*KeyError: 'queries'"):
         plot.main([str(folder)])
 
 
@@ -371,5 +368,5 @@ def test_an_experiment_of_another_form_is_refused(tmp_path):
         plot.main([str(experiment(path, rows=[]))])
     with pytest.raises(ValueError, match="found the name '../table1', wanted letters"):
         plot.main([str(experiment(path, name="../table1"))])
-    with pytest.raises(ValueError, match=r"rows\[0\]: found label, wanted 'metrics' too"):
+    with pytest.raises(ValueError, match="not of the form .*KeyError: 'metrics'"):
         plot.main([str(experiment(path, rows=[{"label": "ours"}]))])

@@ -12,9 +12,9 @@ import torch
 from toy import TOY, toy_folder
 
 import dense
-import doc2query
 import run
 import train
+from tools import doc2query
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

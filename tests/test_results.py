@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-import experiments
 import run as store
+from tools import experiments
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "RESULTS.md").read_text()

@@ -19,21 +19,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import memory
 import train
 from dense import teacher_of_round
-from memory import (
-    EMBED_BATCH,
-    LONGEST_QUERY,
-    SCAN_BATCH,
-    Stage,
-    Workload,
-    kept,
-    logits,
-    mixture,
-    network,
-    parameters,
-    stages,
-)
+from memory import Stage, Workload, kept, logits, mixture, network, parameters
 from mixlora import MixConfig, expert_parameters
 from published import BENCHMARKS
 from rq import ITERATIONS, MOST_POINTS, POINTS_PER_CENTROID
@@ -199,7 +188,7 @@ def docid_step(config, net: T5Config, t: int, batch: int, source: int, tokens=0)
 
 def query_lengths(config) -> tuple[int, int]:
     """Tokens of a query on average, and of the longest of a batch, to which the others are padded."""
-    return min(QUERY, config.query_length), min(LONGEST_QUERY, config.query_length)
+    return min(QUERY, config.query_length), min(memory.LONGEST_QUERY, config.query_length)
 
 
 def first_rows(config, held: dict) -> Iterator[Row]:
@@ -220,9 +209,9 @@ def first_rows(config, held: dict) -> Iterator[Row]:
     flops = mined * queries * (embedding(net, 1, query) + 2 * d0 * net.width)
     flops += mined * d0 * embedding(net, 1, document)
     (stage, _), made = held["document embeddings", None], kept(net, None, document, 1)
-    yield inference(replace(stage, name="mining"), flops, mined * d0, EMBED_BATCH, made, rate="bf16")
+    yield inference(replace(stage, name="mining"), flops, mined * d0, memory.EMBED_BATCH, made, rate="bf16")
     flops = texts * embedding(net, 1, document) + config.rq_pseudo * d0 * embedding(net, 1, query)
-    yield inference(stage, flops, texts, EMBED_BATCH, made)
+    yield inference(stage, flops, texts, memory.EMBED_BATCH, made)
 
     points = min(d0 * (1 + config.rq_pseudo), max(POINTS_PER_CENTROID * net.centroids, MOST_POINTS))
     flops = 0 if config.docids else quantiser(net, config.rq_beam, points, texts)
@@ -244,15 +233,13 @@ def corpus_rows(config, held: dict, t: int) -> Iterator[Row]:
     if mix:
         old = products(net, before, 1, query, M)
         encoder, whole = old.pop("encoder"), sum(old.values())
-        teachers = (
-            (t > 0) * (1 + (config.kl_old_coef > 0)) * queries
-        )  # decoded to the end, by the model before
+        teachers = (t > 0) * (1 + (config.kl_old_coef > 0)) * queries  # decoded to the end, by the one before
         control = config.control_queries if before else 0  # to the last router, by that model,
         last = queries if t else min(queries, config.calibration_queries)  # and by the one after D_t
         flops = (last + control) * encoder + teachers * whole + last * routing(net, mix, 1, query, M)
         flops += control * routing(net, before, 1, query, M) if before else 0
         texts = teachers + control + last  # bytes at most: as if each were encoded and decoded to the end
-        yield inference(held["scans", t][0], flops, texts, SCAN_BATCH, kept(net, mix, query, M))
+        yield inference(held["scans", t][0], flops, texts, memory.SCAN_BATCH, kept(net, mix, query, M))
 
     tests = sum(counts.test_queries[: t + 1])
     flops, made = beam_search(net, mix, tests, query, config.beam), kept(net, mix, query, config.beam * M)
@@ -276,7 +263,7 @@ def inference(held: Stage, flops: float, texts: int, batch: int, made: int, rate
 def rows(config) -> list[Row]:
     """What each stage of a run costs."""
     workload = WORKLOADS[config.data]
-    both = zip(stages(config, workload), stages(replace(config, recompute=False), workload))
+    both = zip(memory.stages(config, workload), memory.stages(replace(config, recompute=False), workload))
     held = {(stage.name, stage.t): (stage, whole.activations) for stage, whole in both}
     found = list(first_rows(config, held))
     for t in range(len(workload.documents)):

@@ -414,10 +414,9 @@ def updates(patient: Patient) -> Finding:
 def learnt(patient: Patient) -> Finding:
     """Recall on queries as trained on against test queries: neither, both, or the former alone (by heart)."""
     said, found, before = [], [("ok", "")], {}
-    for t, i in dict.fromkeys(
-        [(0, 0), (patient.t, patient.t), (patient.t, 0)]
-    ):  # corpus D_i by the model after D_t
-        model, trie = patient.last if t == patient.t else patient.run.at(t)
+    last = patient.t
+    for t, i in dict.fromkeys([(0, 0), (last, last), (last, 0)]):  # corpus D_i by the model after D_t
+        model, trie = patient.last if t == last else patient.run.at(t)
         trained = patient.recall(model, trie, patient.training_queries(i))
         tested = patient.recall(model, trie, patient.asked(patient.count, i))
         said.append(f"D_{i} after D{t} {percent(trained)} trained on, {percent(tested)} test")

@@ -1,7 +1,7 @@
 """The pictures of a run, and of an experiment.
 
 Paper    figures 1 and 3: AP against BWT of each method; which experts the tokens of each corpus choose
-In       results.json and ood.json of a run folder; or an experiment's JSON {"name", "rows"}, see EXPERIMENT
+In       results.json and ood.json of a run folder; or an experiment's JSON {"name", "rows"}
 Out      matplotlib Figures; `python -m tools.plot RUN` writes RUN/plots/*.svg and *.png, `python -m tools.plot
          EXPERIMENT.json` writes plots/NAME_*.svg and *.png beside the file
 Next     README shows them; nothing reads them
@@ -11,7 +11,6 @@ Differs  the paper's Figure 3 has one layer and the last model; here every mixed
 
 import argparse
 import io
-import json
 import math
 import re
 import sys
@@ -21,21 +20,6 @@ from pathlib import Path
 import numpy as np
 
 from run import read_json, write
-
-NUMBER, OPTIONAL = int | float, int | float | None  # OPTIONAL may be null or absent
-# What is read of each file: {key: form}, {...: the form of every value}, [the form of every item], or a type.
-CURVES = {"recall@10": {"P": [[NUMBER]]}, "mrr@10": {"P": [[NUMBER]]}}
-RESULTS = {
-    "method": str, "data": str, "seed": int, "metrics": CURVES,
-    "baselines": {...: {"recall@10": {"AP": NUMBER}, "mrr@10": {"AP": NUMBER}}},
-    "experts": {...: [int]}, "routing": {...: [[NUMBER]]}, "first_choice": {...: [[NUMBER]]},
-    "trainable_parameters": {...: int},
-}  # fmt: skip
-HISTOGRAM = {"edges": [NUMBER], "queries": [NUMBER], "control": [NUMBER], "threshold": NUMBER}
-OOD = {...: [{"ood_percent": NUMBER, "control_percent": NUMBER, "histogram": HISTOGRAM}]}
-SEEDS = {"AP": [NUMBER], "BWT": [NUMBER]}
-ROW = {"label": str, "metrics": {"recall@10": SEEDS, "mrr@10": SEEDS}, "trainable_parameters": OPTIONAL}
-EXPERIMENT = {"name": str, "rows": [ROW]}
 
 TITLES = {"recall@10": "Recall@10", "mrr@10": "MRR@10"}
 # Okabe and Ito's colours, which colour-blind readers tell apart, with grey in place of yellow
@@ -74,26 +58,6 @@ def new_figure(height: float):
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
-
-
-def require(value, form, where: str) -> None:
-    """Raises ValueError where a JSON value has another form than wanted (see RESULTS)."""
-    kind = type(form) if isinstance(form, (dict, list)) else form
-    if not isinstance(value, kind):
-        wanted = {dict: "an object", list: "a list", str: "text", int: "a whole number"}.get(kind, "a number")
-        raise ValueError(f"{where}: found {json.dumps(value)[:60]}, wanted {wanted}")
-    if isinstance(form, list):
-        for i, item in enumerate(value):
-            require(item, form[0], f"{where}[{i}]")
-    elif isinstance(form, dict):
-        for key, part in form.items():
-            for name in value if key is ... else [key]:
-                if name not in value and part is OPTIONAL:
-                    continue
-                if name not in value:
-                    found = ", ".join(value) or "nothing"
-                    raise ValueError(f"{where}: found {found[:100]}, wanted {name!r} too")
-                require(value[name], part, f"{where}: {name}")
 
 
 # ------------------------------------------------------------------------------------------------ a run's pictures
@@ -358,13 +322,11 @@ def _areas(parameters: list[float | None]) -> list[float]:
 def run_pictures(folder: Path) -> tuple[dict, str]:
     """{name: Figure} of a run folder, and what is left out."""
     results = read_json(folder / "results.json")
-    require(results, RESULTS, str(folder / "results.json"))
     figures = {"accuracy": accuracy(results)}
     if not any(results["routing"].values()):
         return figures, f"left out routing, growth and energies: {results['method']} routed no corpus"
     figures |= {"routing": routing(results), "growth": growth(results)}
     ood = read_json(folder / "ood.json")
-    require(ood, OOD, str(folder / "ood.json"))
     if not any(ood.values()):
         return figures, "left out energies: ood.json holds no decision"
     return figures | {"energies": energies(ood)}, ""
@@ -372,17 +334,14 @@ def run_pictures(folder: Path) -> tuple[dict, str]:
 
 def experiment_pictures(path: Path) -> dict:
     """{name: Figure} of an experiment's JSON."""
-    found = read_json(path)
-    require(found, EXPERIMENT, str(path))
-    name = found["name"]
+    content = read_json(path)
+    name, rows = content["name"], content["rows"]
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"{path}: found the name {name!r}, wanted letters, digits, '_', '.' and '-' alone")
-    if not found["rows"]:
+    if not rows:
         raise ValueError(f"{path}: found no rows, wanted one for each system")
-    return {
-        f"{name}_tradeoff": tradeoff(found["rows"], "recall@10", name),
-        f"{name}_tradeoff_mrr": tradeoff(found["rows"], "mrr@10", name),
-    }
+    metrics = {f"{name}_tradeoff": "recall@10", f"{name}_tradeoff_mrr": "mrr@10"}
+    return {key: tradeoff(rows, metric, name) for key, metric in metrics.items()}
 
 
 @style()
@@ -397,12 +356,18 @@ def save(figure, path: Path) -> None:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Draw the pictures of a run, or of an experiment.")
     parser.add_argument("run", type=Path, help="run folder, or an experiment's JSON file")
-    path = parser.parse_args(argv).run
-    if path.is_file():
-        folder, figures, left_out = path.parent / "plots", experiment_pictures(path), ""
-    else:
-        folder = path / "plots"
-        figures, left_out = run_pictures(path)
+    path, left_out = parser.parse_args(argv).run, ""
+    folder = (path.parent if path.is_file() else path) / "plots"
+    try:
+        if path.is_file():
+            figures = experiment_pictures(path)
+        else:
+            figures, left_out = run_pictures(path)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{path}: not of the form that train.py or tools.experiments write ({reason})"
+        ) from error
     folder.mkdir(exist_ok=True)
     for name, figure in figures.items():
         save(figure, folder / name)
