@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distributed
-from bm25 import BM25
 from arrays import Lookup, StreamedFile, Tokens, read_tensors, write_tensors
+from bm25 import BM25
 from data import EOS, Corpus, read_lines, tokenize
 from optim import Stage, fit, parameter_groups
 from t5 import T5

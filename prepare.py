@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import weights
 from torch import Tensor
 
 import data
@@ -26,7 +27,6 @@ import published
 import queries
 import rq
 import store
-import weights
 from arrays import ArrayWriter, Chain, Lookup, Tokens, open_array
 from bm25 import BM25
 from config import Config
@@ -315,12 +315,7 @@ def decoded(books: Tensor, codes: Tensor):
 
 def check_memory(run: Run) -> None:
     """Raises ValueError where the run's stages would need more memory than is free."""
-    per_document, corpora = run.config.pseudo_per_document, run.corpora
-    counts = published.Benchmark(
-        tuple(len(corpus.rows) for corpus in corpora), tuple(per_document * len(corpus.rows) for corpus in corpora),
-        tuple(len(corpus.test) for corpus in corpora), len(corpora[0].train), (), {}, "",
-    )  # fmt: skip
-    workload = memory.Workload(counts, run.config.document_length)
+    workload = memory.Workload(tuple(len(c.rows) for c in run.corpora), run.config.document_length)
     memory.require_memory(run.config, workload, memory.free_memory(run.config.device), run.config.device)
 
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ood
-from data import PAD
 from arrays import scratch
+from data import PAD
 from mixlora import mixed_layers, routes_of
 from t5 import T5
 

@@ -275,7 +275,9 @@ class Stages:
 
 def new_folder(folder: Path, config: dict, overwrite: bool) -> None:
     """Makes a run's folder with its config; one that holds another run is moved aside, or refused by ValueError."""
-    if (folder / "corpus.json").exists():  # a run that got no further than a wrong --data left nothing to keep
+    if (
+        folder / "corpus.json"
+    ).exists():  # a run that got no further than a wrong --data left nothing to keep
         if not overwrite:
             raise ValueError(
                 f"{folder} holds a run already: pass --resume {folder}, --overwrite, or another --run"

@@ -41,6 +41,7 @@ import mixlora
 import ood
 import rq
 import train
+from config import Config
 from losses import docid_cross_entropy, kl_to_previous, router_losses
 from optim import parameter_groups
 from scan import SourceCache, scan
@@ -332,7 +333,7 @@ def grow(model: T5) -> None:
 
 
 def continual_step(model: T5, source_of: Callable, teacher_of: Callable, rq_before: Tensor, codes: Tensor):
-    config = train.Config()
+    config = Config()
 
     def loss() -> Tensor:
         source, padding = source_of()

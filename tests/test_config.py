@@ -5,9 +5,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
-import config
 import store
 import train
+from config import SMALL, Config, parse
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_help_groups_every_field_of_config_by_stage(capsys):
     with pytest.raises(SystemExit, match="0"):
         train.main(["--help"])
     text = capsys.readouterr().out
-    assert all(f"--{name} " in text or f"--{name}," in text for name in config.Config.__dataclass_fields__)
+    assert all(f"--{name} " in text or f"--{name}," in text for name in Config.__dataclass_fields__)
     assert [text.index(f"\n{group}:") for group in ("data", "model", "dense", "docids", "mixture", "growth")]
 
 
@@ -68,21 +68,21 @@ def test_a_folder_that_holds_a_run_is_refused_and_overwrite_moves_it_aside(tmp_p
 
 
 def test_a_run_may_be_moved_and_one_of_another_version_is_refused_by_name(tmp_path):
-    store.new_folder(tmp_path / "old", asdict(config.Config(lr=0.5)), overwrite=False)
+    store.new_folder(tmp_path / "old", asdict(Config(lr=0.5)), overwrite=False)
     (tmp_path / "old").rename(tmp_path / "new")
-    command = config.parse(["--resume", str(tmp_path / "new")])
+    command = parse(["--resume", str(tmp_path / "new")])
     assert command.resume and command.config.lr == 0.5 and command.config.run == str(tmp_path / "new")
     store.write_json(tmp_path / "new" / "config.json", {"learning_rate": 1})
     with pytest.raises(ValueError, match="config.json: written by another version"):
-        config.parse(["--resume", str(tmp_path / "new")])
+        parse(["--resume", str(tmp_path / "new")])
 
 
 def test_flags_override_the_method_and_the_method_overrides_the_preset():
-    settings = config.parse(["--method", "naive-expansion"]).config
-    assert (settings.router, settings.kl_coef, settings.width) == ("linear", 0.0, config.SMALL["width"])
-    settings = config.parse(["--method", "naive-expansion", "--router", "cosine", "--kl-coef", "0.2"]).config
+    settings = parse(["--method", "naive-expansion"]).config
+    assert (settings.router, settings.kl_coef, settings.width) == ("linear", 0.0, SMALL["width"])
+    settings = parse(["--method", "naive-expansion", "--router", "cosine", "--kl-coef", "0.2"]).config
     assert (settings.router, settings.kl_coef) == ("cosine", 0.2)
-    settings = config.parse(["--data", "some/folder", "--preset", "nq320k", "--method", "base"]).config
+    settings = parse(["--data", "some/folder", "--preset", "nq320k", "--method", "base"]).config
     assert (settings.M, settings.K, settings.width, settings.batch, settings.epochs) == (8, 2048, 768, 128, 5)
 
 
@@ -123,6 +123,6 @@ PLAIN = dict(d0_mixture=False)
     ],
 )  # fmt: skip
 def test_presets_carry_the_recipe_of_the_paper_for_every_method(data, method, recipe):
-    settings = config.parse(["--data", data, "--method", method, "--pseudo_queries", "drawn"]).config
+    settings = parse(["--data", data, "--method", method, "--pseudo_queries", "drawn"]).config
     assert {name: getattr(settings, name) for name in recipe} == recipe
     assert settings.precision == ("bf16" if torch.cuda.is_available() else "float32")

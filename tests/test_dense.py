@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 import data
 import dense
 import queries
+from arrays import Documents, Tokens
 from bm25 import BM25
 from data import EOS, PAD, Corpus
 from dense import Windows, in_batch_contrastive, margin_mse, nearest, recall
-from arrays import Documents, Tokens, digest
 from t5 import T5, T5Config
 
 # ----------------------------------------------------------------------------------------------------- search

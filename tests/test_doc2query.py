@@ -4,17 +4,16 @@ import json
 import runpy
 import sys
 import types
-from dataclasses import asdict
 from itertools import product
 
 import pytest
 import torch
 
 import data
-import doc2query
 from data import Corpus, load_tokenizer, read_pseudo_queries, store_pseudo_queries, train_tokenizer
-from doc2query import document_uniforms, draw, main, next_word_probabilities, sample
 from t5 import T5, T5Config, load_published, to_published
+from tools import doc2query
+from tools.doc2query import document_uniforms, draw, main, next_word_probabilities, sample
 
 TEMPERATURE, TOP_K = 0.2, 5
 
@@ -341,10 +340,6 @@ def by_document(out) -> dict[str, list[str]]:
     return found
 
 
-def progress_of(out) -> dict:
-    return json.loads(doc2query.progress_path(out).read_text())
-
-
 @pytest.fixture(scope="module")
 def whole(folder):
     """The output of a run that nobody stopped."""
@@ -352,24 +347,25 @@ def whole(folder):
     return folder / "whole.jsonl"
 
 
-def test_lines_come_in_document_order_and_the_counts_add_up(folder, whole):
-    found, progress = by_document(whole), progress_of(whole)
+def test_lines_come_in_document_order_and_the_counts_add_up(folder, whole, tmp_path, capsys):
+    found = by_document(whole)
     ids = [line["_id"] for line in read_documents(folder)]
     assert list(found) == [doc_id for doc_id in ids if doc_id in found] and len(found) == 23
-    assert progress["finished"] and progress["documents"] == 23
-    assert progress["queries"] == sum(map(len, found.values())) == len(whole.read_text().splitlines())
-    assert progress["wordless"] > 0 and progress["queries"] + progress["wordless"] == 23 * 4
-    assert progress["size"] == whole.stat().st_size and progress["without_query"] == 0
+    written = sum(map(len, found.values()))
+    assert 0 < written < 23 * 4  # some samples have no word
+    main(command(folder, tmp_path / "out.jsonl"))
+    said = f"{written} queries of 23 documents; left out {23 * 4 - written} samples without a word"
+    assert capsys.readouterr().out.splitlines()[-1] == said
 
 
 def test_data_reads_the_output(folder, whole, tmp_path):
-    ids, progress = [line["_id"] for line in read_documents(folder)], progress_of(whole)
+    ids = [line["_id"] for line in read_documents(folder)]
     read = [(doc_id, query) for _, doc_id, query in read_pseudo_queries(whole)]
     assert read == [(doc_id, query) for doc_id, found in by_document(whole).items() for query in found]
     counts = store_pseudo_queries(
         read_pseudo_queries(whole), tmp_path, [Corpus(0, ids, [""] * 23, [""] * 23)], set(), strict=True
     )
-    assert counts == {"kept": progress["queries"]}
+    assert counts == {"kept": len(read)}
 
 
 def test_a_document_has_the_same_queries_in_any_batch_and_order(folder, whole, tmp_path):
@@ -406,27 +402,61 @@ def stop_at(monkeypatch, name: str, call: int) -> None:
     monkeypatch.setattr(doc2query, name, counted)
 
 
-GARBAGE = [b"", b'{"doc_id": "d8", "query": "half a document"}\n{"doc_id": "d8", "qu\xff']
+GARBAGE = [b"", b'{"doc_id": "d8", "qu\xff', b'{"doc_id": "d8", "query": "half a document"}\n{"doc_id": "d']
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
-@pytest.mark.parametrize("name, call", [("sample", 1), ("sample", 3), ("write_json", 2), ("write_json", 7)])
+@pytest.mark.parametrize("call, done", [(1, 0), (3, 4), (6, 16)])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
-    folder, whole, tmp_path, monkeypatch, capsys, name, call, garbage
+    folder, whole, tmp_path, monkeypatch, capsys, call, done, garbage
 ):
+    """The last batch of which a line is there is sampled again: whether all of it is there, no line says."""
     out = tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:
-        stop_at(patch, name, call)  # write_json: the lines of a batch are written, their count is not
+        stop_at(patch, "sample", call)
         with pytest.raises(Stopped):
             main(command(folder, out))
-    done = progress_of(out)["documents"]
-    assert done == 4 * (call - 1 if name == "sample" else call - 2) and not progress_of(out)["finished"]
+    before = out.read_bytes()
+    assert whole.read_bytes().startswith(before) and (len(before) > 0) == (call > 1)
     with out.open("ab") as file:
-        file.write(garbage)
+        file.write(garbage if call == 3 else garbage.split(b"\n")[-1])  # d8 comes after two batches of four
     main(command(folder, out))
     assert out.read_bytes() == whole.read_bytes()
-    assert progress_of(out) == progress_of(whole)  # all counts, too
-    assert (f"goes on after {done} documents" in capsys.readouterr().out) == (done > 0)
+    said, more = capsys.readouterr().out, b"\n" in garbage and call == 3
+    assert (f"goes on after {8 if more else done} documents" in said) == (done > 0)
+
+
+def test_a_run_goes_on_wherever_its_file_was_cut(folder, whole, tmp_path):
+    content = whole.read_bytes()
+    main(command(folder, tmp_path / "out.jsonl"))
+    for size in range(0, len(content), 97):
+        (tmp_path / "out.jsonl").write_bytes(content[:size])
+        main(command(folder, tmp_path / "out.jsonl"))
+        assert (tmp_path / "out.jsonl").read_bytes() == content
+
+
+def test_a_run_goes_on_past_documents_without_a_query(folder, tmp_path, monkeypatch):
+    """d1 and d4..d7 are sampled without a word, so that no line tells that they are done."""
+    whole, out, sample = tmp_path / "whole.jsonl", tmp_path / "out.jsonl", doc2query.queries
+
+    def some_silent(model, tokenizer, batch, args):
+        texts = sample(model, tokenizer, batch, args)
+        return [
+            ["?!"] * 4 if doc_id in ("d1", "d4", "d5", "d6", "d7") else t
+            for (doc_id, _), t in zip(batch, texts)
+        ]
+
+    monkeypatch.setattr(doc2query, "queries", some_silent)
+    main(command(folder, whole))
+    assert not {"d1", "d4", "d7"} & set(by_document(whole)) and "d8" in by_document(whole)
+    for call in (2, 3, 4):
+        out.unlink(missing_ok=True)
+        with monkeypatch.context() as patch:
+            stop_at(patch, "queries", call)
+            with pytest.raises(Stopped):
+                main(command(folder, out))
+        main(command(folder, out))
+        assert out.read_bytes() == whole.read_bytes()
 
 
 def test_a_run_goes_on_with_another_batch_size(folder, whole, tmp_path, monkeypatch):
@@ -439,11 +469,11 @@ def test_a_run_goes_on_with_another_batch_size(folder, whole, tmp_path, monkeypa
     assert out.read_bytes() == whole.read_bytes()
 
 
-def test_a_finished_run_has_nothing_to_do(folder, whole, capsys, monkeypatch):
-    before = whole.read_bytes()
-    monkeypatch.setattr(doc2query, "load", lambda args: pytest.fail("the model is not needed"))
+def test_a_finished_run_samples_its_last_batch_again_and_stays_as_it_is(folder, whole, tmp_path, monkeypatch):
+    before, calls, sample = whole.read_bytes(), [], doc2query.sample
+    monkeypatch.setattr(doc2query, "sample", lambda *args: calls.append(1) or sample(*args))
     main(command(folder, whole))
-    assert "nothing to do" in capsys.readouterr().out and whole.read_bytes() == before
+    assert whole.read_bytes() == before and len(calls) == 1
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -453,17 +483,15 @@ def test_a_finished_run_has_nothing_to_do(folder, whole, capsys, monkeypatch):
     "change", [{"top_k": 9}, {"temperature": 1.5}, {"seed": 1}, {"per_document": 5}, {"query_length": 7}]
 )
 def test_other_settings_are_refused_and_nothing_is_touched(folder, whole, change):
-    before, progress = whole.read_bytes(), progress_of(whole)
-    (name, value), *_ = change.items()
-    message = (
-        f"23 documents sampled with {name}={progress['settings'][name]}; this command says {name}={value}"
-    )
+    before, settings = whole.read_bytes(), doc2query.settings_path(whole).read_bytes()
+    ((name, value),) = change.items()
+    message = f"sampled with {name}={json.loads(settings)[name]}; this command says {name}={value}"
     with pytest.raises(ValueError, match=message):
         main(command(folder, whole, **change))
-    assert whole.read_bytes() == before and progress_of(whole) == progress
+    assert whole.read_bytes() == before and doc2query.settings_path(whole).read_bytes() == settings
 
 
-def test_settings_may_change_as_long_as_no_document_is_done(folder, whole, tmp_path, monkeypatch):
+def test_settings_may_change_as_long_as_nothing_is_written(folder, whole, tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:
         stop_at(patch, "sample", 1)
@@ -473,37 +501,29 @@ def test_settings_may_change_as_long_as_no_document_is_done(folder, whole, tmp_p
     assert out.read_bytes() == whole.read_bytes()
 
 
-def test_an_output_without_progress_is_refused(folder, tmp_path):
+def test_an_output_without_settings_is_refused(folder, tmp_path):
     out = tmp_path / "out.jsonl"
     out.write_text("precious\n")
-    with pytest.raises(
-        ValueError, match=r"found .*out.jsonl without out.jsonl.progress.json.*pass another --out"
-    ):
+    message = r"found .*out.jsonl without out.jsonl.settings.json.*pass another --out"
+    with pytest.raises(ValueError, match=message):
         main(command(folder, out))
     assert out.read_text() == "precious\n"
 
 
-def test_an_output_shorter_than_its_progress_is_refused(folder, whole, tmp_path):
+@pytest.mark.parametrize("line", ["{half\n", "[]\n", '{"query": "of no document"}\n'])
+def test_a_line_that_this_command_did_not_write_is_named(folder, whole, tmp_path, line):
     out = tmp_path / "out.jsonl"
-    doc2query.progress_path(out).write_bytes(doc2query.progress_path(whole).read_bytes())
-    size = whole.stat().st_size
-    with pytest.raises(ValueError, match=f"found 0 bytes, wanted the {size}"):
+    doc2query.settings_path(out).write_bytes(doc2query.settings_path(whole).read_bytes())
+    out.write_text(line)
+    with pytest.raises(ValueError, match=r"out.jsonl:1: not a line of this command"):
         main(command(folder, out))
-    out.write_bytes(whole.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"found {size - 1} bytes, wanted the {size}"):
-        main(command(folder, out))
+    assert out.read_text() == line
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"settings": 3}', '{"settings": {}, "unknown": 1}', "{half"])
-def test_a_broken_progress_file_is_named(folder, tmp_path, content):
-    out = tmp_path / "out.jsonl"
-    doc2query.progress_path(out).write_text(content)
-    with pytest.raises(ValueError, match=r"out.jsonl.progress.json: not the progress"):
-        main(command(folder, out))
-
-
-@pytest.mark.parametrize("edit", ["text", "removed", "cut"])
-def test_documents_that_changed_before_the_point_of_resuming_are_refused(folder, tmp_path, monkeypatch, edit):
+@pytest.mark.parametrize("edit, absent", [("removed", "d0"), ("cut", "d3")])
+def test_documents_that_are_gone_before_the_point_of_resuming_are_refused(
+    folder, tmp_path, monkeypatch, edit, absent
+):
     out, source, lines = tmp_path / "out.jsonl", tmp_path / "corpus.jsonl", read_documents(folder)
     write_documents(source, lines)
     with monkeypatch.context() as patch:
@@ -511,18 +531,12 @@ def test_documents_that_changed_before_the_point_of_resuming_are_refused(folder,
         with pytest.raises(Stopped):
             main(command(folder, out, documents=source))
     before = out.read_bytes()
-    changed = {
-        "text": [lines[0] | {"text": "another"}, *lines[1:]],
-        "removed": lines[1:],
-        "cut": lines[:3],  # fewer than the eight that are done
-    }
-    write_documents(source, changed[edit])
-    with pytest.raises(ValueError, match="first 8 documents are not those"):
+    write_documents(source, {"removed": lines[1:], "cut": lines[:3]}[edit])
+    with pytest.raises(ValueError, match=f"found no document {absent} where"):
         main(command(folder, out, documents=source))
     assert out.read_bytes() == before
-    write_documents(
-        source, [*lines[:8], {"_id": "late", "text": "a new bird"}]
-    )  # what comes later may change
+    late = {"_id": "late", "text": "a new bird"}
+    write_documents(source, [*lines[:8], late])  # what comes later may change
     main(command(folder, out, documents=source))
     assert list(by_document(out))[-1] == "late"
 
@@ -586,15 +600,6 @@ def test_text_drops_unknown_pieces_padding_and_rows_beyond_the_pieces(folder):
     assert doc2query.to_text(tokenizer, [0, 0, 2]) == doc2query.to_text(tokenizer, []) == ""
 
 
-def test_a_document_of_wordless_samples_is_done_and_counted():
-    progress = doc2query.Progress({})
-    content = doc2query.keep([("a", "x"), ("b", "y")], [["", "?!"], ["what is é", "", "why"]], progress)
-    lines = [json.loads(line) for line in content.decode().splitlines()]
-    assert lines == [{"doc_id": "b", "query": "what is é"}, {"doc_id": "b", "query": "why"}]
-    want = dict(documents=2, queries=2, wordless=3, without_query=1, size=len(content))
-    assert {name: value for name, value in asdict(progress).items() if name in want} == want
-
-
 def test_progress_lines_say_how_fast(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(doc2query, "SECONDS_BETWEEN_LINES", 0)
     main(command(folder, tmp_path / "out.jsonl"))
@@ -607,12 +612,14 @@ def test_the_command_says_what_is_wrong_and_how_to_go_on(folder, tmp_path, monke
     def exits(arguments: list[str]) -> str:
         monkeypatch.setattr(sys, "argv", ["doc2query.py", *arguments])
         with pytest.raises(SystemExit) as stop:
-            runpy.run_path(doc2query.__file__, run_name="__main__")
+            runpy.run_module("tools.doc2query", run_name="__main__")
         return str(stop.value)
 
     out = tmp_path / "out.jsonl"
-    assert exits(command(folder, out, top_k=0)) == "doc2query.py: found --top_k 0, wanted a positive number"
-    assert exits(command(folder, tmp_path / "no" / "out.jsonl")).startswith("doc2query.py: [Errno 2]")
+    assert (
+        exits(command(folder, out, top_k=0)) == "tools.doc2query: found --top_k 0, wanted a positive number"
+    )
+    assert exits(command(folder, tmp_path / "no" / "out.jsonl")).startswith("tools.doc2query: [Errno 2]")
 
     def interrupt(*args):
         raise KeyboardInterrupt

@@ -11,7 +11,6 @@ import pytest
 import torch
 from toy import TOY, toy_folder
 
-import doctor
 import losses
 import ood
 import rq
@@ -19,19 +18,9 @@ import store
 import train
 from arrays import StringsWriter
 from t5 import T5
+from tools import doctor
 
-LONGER = [
-    "--M",
-    "4",
-    "--dense_warmup_steps",
-    "60",
-    "--d0_steps",
-    "120",
-    "--steps",
-    "25",
-    "--align_coef",
-    "0.05",
-]
+LONGER = "--M 4 --dense_warmup_steps 60 --d0_steps 120 --steps 25 --align_coef 0.05".split()
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +75,7 @@ def test_a_sound_run_passes_every_check_with_exit_status_0(healthy, capsys):
 def test_a_run_stopped_after_d0_passes(sick):
     for name in ("D1.pt", "D2.pt"):
         (sick / name).unlink()
-    findings = list(doctor.examine(doctor.Patient(sick, 20, "cpu")))
+    findings = [found for _, found in doctor.examine(doctor.Patient(sick, 20, "cpu"))]
     assert {found.verdict for found in findings} == {"ok"}
 
 
@@ -133,7 +122,7 @@ def test_centroids_in_another_order_than_the_docids_count_them(sick):
 
 def test_codes_outside_the_codebooks_stop_no_other_check(sick):
     change_docids(sick, lambda codes: codes + 16)
-    findings = list(doctor.examine(doctor.Patient(sick, 20, "cpu")))
+    findings = [found for _, found in doctor.examine(doctor.Patient(sick, 20, "cpu"))]
     assert len(findings) == len(doctor.CHECKS)
     assert (
         findings[0].verdict == "ok" and findings[1].verdict == "FAIL" and "16 to 31" in findings[1].measured
@@ -388,6 +377,6 @@ def test_bad_input_is_named(sick, tmp_path):
 
 
 def test_the_command_says_what_is_wrong_with_exit_status_1(tmp_path):
-    command = [sys.executable, doctor.__file__, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("doctor.py: found no ")
+    command = [sys.executable, "-m", "tools.doctor", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(doctor.__file__).parents[1])
+    assert done.returncode == 1 and done.stderr.startswith("tools.doctor: found no ")

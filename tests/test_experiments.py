@@ -11,9 +11,10 @@ import pytest
 import torch
 from toy import TOY, toy_folder
 
-import experiments
 import store
 import train
+from config import Config, parse
+from tools import experiments
 
 SHARED = Path(os.environ.get("MIXLORA_DATA", Path(__file__).parents[1] / "../shared/data"))
 FLAGS = [*TOY, "--splits", "60,20,20"]
@@ -35,7 +36,7 @@ def slow(toy, tmp_path_factory) -> Path:
 
 
 def in_this_process(tasks, jobs):
-    for task in sum(tasks, []):
+    for task in tasks:
         print(experiments.perform(task, torch.get_num_threads()))
 
 
@@ -44,22 +45,13 @@ def test_every_row_of_every_experiment_has_a_run_whose_flags_train_accepts():
         assert reference in labels and len(set(labels)) == len(labels)
         for label in labels:
             run = experiments.RUNS[label]
-            config = train.parse([*run.flags.split(), "--run", "x"]).config
-            start = train.parse([*experiments.STARTS[run.start].flags.split(), "--run", "x"]).config
-            for name in (
-                "docid_kind",
-                "M",
-                "K",
-                "width",
-                "feed_forward",
-                "split_by",
-                "rank",
-                "ood_mode",
-                "d0_mixture",
-            ):
-                if config.mixture or name not in ("d0_mixture", "ood_mode"):
-                    assert getattr(config, name) == getattr(start, name), (label, name)
-            assert config.d0_mask == start.d0_mask == "segment", label
+            settings = parse([*run.flags.split(), "--run", "x"]).config
+            start = parse([*experiments.STARTS[run.start].flags.split(), "--run", "x"]).config
+            shared = "docid_kind M K width feed_forward split_by lora_rank ood_mode d0_mixture"
+            for name in shared.split():
+                if settings.mixture or name not in ("d0_mixture", "ood_mode"):
+                    assert getattr(settings, name) == getattr(start, name), (label, name)
+            assert settings.d0_mask == start.d0_mask == "segment", label
     used = {label for labels, _ in experiments.EXPERIMENTS.values() for label in labels}
     assert used == set(experiments.RUNS)
     assert {experiments.RUNS[label].start for label in used} == set(experiments.STARTS)
@@ -123,12 +115,12 @@ def test_a_start_whose_last_stage_was_not_named_done_is_finished_first(slow, toy
     """As if killed between evaluation_D0.json and stages.json."""
     start = slow / "42" / "start-mixture"
     task = experiments.tasks_of(["slow lr"], 42, slow, ["--data", str(toy), *FLAGS])[0][0]
-    assert experiments.is_done(task)
+    assert task.is_done()
     done = store.read_json(start / "stages.json")
     store.write_json(start / "stages.json", {stage: done[stage] for stage in done if stage != "D0"})
-    assert not experiments.is_done(task)
+    assert not task.is_done()
     with pytest.raises(KeyError, match="D0"):
-        experiments.inherit(start, tmp_path / "heir", "D0", train.Config())
+        experiments.inherit(start, tmp_path / "heir", "D0", Config())
     store.write_json(start / "stages.json", done)
 
 
@@ -177,11 +169,11 @@ def test_an_interrupted_copy_of_a_start_is_made_anew(slow, tmp_path):
     source, target = slow / "42" / "start-mixture", tmp_path / "run"
     (tmp_path / "run.partial").mkdir()
     (tmp_path / "run.partial" / "D0.pt").write_text("half")
-    config = train.Config(run=str(target))
-    experiments.inherit(source, target, "rq", config)
+    settings = Config(run=str(target))
+    experiments.inherit(source, target, "rq", settings)
     assert not (target / "D0.pt").exists() and os.path.samefile(target / "rq.pt", source / "rq.pt")
     assert set(store.read_json(target / "stages.json")) == {"data", "dense", "rq"}
-    assert store.read_json(target / "config.json") == asdict(config)
+    assert store.read_json(target / "config.json") == asdict(settings)
 
 
 def normal_p(differences) -> float:

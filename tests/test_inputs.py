@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 import arrays
 import data
 import dense
-import doc2query
 import published
 import search
 import store
@@ -33,6 +32,7 @@ from data import Corpus
 from mixlora import MixConfig, add_mixture
 from rq import Trie
 from t5 import T5, T5Config
+from tools import doc2query
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::DeprecationWarning"

@@ -423,7 +423,7 @@ def test_a_trie_of_the_papers_docid_takes_at_most_24_bytes_a_document():
         assert Trie(torch.randint(2048, (n, 8), generator=generator)).nbytes() <= 24 * n
 
 
-def clustered(n: int, width: int = 12, seed: int = 0) -> torch.Tensor:
+def clustered_12(n: int, width: int = 12, seed: int = 0) -> torch.Tensor:
     """Points around 20 centres."""
     generator = torch.Generator().manual_seed(seed)
     centres = 3 * torch.randn(20, width, generator=generator)
@@ -434,7 +434,7 @@ def clustered(n: int, width: int = 12, seed: int = 0) -> torch.Tensor:
 
 
 def test_pq_codes_are_the_nearest_centroid_of_each_sub_space():
-    x = clustered(600)
+    x = clustered_12(600)
     books = rq.fit_product(x[:400], 3, 32, seed=0)
     codes = rq.encode(x, books, beam=1)
     for m in range(3):
@@ -447,7 +447,7 @@ def test_pq_codes_are_the_nearest_centroid_of_each_sub_space():
 
 def test_pq_equals_faiss_s_with_the_same_centroids_and_is_fitted_as_well():
     faiss = pytest.importorskip("faiss")
-    x = clustered(600)
+    x = clustered_12(600)
     books = rq.fit_product(x, 3, 32, seed=0)
     codes = rq.encode(x, books, beam=1)
     theirs = faiss.ProductQuantizer(12, 3, 5)
@@ -462,7 +462,7 @@ def test_pq_equals_faiss_s_with_the_same_centroids_and_is_fitted_as_well():
 
 
 def test_pq_of_as_many_centroids_as_documents_reconstructs_them_exactly():
-    x = clustered(16)
+    x = clustered_12(16)
     books = rq.fit_product(x, 4, 16, seed=0)
     codes = rq.encode(x, books, beam=1)
     torch.testing.assert_close(rq.decode(books, codes), x, atol=1e-5, rtol=0)
@@ -472,16 +472,16 @@ def test_pq_of_as_many_centroids_as_documents_reconstructs_them_exactly():
 @pytest.mark.parametrize("m, fits", [(5, 4), (8, 6), (11, 12), (13, 12)])
 def test_pq_refuses_parts_of_unequal_width_with_one_that_fits(m, fits):
     with pytest.raises(ValueError, match=rf"12 columns into M={m} equal parts.*--M {fits}$"):
-        rq.fit_product(clustered(100), m, 16, 0)
+        rq.fit_product(clustered_12(100), m, 16, 0)
 
 
 def test_pq_refuses_fewer_documents_in_d0_than_centroids():
     with pytest.raises(ValueError, match=r"found 100 documents in D_0, fewer than K=128 .*--K 4$"):
-        rq.fit_product(clustered(100), 2, 128, 0)
+        rq.fit_product(clustered_12(100), 2, 128, 0)
 
 
 def test_pq_is_the_seed_s_and_leaves_the_embeddings_alone():
-    x = clustered(600)
+    x = clustered_12(600)
     before, state = x.clone(), torch.get_rng_state()
     one, same, other = (rq.fit_product(x, 3, 32, seed) for seed in (3, 3, 4))
     assert torch.equal(one, same) and not torch.equal(one, other)

@@ -10,24 +10,24 @@ import numpy as np
 import pytest
 import torch
 from toy import TOY, toy_folder
+from weights import to_published
 
 import arrays
-import config
 import data
 import dense
 import eval as scoring
 import losses
 import mixlora
 import ood
-import rq
-import scan
 import prepare
 import queries
+import rq
+import scan
 import search
 import store
 import train
+from config import parse
 from t5 import T5, T5Config, segment_logits
-from weights import to_published
 
 SHARED = Path(os.environ.get("MIXLORA_DATA") or Path(__file__).parents[1] / "../shared/data")
 SAMPLE, SPIECE = SHARED / "nq320k_sample", SHARED / "t5" / "spiece.model"
@@ -35,7 +35,9 @@ SAMPLE, SPIECE = SHARED / "nq320k_sample", SHARED / "t5" / "spiece.model"
 
 def test_a_run_leaves_every_file_that_the_architecture_names(finished):
     names = {str(path.relative_to(finished)) for path in finished.rglob("*")}
-    wanted = "config.json tokenizer.model corpus.json idf.json excluded.npy dense.pt rq.pt docids.npy doc_ids.txt "
+    wanted = (
+        "config.json tokenizer.model corpus.json idf.json excluded.npy dense.pt rq.pt docids.npy doc_ids.txt "
+    )
     wanted += "stages.json metrics.jsonl ood.json results.json log.txt"
     for t in range(5):
         wanted += f" D{t}.pt documents/D{t} queries/D{t}.json embeddings/D{t}.npy"
@@ -533,7 +535,7 @@ def test_the_leak_check_stops_a_stage_whose_queries_are_of_another_corpus(toy, t
         return [(rows.start - 1, "a query of the corpus before")]
 
     monkeypatch.setattr(queries, "draw_pseudo_queries", leaking)
-    settings = config.parse(["--data", str(toy), "--run", str(tmp_path), *TOY]).config
+    settings = parse(["--data", str(toy), "--run", str(tmp_path), *TOY]).config
     run = prepare.Run(settings, tmp_path, store.Log(tmp_path, quiet=True))
     with pytest.raises(ValueError, match="leak: stage D_1"):
         run.pseudo_queries(1, 1, "training")
@@ -542,14 +544,14 @@ def test_the_leak_check_stops_a_stage_whose_queries_are_of_another_corpus(toy, t
 def test_what_d0_learns_from_does_not_depend_on_later_corpora(toy, tmp_path):
     """Tokenizer, idf and quantiser of D_0 are bit-equal when the documents of D_1.. are other ones."""
     other = toy_folder(tmp_path / "other", 50)
-    settings = config.parse(["--data", str(toy), "--run", str(tmp_path / "a"), *TOY]).config
+    settings = parse(["--data", str(toy), "--run", str(tmp_path / "a"), *TOY]).config
     (tmp_path / "a").mkdir()
     first = prepare.Run(settings, tmp_path / "a", store.Log(tmp_path / "a", quiet=True))
     later = set(first.ids) - set(first.corpora[0].ids)
     rows = [json.loads(line) for line in (other / "corpus.jsonl").read_text().splitlines()]
     changed = [row | {"text": "wholly different words"} if row["_id"] in later else row for row in rows]
     (other / "corpus.jsonl").write_text("\n".join(map(json.dumps, changed)))
-    settings = config.parse(["--data", str(other), "--run", str(tmp_path / "b"), *TOY]).config
+    settings = parse(["--data", str(other), "--run", str(tmp_path / "b"), *TOY]).config
     (tmp_path / "b").mkdir()
     second = prepare.Run(settings, tmp_path / "b", store.Log(tmp_path / "b", quiet=True))
     assert first.corpora[1].texts != second.corpora[1].texts

@@ -1,8 +1,8 @@
-"""The paper's comparisons and ablations, over seeds: `python experiments.py table1 --seeds 3 -- FLAGS OF TRAIN.PY`.
+"""The paper's comparisons and ablations, over seeds: `python -m tools.experiments table1 --seeds 3 -- FLAGS OF TRAIN.PY`.
 
 Paper    tables 1-2 (baselines), 4 (ladder), 5 (delta), 9 (docids), 11-12 (alpha), 13 (router losses), figures 1 and 3
 In       the name of an experiment; flags of train.py that hold for all of its runs, after --
-Out      OUT/SEED/RUN, a run folder each; OUT/NAME.json, which plot.py draws, and OUT/NAME.md, the tables
+Out      OUT/SEED/RUN, a run folder each; OUT/NAME.json, which tools/plot.py draws, and OUT/NAME.md, the tables
 Next     RESULTS.md reports them
 Differs  the paper prints one run of each system; here seeds vary the split, all draws and all weights, and every row
          is tested against a reference by a paired bootstrap. Runs share what does not differ: a run starts from the
@@ -25,6 +25,7 @@ import torch
 
 import store
 import train
+from config import Config, parse
 
 METRICS = ("recall@10", "mrr@10")
 NOT_RUN = ("bm25", "dense")  # rows that the run mixlora-dsi evaluates beside itself
@@ -35,8 +36,7 @@ class Start:
     """The stages up to D_0, which runs share."""
 
     flags: str = ""
-    stages: str = ""  # "dense" or "rq": what is taken from the start `of` in turn
-    of: str = "mixture"
+    stages: str = ""  # "dense" or "rq": the last that is taken from the start `mixture` in turn
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,9 @@ STARTS = {
     "plain": Start("--no-d0_mixture", "rq"),
     "topic": Start("--split_by topic"),
     "paper-code": Start("--ood_mode paper_code", "rq"),
-    "rank-96": Start("--rank 96 --alpha 192", "rq"),
+    "rank-96": Start("--lora_rank 96 --lora_alpha 192", "rq"),
     "whole": Start("--no-d0_mixture --d0_fragments 0", "rq"),
     "pq": Start("--no-d0_mixture --d0_fragments 0 --docid_kind pq", "dense"),
-    "hierarchical": Start("--no-d0_mixture --d0_fragments 0 --docid_kind hierarchical", "dense"),
     "atomic": Start("--no-d0_mixture --d0_fragments 0 --docid_kind atomic", "dense"),
     "m3-k128": Start("--M 3", "dense"),
     "m6-k128": Start("--M 6", "dense"),
@@ -106,14 +105,13 @@ RUNS = {
 
     "pt, rq": Run("whole", "--method mixlora-dsi-pt --d0_fragments 0", ("53.2/34.6", "12.6/15.5", "")),
     "pt, pq": Run("pq", "--method mixlora-dsi-pt --d0_fragments 0 --docid_kind pq", ("3.4/1.6", "1.0/1.5", "")),
-    "pt, hierarchical": Run("hierarchical", "--method mixlora-dsi-pt --d0_fragments 0 --docid_kind hierarchical"),
     "pt, atomic": Run("atomic", "--method mixlora-dsi-pt --d0_fragments 0 --docid_kind atomic",
                       ("44.4/24.1", "0.0/0.0", "")),
     "M 3": Run("m3-k128", "--M 3"),
     "M 6": Run("m6-k128", "--M 6"),
     "K 64": Run("m4-k64", "--K 64"),
     "K 256": Run("m4-k256", "--K 256"),
-    "fixed set, rank 96": Run("rank-96", "--rank 96 --alpha 192 --expand fixed"),
+    "fixed set, rank 96": Run("rank-96", "--lora_rank 96 --lora_alpha 192 --expand fixed"),
     "fixed set, rank 32": Run("mixture", "--expand fixed"),
     "width 64": Run("half-width", "--width 64 --feed_forward 256"),
     "width 256": Run("twice-width", "--width 256 --feed_forward 1024"),
@@ -151,7 +149,7 @@ EXPERIMENTS = {
     "slow": (["slow none", "mixlora-dsi", "slow lr"], "mixlora-dsi"),
     "detector": (["mixlora-dsi", "paper_code"], "mixlora-dsi"),
     "routing": (["naive-expansion", "router row random", "always-expand"], "always-expand"),
-    "docids": (["pt, rq", "pt, pq", "pt, hierarchical", "pt, atomic"], "pt, rq"),
+    "docids": (["pt, rq", "pt, pq", "pt, atomic"], "pt, rq"),
     "codebooks": (["M 3", "mixlora-dsi", "M 6", "K 64", "K 256"], "mixlora-dsi"),
     "budget": (["never-expand", "fixed set, rank 32", "fixed set, rank 96", "always-expand"], "always-expand"),
     "width": (["width 64", "mixlora-dsi", "width 256"], "mixlora-dsi"),
@@ -159,7 +157,10 @@ EXPERIMENTS = {
 # fmt: on
 
 FILES = {  # of a run folder, by the last stage that they are needed for
-    "dense": ("corpus.json", "documents", "doc_ids.txt", "tokenizer.model", "pseudo_queries", "dense.pt", "embeddings.npy"),
+    "dense": (
+        "corpus.json", "documents", "queries", "doc_ids.txt", "tokenizer.model", "pseudo_queries", "idf.json",
+        "excluded.npy", "dense.pt", "embeddings", "embeddings.npy",
+    ),
     "rq": ("rq.pt", "docids.npy"),
     "D0": ("D0.pt", "evaluation_D0.json"),
 }  # fmt: skip
@@ -168,19 +169,19 @@ FILES = {  # of a run folder, by the last stage that they are needed for
 # ------------------------------------------------------------------------------------------------------- runs
 
 
-def inherit(source: Path, target: Path, last: str, config: train.Config) -> None:
+def inherit(source: Path, target: Path, last: str, config: Config) -> None:
     """A new run folder that has every stage of `source` up to `last`, as links to the same files."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    wanted = list(FILES)[: list(FILES).index(last) + 1]
-    for name in (name for stage in wanted for name in FILES[stage] if (source / name).exists()):
-        if (source / name).is_dir():
-            shutil.copytree(source / name, partial / name, copy_function=os.link)
-        else:
-            os.link(source / name, partial / name)
+    stages = list(FILES)[: list(FILES).index(last) + 1]
+    for path in (source / name for stage in stages for name in FILES[stage]):
+        if path.is_dir():
+            shutil.copytree(path, partial / path.name, copy_function=os.link)
+        elif path.exists():
+            os.link(path, partial / path.name)
     done = store.read_json(source / "stages.json")
-    store.write_json(partial / "stages.json", {stage: done[stage] for stage in ("data", *wanted)})
+    store.write_json(partial / "stages.json", {stage: done[stage] for stage in ("data", *stages)})
     store.write_json(partial / "config.json", asdict(config))
     partial.rename(target)
 
@@ -195,79 +196,66 @@ class Task:
     last: str  # stage up to which it starts from there
     ends: int | None  # the last corpus, None: all
 
+    def is_done(self) -> bool:
+        """Whether the folder holds all that it is to hold, by the file that is written last."""
+        stages = self.folder / "stages.json"
+        if self.ends is None:
+            return (self.folder / "results.json").exists()
+        return stages.exists() and f"D{self.ends}" in store.read_json(stages)
+
 
 def file_name(label: str) -> str:
     return label.replace("/", "-").replace(" ", "_")
 
 
 def tasks_of(labels: list[str], seed: int, out: Path, flags: list[str]) -> list[list[Task]]:
-    """What has to be run for these rows: own starts, starts that take from those, then the runs themselves."""
+    """What has to be run for these rows: whole starts, starts that take from `mixture`, then the runs themselves."""
     folder = out / str(seed)
-    starts = list(dict.fromkeys(RUNS[label].start for label in labels))
-    starts = list(dict.fromkeys([STARTS[name].of for name in starts if STARTS[name].stages] + starts))
 
-    def task(path: Path, own: str, source: str, last: str, ends: int | None, baselines: bool = False) -> Task:
-        all_flags = [*flags, *own.split(), "--seed", str(seed), "--run", str(path)]
-        all_flags += ["--baselines" if baselines else "--no-baselines"]
-        return Task(path, tuple(all_flags), folder / f"start-{source}" if source else None, last, ends)
+    def task(name: str, own: str, source: str, last: str, ends: int | None = None) -> Task:
+        path, beside = folder / name, "--baselines" if name == "mixlora-dsi" else "--no-baselines"
+        every = (*flags, *own.split(), "--seed", str(seed), "--run", str(path), beside)
+        return Task(path, every, folder / f"start-{source}" if source else None, last, ends)
 
-    first, second, third = [], [], []
-    for name in starts:
-        start = STARTS[name]
-        of = start.of if start.stages else ""
-        made = task(folder / f"start-{name}", start.flags, of, start.stages, 0)
-        (second if of else first).append(made)
-    for label in labels:
-        if label not in NOT_RUN:
-            run = RUNS[label]
-            third.append(
-                task(
-                    folder / file_name(label),
-                    run.flags,
-                    run.start,
-                    "D0",
-                    None,
-                    baselines=label == "mixlora-dsi",
-                )
-            )
-    return [first, second, third]
-
-
-def is_done(task: Task) -> bool:
-    """Whether the folder holds all that the task is to make, by the file that is written last."""
-    if task.ends is None:
-        return (task.folder / "results.json").exists()
-    stages = task.folder / "stages.json"
-    return stages.exists() and f"D{task.ends}" in store.read_json(stages)
+    runs = [(label, RUNS[label]) for label in labels]
+    starts = list(dict.fromkeys(run.start for _, run in runs))
+    whole = [name for name in starts if not STARTS[name].stages]
+    parts = [name for name in starts if STARTS[name].stages]
+    if parts and "mixture" not in whole:
+        whole.append("mixture")
+    return [
+        [task(f"start-{name}", STARTS[name].flags, "", "", 0) for name in whole],
+        [task(f"start-{name}", STARTS[name].flags, "mixture", STARTS[name].stages, 0) for name in parts],
+        [task(file_name(label), run.flags, run.start, "D0") for label, run in runs if label not in NOT_RUN],
+    ]
 
 
 def perform(task: Task, threads: int) -> str:
     """Makes or finishes one run folder, in a process of its own. Raises ValueError where it holds another run."""
     torch.set_num_threads(threads)
-    command = train.parse(list(task.flags))
-    if task.source and not (task.folder / "corpus.json").exists():
-        inherit(task.source, task.folder, task.last, command.config)
-    if (task.folder / "corpus.json").exists():
-        found, wanted = store.read_json(task.folder / "config.json"), asdict(command.config)
-        if differing := [name for name in wanted if found.get(name) != wanted[name]]:
+    command, folder = parse(list(task.flags)), task.folder
+    if task.source and not (folder / "corpus.json").exists():
+        inherit(task.source, folder, task.last, command.config)
+    if (folder / "corpus.json").exists():
+        was, wanted = store.read_json(folder / "config.json"), asdict(command.config)
+        if differing := ", ".join(name for name in wanted if was.get(name) != wanted[name]):
             raise ValueError(
-                f"{task.folder} holds a run with other settings ({', '.join(differing)}); move it, or pass --out"
+                f"{folder} holds a run with other settings ({differing}); move it, or pass --out"
             )
-        if is_done(task):
-            return f"{task.folder}: done already"
+        if task.is_done():
+            return f"{folder}: done already"
         command.resume = True
     train.execute(command, task.ends, quiet=True)
-    return f"{task.folder}: done"
+    return f"{folder}: done"
 
 
-def run_all(tasks: list[list[Task]], jobs: int) -> None:
-    """Runs the tasks, `jobs` at a time, those of each list before the next."""
+def run_all(tasks: list[Task], jobs: int) -> None:
+    """Runs the tasks, `jobs` at a time."""
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
-    for group in tasks:
-        with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
-            for done in pool.map(perform, group, [threads] * len(group)):
-                print(done, flush=True)
+    with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as pool:
+        for done in pool.map(perform, tasks, [threads] * len(tasks)):
+            print(done, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------- statistics
@@ -357,16 +345,15 @@ def mean_and_error(values: list[float]) -> str:
 def figures(name: str, summary: dict) -> str:
     """The experiment's tables in Markdown: one for each metric, then what grew and what it cost."""
     reference, seeds, rows = summary["reference"], summary["seeds"], summary["rows"]
-    corpora = len(rows[0]["metrics"]["recall@10"]["P"][0])
+    corpora = [f"D{i}" for i in range(len(rows[0]["metrics"]["recall@10"]["P"][0]))]
     lines = []
     for place, m in enumerate(METRICS):
         lines += [
             f"**{name}, {m}** in percent, mean ± standard error over seeds {', '.join(map(str, seeds))}; "
-            f"p: paired bootstrap of AP against {reference} over queries{' and seeds' * (len(seeds) > 1)}; last column: the paper's AP, BWT, FWT on NQ320k",
-            "",
-            "| | " + " | ".join(f"D{i}" for i in range(corpora)) + " | AP | BWT | FWT | p | paper |",
-            "|---" * (corpora + 6) + "|",
-        ]
+            f"p: paired bootstrap of AP against {reference} over queries{' and seeds' * (len(seeds) > 1)}; "
+            "last column: the paper's AP, BWT, FWT on NQ320k",
+            "", *header(*corpora, "AP", "BWT", "FWT", "p", "paper"),
+        ]  # fmt: skip
         for row in rows:
             of = row["metrics"][m]
             cells = [mean_and_error(values) for values in (*zip(*of["P"]), of["AP"], of["BWT"], of["FWT"])]
@@ -375,29 +362,29 @@ def figures(name: str, summary: dict) -> str:
             lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
         lines.append("")
     lines += [
-        f"**{name}, growth and cost**: mean over corpora D_1.. and seeds, seconds with evaluation (of a resumed corpus, since it was resumed); layers stand between slashes; experts and "
-        "newest of the first seed; newest: share of "
+        f"**{name}, growth and cost**: mean over corpora D_1.. and seeds, seconds with evaluation (of a resumed corpus, "
+        "since it was resumed); layers stand between slashes; experts and newest of the first seed; newest: share of "
         "tokens whose first choice is the newest expert, after the last corpus",
-        "",
-        "| | trained parameters | s per corpus | peak MiB | OOD queries, percent per layer | experts per layer at the end | newest |",
-        "|---|---|---|---|---|---|---|",
+        "", *header("trained parameters", "s per corpus", "peak MiB", "OOD queries, percent per layer",
+                    "experts per layer at the end", "newest"),
     ]  # fmt: skip
-    for row in rows:
-        if row["label"] not in NOT_RUN:
-            lines.append(f"| {row['label']} | " + " | ".join(growth_cells(row)) + " |")
+    lines += [f"| {row['label']} | " + " | ".join(growth(row)) + " |" for row in rows if "experts" in row]
     return "\n".join(lines) + "\n"
 
 
-def growth_cells(row: dict) -> list[str]:
-    """Cost and growth of one row, for `figures`."""
+def header(*names: str) -> list[str]:
+    return ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+
+
+def growth(row: dict) -> list[str]:
+    """Growth and cost of one row, for `figures`."""
     shares = [list(r.values()) for r in row["ood_percent"]]  # [seed][corpus][layer]
     shares = ["/".join(f"{v:.1f}" for v in np.mean(layers, axis=0)) or "–" for layers in zip(*shares)]
-    last = list(row["first_choice"][0].values())[-1]
-    newest = "/".join(f"{100 * layer[-1]:.0f} %" for layer in last)
+    experts, choices = (list(row[key][0].values())[-1] for key in ("experts", "first_choice"))
     return [
         f"{row['trainable_parameters']:,.0f}", f"{row['seconds_per_corpus']:.0f}",
-        f"{row['peak_memory_bytes'] / 2**20:.0f}", ", ".join(shares),
-        "/".join(map(str, list(row["experts"][0].values())[-1])), newest,
+        f"{row['peak_memory_bytes'] / 2**20:.0f}", ", ".join(shares), "/".join(map(str, experts)),
+        "/".join(f"{100 * layer[-1]:.0f} %" for layer in choices),
     ]  # fmt: skip
 
 
@@ -405,37 +392,32 @@ def main(argv: list[str]) -> None:
     argv, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(description="Run one of the paper's experiments and print its tables.")
     parser.add_argument("name", choices=list(EXPERIMENTS))
-    parser.add_argument("--seeds", type=int, default=1, help="how many, from 42 on (default 1)")
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, which share the cores (default 1)"
-    )
-    parser.add_argument(
-        "--only", default="", help="labels of the rows to run, with semicolons (default: all)"
-    )
-    parser.add_argument("--out", type=Path, default=Path("experiments"), help="folder (default experiments)")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 42 on [1]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores [1]")
+    parser.add_argument("--only", default="", help="labels of the rows to run, with semicolons [all]")
+    parser.add_argument("--out", type=Path, default=Path("experiments"), help="folder [experiments]")
     args = parser.parse_args(argv)
     if args.seeds < 1 or args.jobs < 1:
         raise ValueError(f"found --seeds {args.seeds} and --jobs {args.jobs}, wanted positive numbers")
-    labels, reference = EXPERIMENTS[args.name]
+    labels = EXPERIMENTS[args.name][0]
     chosen = args.only.split(";") if args.only else labels
     if unknown := [label for label in chosen if label not in labels]:
         raise ValueError(f"found --only {'; '.join(unknown)}, wanted some of {'; '.join(labels)}")
     seeds = [42 + i for i in range(args.seeds)]
     for groups in zip(*(tasks_of(chosen, seed, args.out, flags) for seed in seeds)):
-        run_all([sum(groups, [])], args.jobs)
-    if chosen != labels:
-        return
-    summary = summarise(args.name, seeds, args.out)
-    store.write_json(args.out / f"{args.name}.json", summary)
-    text = figures(args.name, summary)
-    store.write(args.out / f"{args.name}.md", text.encode())
-    print(text)
+        run_all(sum(groups, []), args.jobs)
+    if chosen == labels:
+        summary = summarise(args.name, seeds, args.out)
+        store.write_json(args.out / f"{args.name}.json", summary)
+        text = figures(args.name, summary)
+        store.write(args.out / f"{args.name}.md", text.encode())
+        print(text)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
-        sys.exit(f"experiments.py: {error}")
+        sys.exit(f"tools.experiments: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nexperiments.py: stopped; finished runs are kept, the same command goes on")
+        sys.exit("\ntools.experiments: stopped; finished runs are kept, the same command goes on")

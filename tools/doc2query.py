@@ -1,10 +1,12 @@
 """Pseudo-queries from a doc2query checkpoint: a T5 that reads a passage and writes what one might ask of it.
 
+    python -m tools.doc2query --t5 CHECKPOINT --documents FILE --out FILE
+
 Paper    section 4 and its appendix: docT5query pseudo-queries, 10 per MS MARCO passage, up to 15 per NQ320k
          document
 In       a folder with a published T5 that was trained for this, such as castorini/doc2query-t5-base-msmarco;
          documents as BEIR lines, MS MARCO's collection or NQ320k's list
-Out      JSON lines {"doc_id", "query"}, in document order, and beside them how far the file has got
+Out      JSON lines {"doc_id", "query"}, in document order, and beside them the settings that they were sampled with
 Next     data.read_pseudo_queries reads the file; train.py trains on it (--pseudo_queries)
 Differs  the paper takes published pseudo-queries and does not state how they were drawn; our defaults are top-k
          sampling with k = 10 at temperature 1, as is usual for this checkpoint. Each document has its own random
@@ -19,11 +21,9 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -117,11 +117,10 @@ def to_text(tokenizer, ids: list[int]) -> str:
 def queries(model: T5, tokenizer, batch: list[tuple[str, str]], args) -> list[list[str]]:
     """The sampled queries of each (document id, passage), per_document of them; some may have no word."""
     ids = tokenize(tokenizer, [passage for _, passage in batch], args.document_length)
-    numbers = [
-        document_uniforms(args.seed, doc_id, args.per_document, args.query_length) for doc_id, _ in batch
-    ]
-    uniforms = torch.stack(numbers).to(args.device)
-    sampled = sample(model, ids.to(args.device), args.per_document, args.top_k, args.temperature, uniforms)
+    shape = args.per_document, args.query_length
+    uniforms = torch.stack([document_uniforms(args.seed, doc_id, *shape) for doc_id, _ in batch])
+    device, settings = args.device, (args.per_document, args.top_k, args.temperature)
+    sampled = sample(model, ids.to(device), *settings, uniforms.to(device))
     return [[to_text(tokenizer, row) for row in document] for document in sampled.tolist()]
 
 
@@ -138,9 +137,7 @@ def documents(args) -> Iterator[tuple[str, str]]:
         with args.documents.open("rb") as file:
             for row, text in enumerate(json_items(file, str(args.documents))):
                 if not isinstance(text, str):
-                    raise ValueError(
-                        f"{args.documents}: item {row}: wanted a document's text, found {text!r:.80}"
-                    )
+                    raise ValueError(f"{args.documents}: item {row}: wanted a text, found {text!r:.80}")
                 if text.strip():
                     yield str(row), text.strip()
         return
@@ -150,92 +147,66 @@ def documents(args) -> Iterator[tuple[str, str]]:
             yield row["_id"], f"{title}. {text}" if title else text
 
 
-# ------------------------------------------------------------------------------------------------- progress
+# --------------------------------------------------------------------------------------------------- resuming
 
 
-@dataclass
-class Progress:
-    """How far an output file has got; it is kept beside the file and renewed after every batch."""
-
-    settings: dict  # of the command, but for those that change no query
-    documents: int = 0  # complete
-    documents_sha256: str = ""  # of their ids and passages
-    size: int = 0  # bytes of the output that hold them
-    queries: int = 0  # written
-    wordless: int = 0  # sampled, but not written
-    without_query: int = 0  # documents of whose samples none had a word
-    finished: bool = False
+def settings_path(out: Path) -> Path:
+    return out.with_name(out.name + ".settings.json")
 
 
-def progress_path(out: Path) -> Path:
-    return out.with_name(out.name + ".progress.json")
+def begin(args) -> tuple[int, int, int]:
+    """Documents, queries and bytes of the output that are there already: whole batches, but for the last one.
 
-
-def begin(args) -> Progress:
-    """The progress of an earlier run of this command, or a new one.
-
-    Raises ValueError where an output stands without its progress, is shorter than it says, or was sampled with
-    other settings.
+    Raises ValueError where an output stands without its settings or was sampled with others, and where its documents
+    are not those of --documents.
     """
-    path, out = progress_path(args.out), args.out
-    settings = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(args).items()
-        if name not in ("out", "batch", "device")
-    }
+    path, out = settings_path(args.out), args.out
+    own = ("out", "batch", "device")  # change no query
+    settings = {name: str(value) for name, value in vars(args).items() if name not in own}
+    if not out.exists() or not out.stat().st_size:
+        write_json(path, settings)
+        return 0, 0, 0
     if not path.exists():
-        if out.exists():
-            raise ValueError(
-                f"found {out} without {path.name}, which says what of it is complete; this command would "
-                "overwrite it, so move it away or pass another --out"
-            )
-        return Progress(settings)
-    try:
-        progress = Progress(**read_json(path))
-        found, done, size = dict(progress.settings), int(progress.documents), int(progress.size)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not the progress of this command ({error})") from None
-    if done == 0:
-        return Progress(settings)  # nothing is lost, whatever the settings were
-    different = [name for name in found | settings if found.get(name) != settings.get(name)]
-    if different:
-        was, now = (", ".join(f"{name}={of.get(name)}" for name in different) for of in (found, settings))
         raise ValueError(
-            f"{out}: found {done} documents sampled with {was}; this command says {now}. Give the settings of "
-            f"then, or pass another --out, or remove {out.name} and {path.name} to begin anew"
+            f"found {out} without {path.name}, which says how it was sampled; this command would overwrite it, so move "
+            "it away or pass another --out"
         )
-    if (there := out.stat().st_size if out.exists() else 0) < size:
+    was = read_json(path)
+    if was != settings:
+        names = [name for name in was | settings if was.get(name) != settings.get(name)]
+        then, now = (", ".join(f"{name}={of.get(name)}" for name in names) for of in (was, settings))
         raise ValueError(
-            f"{out}: found {there} bytes, wanted the {size} that {path.name} counts; put the file back, or "
-            "remove both to begin anew"
+            f"{out}: found queries sampled with {then}; this command says {now}. Give the settings of then, or pass "
+            f"another --out, or remove {out.name} and {path.name} to begin anew"
         )
-    return progress
+    done, queries, size = (0, 0, 0), 0, 0
+    lines = complete_lines(out)
+    doc_id, length = next(lines, (None, 0))
+    for number, (document, _) in enumerate(documents(args)):
+        if number % args.batch == 0:
+            done = number, queries, size
+        while doc_id == document:
+            queries, size = queries + 1, size + length
+            doc_id, length = next(lines, (None, 0))
+        if doc_id is None:
+            return done
+    raise ValueError(
+        f"{args.documents}: found no document {doc_id} where {out} has its queries; put the documents back as they "
+        "were, or pass another --out"
+    )
 
 
-def skip(stream: Iterator[tuple[str, str]], progress: Progress, digest) -> None:
-    """Moves past the documents that are done, through `digest`. Raises ValueError if they are other ones now."""
-    for document in islice(stream, progress.documents):
-        digest.update(json.dumps(document).encode())
-    if progress.documents and digest.hexdigest() != progress.documents_sha256:
-        raise ValueError(
-            f"the first {progress.documents} documents are not those whose queries are written already; put the "
-            "documents back as they were, or pass another --out"
-        )
-
-
-def keep(batch: list[tuple[str, str]], sampled: list[list[str]], progress: Progress) -> bytes:
-    """The lines of a batch, without queries that have no word; counts all of it in the progress."""
-    lines = []
-    for (doc_id, _), texts in zip(batch, sampled):
-        kept = [text for text in texts if words(text)]
-        lines += [json.dumps({"doc_id": doc_id, "query": text}, ensure_ascii=False) + "\n" for text in kept]
-        progress.queries += len(kept)
-        progress.wordless += len(texts) - len(kept)
-        progress.without_query += not kept
-    content = "".join(lines).encode()
-    progress.documents += len(batch)
-    progress.size += len(content)
-    return content
+def complete_lines(out: Path) -> Iterator[tuple[str, int]]:
+    """(document id, bytes) of each line that ends; a stopped run may have left a part of one."""
+    with out.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                try:
+                    yield json.loads(line)["doc_id"], len(line)
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(
+                        f"{out}:{number}: not a line of this command; pass another --out"
+                    ) from None
 
 
 # -------------------------------------------------------------------------------------------------- command
@@ -250,18 +221,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     def flag(name: str, default, help: str) -> None:
         names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])  # both spellings
-        parser.add_argument(
-            *names, dest=name, type=type(default), default=default, help=f"{help} [{default}]"
-        )
+        parser.add_argument(*names, type=type(default), default=default, help=f"{help} [{default}]")
 
     parser.add_argument("--t5", required=True, help="folder or hub name of the doc2query checkpoint")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece file [spiece.model of that folder]")
-    parser.add_argument(
-        "--documents",
-        type=Path,
-        required=True,
-        help="corpus.jsonl (BEIR), collection.tsv (MS MARCO) or corpus_lite.json (NQ320k)",
-    )
+    layouts = "corpus.jsonl (BEIR), collection.tsv (MS MARCO) or corpus_lite.json (NQ320k)"
+    parser.add_argument("--documents", type=Path, required=True, help=layouts)
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines {doc_id, query} to write")
     flag("per_document", 10, "queries sampled per document; the paper has 10 on MS MARCO, up to 15 on NQ320k")
     flag("top_k", 10, "words to choose from at each step")
@@ -297,59 +262,36 @@ def load(args) -> tuple[T5, object]:
     return model, tokenizer
 
 
-def write_queries(model, tokenizer, stream, batch, args, progress: Progress, digest) -> None:
-    """Appends the queries of `batch` and of the rest of the stream to the output, batch by batch.
-
-    After each one the progress is kept; before the first one, too, so that no output stands without it.
-    """
-    path = progress_path(args.out)
-    write_json(path, asdict(progress))
-    started, before, next_line = time.monotonic(), progress.queries, SECONDS_BETWEEN_LINES
-    with args.out.open("ab") as file:
-        file.truncate(progress.size)
-        while batch:
-            file.write(keep(batch, queries(model, tokenizer, batch, args), progress))
-            file.flush()
-            os.fsync(file.fileno())  # the lines before their count, also after a power cut
-            for document in batch:
-                digest.update(json.dumps(document).encode())
-            progress.documents_sha256 = digest.hexdigest()
-            write_json(path, asdict(progress))
-            if (seconds := time.monotonic() - started) >= next_line:
-                next_line = seconds + SECONDS_BETWEEN_LINES
-                rate = (progress.queries - before) / seconds
-                done = f"{progress.documents} documents | {progress.queries} queries | {rate:.1f} q/s"
-                print(done, flush=True)
-            batch = list(islice(stream, args.batch))
-    progress.finished = True
-    write_json(path, asdict(progress))
-
-
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    progress = begin(args)
-    if progress.finished:
-        print(f"nothing to do: {args.out} has {progress.queries} queries of {progress.documents} documents")
-        return
-    model, tokenizer = load(args)
-    stream, digest = documents(args), hashlib.sha256()
-    skip(stream, progress, digest)
-    batch = list(islice(stream, args.batch))
-    if progress.documents:
-        print(f"goes on after {progress.documents} documents")
-    elif not batch:
+    if next(documents(args), None) is None:
         raise ValueError(f"{args.documents}: found no document with a title or a text")
-    write_queries(model, tokenizer, stream, batch, args, progress, digest)
-    print(
-        f"{progress.queries} queries of {progress.documents} documents; left out {progress.wordless} samples "
-        f"without a word, which leaves {progress.without_query} documents without a query"
-    )
+    model, tokenizer = load(args)
+    done, earlier, size = begin(args)
+    if done:
+        print(f"goes on after {done} documents")
+    stream, written, start, last = islice(documents(args), done, None), earlier, time.monotonic(), 0.0
+    with args.out.open("ab") as file:
+        file.truncate(size)
+        while batch := list(islice(stream, args.batch)):
+            for (doc_id, _), texts in zip(batch, queries(model, tokenizer, batch, args)):
+                kept = [{"doc_id": doc_id, "query": text} for text in texts if words(text)]
+                file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept).encode())
+                written += len(kept)
+            file.flush()
+            done += len(batch)
+            seconds = time.monotonic() - start
+            if seconds >= last + SECONDS_BETWEEN_LINES:
+                last, rate = seconds, (written - earlier) / seconds
+                print(f"{done} documents | {written} queries | {rate:.1f} q/s", flush=True)
+    left_out = args.per_document * done - written
+    print(f"{written} queries of {done} documents; left out {left_out} samples without a word")
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
-        sys.exit(f"doc2query.py: {error}")
+        sys.exit(f"tools.doc2query: {error}")
     except KeyboardInterrupt:
-        sys.exit("\ndoc2query.py: stopped; complete documents are kept, the same command goes on after them")
+        sys.exit("\ntools.doc2query: stopped; whole batches are kept, the same command goes on")

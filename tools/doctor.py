@@ -1,5 +1,7 @@
 """Why does a run not retrieve? Checks of a run folder, in the order in which its stages could have gone wrong.
 
+    python -m tools.doctor RUN [--queries 200] [--device cpu]
+
 Paper    none; it asks of a run what appendix C (docids), Eq. 3-7 (training) and section 3.2 (energies) presuppose
 In       a run folder, finished or stopped after some D_t
 Out      a line per check: verdict, what was measured and wanted, and advice; exit status 1 where one FAILs
@@ -30,6 +32,7 @@ import baselines
 import data
 import dense
 import mixlora
+import optim
 import rq
 import store
 from arrays import Lookup, open_array
@@ -46,13 +49,10 @@ MATRICES = ("in_a", "in_b", "out_a", "out_b")  # of the experts
 
 @dataclass
 class Finding:
-    """What a check found."""
-
-    name: str
     verdict: str  # ok, warn, FAIL, or skip where a run has nothing to check
     measured: str
-    wanted: str
-    advice: str
+    wanted: str = ""
+    advice: str = ""
 
 
 def verdict(fail: bool, warn: bool = False) -> str:
@@ -75,7 +75,7 @@ class Patient:
     def __init__(self, folder: Path, queries: int, device: str):
         self.run, self.folder, self.count = store.LoadedRun(folder, device), folder, queries
         self.config, self.device, self.ids = self.run.config, device, self.run.ids
-        needed = "beam clip d0_words docid_kind docids document_length expand insert pseudo_per_document query_length rq_beam rq_lr seed"
+        needed = "beam docid_kind docids document_length expand insert pseudo_per_document query_length seed"
         if missing := [name for name in needed.split() if name not in self.config]:
             path = folder / "config.json"
             raise ValueError(f"{path}: lacks {missing}; written by another version of this program")
@@ -83,7 +83,8 @@ class Patient:
         self.corpora = self.run.corpora[: self.t + 1]
         self.codes = self.run.docids  # (N, M)
         self.books = store.read_tensors(folder / "rq.pt")  # (M, K, D)
-        self.embeddings = open_array(folder / "embeddings.npy")  # (N, D)
+        parts = [open_array(folder / "embeddings" / f"D{t}.npy") for t in range(len(self.run.corpora))]
+        self.embeddings = torch.cat(parts)  # (N, D)
         self.row_of = Lookup(self.ids)
         self.listed = (folder / "pseudo_queries").exists()
         if self.listed:
@@ -101,7 +102,7 @@ class Patient:
     @cached_property
     def start(self) -> T5:
         """What D_0 starts from: the bi-encoder, with the centroids as its docid table."""
-        model = store.load_model(self.folder / "dense.pt", self.device)[0]
+        model = self.checkpoint("dense.pt")
         model.rq = nn.Parameter(self.books.to(self.device))
         return model
 
@@ -110,23 +111,19 @@ class Patient:
         """The model after the last corpus, and the trie of all documents up to there."""
         return self.run.at(self.t)
 
-    @cached_property
-    def metrics(self) -> list[dict]:
-        """The lines of metrics.jsonl, none where there is no such file."""
-        path = self.folder / "metrics.jsonl"
-        if not path.is_file():
-            return []
-        try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON lines ({error})") from None
+    def checkpoint(self, name: str) -> T5:
+        return store.load_model(self.folder / name, self.device)[0]
 
     def logged(self, name: str) -> dict[str, list[float]]:
-        """stage -> the logged values of one number."""
-        values: dict[str, list[float]] = {}
-        for line in self.metrics:
-            if name in line:
-                values.setdefault(line["stage"], []).append(float(line[name]))
+        """stage -> the values of one number in metrics.jsonl."""
+        path, values = self.folder / "metrics.jsonl", {}
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        try:
+            for line in map(json.loads, lines):
+                if name in line:
+                    values.setdefault(line["stage"], []).append(float(line[name]))
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON lines ({error})") from None
         return values
 
     @staticmethod
@@ -147,16 +144,20 @@ class Patient:
         pairs = draw_pseudo_queries(self.samplers[t], rows[: self.count], each, seed)
         return [({row}, query) for row, query in rng.sample(pairs, min(self.count, len(pairs)))]
 
-    def asked(self, t: int, count: int) -> list[tuple[set[int], str]]:
-        """Some test queries of D_t with the rows of their documents."""
-        corpus = self.corpora[t]
-        chosen = random.Random(f"doctor {t}").sample(list(corpus.test), min(count, len(corpus.test)))
-        return [({self.row_of(doc_id) for doc_id in corpus.qrels[q]}, corpus.test[q]) for q in chosen]
+    def asked(self, count: int, *corpora: int) -> list[tuple[set[int], str]]:
+        """Test queries with their documents' rows, equally many of each corpus (default: of all) where it has them."""
+        corpora, pairs = corpora or range(len(self.corpora)), []
+        for t in corpora:
+            corpus, most = self.corpora[t], math.ceil(count / len(corpora))
+            chosen = random.Random(f"doctor {t}").sample(list(corpus.test), min(most, len(corpus.test)))
+            pairs += [({self.row_of(doc_id) for doc_id in corpus.qrels[q]}, corpus.test[q]) for q in chosen]
+        return pairs
 
-    def asked_of_all(self, count: int) -> list[tuple[set[int], str]]:
-        """Test queries of every corpus so far, equally many of each where it has them."""
-        share = math.ceil(count / len(self.corpora))
-        return [pair for t in range(len(self.corpora)) for pair in self.asked(t, share)]
+    def hidden(self, model: T5, queries: list[tuple[set[int], str]]) -> tuple[Tensor, Tensor, list]:
+        """Docids (Q, M) of the queries' documents, and the model's hidden states and routes along them."""
+        codes = self.codes[[min(rows) for rows, _ in queries]].to(self.device)
+        source = model.encode(self.tokens([query for _, query in queries]))
+        return codes, *model.docid_hidden(*source, codes)
 
     def recall(self, model: T5, trie: rq.Trie, queries: list[tuple[set[int], str]]) -> float:
         """Recall@10 of docid search, beyond chance."""
@@ -172,16 +173,16 @@ class Patient:
 
 
 def counts(patient: Patient) -> Finding:
-    """corpus.json, documents/, doc_ids.txt, docids.npy and embeddings.npy speak of the same documents."""
+    """corpus.json, documents/, doc_ids.txt, docids.npy and embeddings/ speak of the same documents."""
     corpora, n = patient.run.corpora, len(patient.ids)
-    found = {"docids.npy": len(patient.codes), "embeddings.npy": len(patient.embeddings)}
+    found = {"docids.npy": len(patient.codes), "embeddings": len(patient.embeddings)}
     with (patient.folder / "doc_ids.txt").open(encoding="utf-8") as file:
         lines = (line.removesuffix("\n") for line in file)
         moved = sum(line != doc_id for line, doc_id in zip_longest(lines, patient.ids))
     hashes = [item["ids_sha256"] for item in store.read_json(patient.folder / "corpus.json")["corpora"]]
     changed = [f"D{t}" for t, corpus in enumerate(corpora) if store.ids_sha256(corpus) != hashes[t]]
     return Finding(
-        "document counts and ids", verdict(moved > 0 or bool(changed) or set(found.values()) != {n}),
+        verdict(moved > 0 or bool(changed) or set(found.values()) != {n}),
         f"{n} documents, {found}, {moved} other lines in doc_ids.txt, other hashes {changed}",
         "equal numbers, ids and hashes",
         "files of different runs were mixed: take all of them from one run, or start anew",
@@ -202,7 +203,7 @@ def round_trip(patient: Patient) -> Finding:
         lost += sum(row not in trie.documents_at(leaf) for row, leaf in zip(rows.tolist(), nodes.tolist()))
         lost += int((codes[trie.documents.long()] != trie.rows).any(1).sum())
     return Finding(
-        "docid round trip", verdict(not fits or lost > 0),
+        verdict(not fits or lost > 0),
         f"shape {tuple(codes.shape)}, codes {int(codes.min())} to {int(codes.max())}, {lost} documents not in the trie",
         f"shape ({len(patient.ids)}, {m}), codes 0 to {k - 1}, 0 documents",
         "the docid table is cut or made for other M and K: encode the documents anew with rq.pt",
@@ -222,28 +223,24 @@ def fresh_embeddings(patient: Patient) -> Finding:
     again, stored = dense.embed(patient.start, ids), patient.embeddings[rows]
     difference = float((again - stored).norm() / stored.norm())
     return Finding(
-        "embeddings of these documents", verdict(not difference < 0.05, difference > 0.01),
+        verdict(not difference < 0.05, difference > 0.01),
         f"relative difference {difference:.4f} when embedded again", "below 0.01",
-        "embeddings.npy is not dense.pt's on these documents: remove dense.pt and all that was made from it, and resume",
+        "embeddings/ is not dense.pt's on these documents: remove dense.pt and all that was made from it, and resume",
     )  # fmt: skip
 
 
 def fresh_docids(patient: Patient) -> Finding:
     """Encodes some embeddings again."""
-    name, wanted, config = "docids of these embeddings", "at least 99%", patient.config
-    if config["docids"] or config["docid_kind"] == "hierarchical":
-        made = config["docids"] or "the clusters of docids.py, which are not kept"
-        return Finding(name, "skip", f"docids come from {made}", wanted, "")
+    if made := patient.config["docids"]:
+        return Finding("skip", f"docids come from {made}")
     n = min(len(patient.embeddings), len(patient.codes))
     rows = patient.some(n, 10 * patient.count)
-    again = rq.encode(
-        patient.embeddings[rows], patient.books, patient.config["rq_beam"], device=patient.device
-    )
+    beam, embeddings = rq.BEAM, patient.embeddings[rows]
+    again = rq.encode(embeddings, patient.books, beam, device=patient.device)
     same = float((again == patient.codes[rows]).all(1).float().mean())
     return Finding(
-        name, verdict(same < 0.99), f"{percent(same)} of {len(rows)} docids the same when encoded again",
-        wanted,
-        "docids.npy is stale or its rows are permuted: encode embeddings.npy with rq.pt, in the order of the documents",
+        verdict(same < 0.99), f"{percent(same)} of {len(rows)} docids the same when encoded again", "at least 99%",
+        "docids.npy is stale or its rows are permuted: encode embeddings/ with rq.pt, in the order of the documents",
     )  # fmt: skip
 
 
@@ -254,7 +251,7 @@ def distinct_docids(patient: Patient) -> Finding:
     every = rq.report(patient.embeddings, patient.books, patient.codes)
     full = math.log2(min(k, n0))
     return Finding(
-        "distinct docids", verdict(d0.distinct < 0.95, every.distinct < 0.9 or min(d0.entropy) < full / 2),
+        verdict(d0.distinct < 0.95, every.distinct < 0.9 or min(d0.entropy) < full / 2),
         f"{percent(d0.distinct)} of D_0's, {percent(every.distinct)} of all; bits per codebook "
         + " ".join(f"{bits:.1f}" for bits in d0.entropy),
         f"over 95% and 90%; over {full / 2:.1f} of {full:.1f} bits",
@@ -268,7 +265,7 @@ def distinct_docids(patient: Patient) -> Finding:
 def dense_recall(patient: Patient) -> Finding:
     """The bi-encoder on D_0, by its embeddings and by what their docids keep of them."""
     n0 = len(patient.corpora[0].ids)
-    queries = [pair for pair in patient.asked(0, patient.count) if max(pair[0]) < n0]
+    queries = [pair for pair in patient.asked(patient.count, 0) if max(pair[0]) < n0]
     embedded = dense.embed(patient.start, patient.tokens([query for _, query in queries]).cpu())
     d0, codes = patient.embeddings[:n0], patient.codes[:n0]
     quantised = (rq.decode(patient.books, part) for part in codes.split(dense.CHUNK))
@@ -278,7 +275,7 @@ def dense_recall(patient: Patient) -> Finding:
     )
     b, a = beyond_chance(before, n0), beyond_chance(after, n0)
     return Finding(
-        "bi-encoder on D_0", verdict(b < 0.2 or a < 0.25 * b, b < 0.5 or a < 0.5 * b),
+        verdict(b < 0.2 or a < 0.25 * b, b < 0.5 or a < 0.5 * b),
         f"Recall@10 {percent(before)}, {percent(after)} quantised",
         "beyond chance half of all, and half of that quantised",
         "docids can be no better than the bi-encoder: train it longer; where only the quantised one is low, raise --M or --K",
@@ -288,16 +285,14 @@ def dense_recall(patient: Patient) -> Finding:
 @torch.no_grad()
 def first_cross_entropy(patient: Patient) -> Finding:
     """Cross-entropy of D_0's pseudo-queries before the first step: codes must be likelier than by chance."""
-    queries, model = patient.training_queries(0), patient.start
-    codes = patient.codes[[min(rows) for rows, _ in queries]].to(patient.device)
-    hidden, _ = model.docid_hidden(*model.encode(patient.tokens([query for _, query in queries])), codes)
-    logits = segment_logits(hidden, model.rq)  # (Q, M, K)
+    codes, hidden, _ = patient.hidden(patient.start, patient.training_queries(0))
+    logits = segment_logits(hidden, patient.start.rq)  # (Q, M, K)
     ce = [F.cross_entropy(logits[:, m], codes[:, m]).item() for m in range(codes.shape[1])]
     scales = torch.logspace(-4, 1, 51).tolist()
     best = min(F.cross_entropy(scale * logits[:, 0], codes[:, 0]).item() for scale in scales)
     chance = math.log(patient.books.shape[1])
     return Finding(
-        "cross-entropy at step 0", verdict(not best < 0.95 * chance, not ce[0] < 4 * chance),
+        verdict(not best < 0.95 * chance, not ce[0] < 4 * chance),
         f"first position {ce[0]:.2f} ({best:.2f} at its best scale), all {np.mean(ce):.2f}",
         f"first position at its best scale below 0.95 ln K = {0.95 * chance:.2f}, unscaled below 4 ln K",
         "centroids and embeddings do not belong together: docid table = centroids in the codebooks' order, docids of these "
@@ -307,7 +302,7 @@ def first_cross_entropy(patient: Patient) -> Finding:
 
 def docid_table(patient: Patient) -> Finding:
     """D_0's docid table is still near the centroids that it starts from."""
-    table, books = store.load_model(patient.folder / "D0.pt")[0].rq.detach(), patient.books
+    table, books = patient.checkpoint("D0.pt").rq.detach().cpu(), patient.books
     if patient.config["docid_kind"] == "atomic":
         books = books[:, : patient.run.corpora[0].rows.stop]
     if table.shape != books.shape:
@@ -317,7 +312,6 @@ def docid_table(patient: Patient) -> Finding:
         length = table.norm(dim=-1).mean(1) / books.norm(dim=-1).mean(1)
         found = f"cosine {near:.2f}, length {length.min():.2f} to {length.max():.2f} times"
     return Finding(
-        "docid table of D0.pt",
         verdict(not (near > 0.3 and length.min() > 0.4 and length.max() < 2.5), near < 0.6),
         f"{found} the centroids of rq.pt, of the worst codebook", "cosine over 0.6, length 0.4 to 2.5",
         "start the docid table from the centroids, unscaled and codebook by codebook",
@@ -330,26 +324,26 @@ def docid_table(patient: Patient) -> Finding:
 def log_of_d0(patient: Patient) -> Finding:
     """The logged cross-entropy of D_0 fell below guessing."""
     logged, chance = patient.logged("ce").get("D0"), math.log(patient.books.shape[1])
-    name, wanted = "cross-entropy of D_0's log", f"below ln K = {chance:.2f} at the end"
     if not logged:
-        return Finding(name, "skip", "metrics.jsonl has no line of D0", wanted, "")
-    advice = "docid training did not learn: see the checks above, --d0_lr and --d0_steps"
-    measured = f"{logged[0]:.2f} to {logged[-1]:.2f}"
-    return Finding(name, verdict(not logged[-1] < chance), measured, wanted, advice)
+        return Finding("skip", "metrics.jsonl has no line of D0")
+    return Finding(
+        verdict(not logged[-1] < chance), f"{logged[0]:.2f} to {logged[-1]:.2f}", f"below ln K = {chance:.2f} at the end",
+        "docid training did not learn: see the checks above, --d0_lr and --d0_steps",
+    )  # fmt: skip
 
 
 def gradient_norms(patient: Patient) -> Finding:
     """Gradients are finite, and not always cut to a hundredth."""
-    logged, clip = patient.logged("gradient_norm"), patient.config["clip"]
-    wanted, name = f"finite, at times below 100 x clip = {100 * clip:g}", "gradient norm"
+    logged, clip = patient.logged("gradient_norm"), optim.CLIP
     if not logged:
-        return Finding(name, "skip", "metrics.jsonl has no gradient norm", wanted, "")
+        return Finding("skip", "metrics.jsonl has no gradient norm")
     broken = [stage for stage, norms in logged.items() if not all(map(math.isfinite, norms))]
     cut = [stage for stage, norms in logged.items() if min(norms) > 100 * clip]
     return Finding(
-        name, verdict(bool(broken), bool(cut)),
+        verdict(bool(broken), bool(cut)),
         f"largest {max(max(n) for n in logged.values()):.3g}, not finite in {broken}, always cut in {cut}",
-        wanted, "lower the learning rate, or go to --precision float32, of the stages named",
+        f"finite, at times below 100 x clip = {100 * clip:g}",
+        "lower the learning rate, or go to --precision float32, of the stages named",
     )  # fmt: skip
 
 
@@ -379,7 +373,7 @@ def updates(patient: Patient) -> Finding:
     before, said, still, moved, large = patient.start, [], [], [], []
     rates = patient.logged("lr")
     for t in range(patient.t + 1):
-        after = store.load_model(patient.folder / f"D{t}.pt", patient.device)[0]
+        after = patient.checkpoint(f"D{t}.pt")
         mixture, frozen = bool(mixed_layers(after)), set()
         if t and (mixture or after.prompts or baselines.adapters(after) or patient.config["insert"]):
             frozen = {"word table", "encoder", "decoder", "experts", "routers"}
@@ -389,7 +383,7 @@ def updates(patient: Patient) -> Finding:
             frozen |= {"docid table"}  # its old rows
         if t and patient.config["expand"] == "fixed":
             frozen -= {"experts", "routers"}
-        if t == 0 and mixture and not patient.config["d0_words"]:
+        if t == 0 and mixture:
             frozen = {"word table"}
         shown, frozen_moved, now = [], 0.0, groups(after)
         for name, tensors in groups(before).items():
@@ -406,14 +400,14 @@ def updates(patient: Patient) -> Finding:
                 moved += [f"D{t} {name}"] * (ratio != 0)  # NaN too
             else:
                 shown.append(f"{name} {ratio:.3g}")
-                still += [f"D{t} {name}"] * (not ratio > 0 and (t == 0 or patient.config["rq_lr"] > 0))
+                still += [f"D{t} {name}"] * (not ratio > 0)
                 large += [f"D{t} {name}"] * (ratio > 1)
         rate = f"lr {max(rates[f'D{t}']):.0e} " if f"D{t}" in rates else ""
         said.append(f"D{t} {rate}" + ", ".join(shown) + (f", frozen {frozen_moved:.3g}" if frozen else ""))
         before = after
     faults = {"did not train": still, "frozen but moved": moved, "large": large}
     return Finding(
-        "relative updates", verdict(bool(still or moved), bool(large)),
+        verdict(bool(still or moved), bool(large)),
         "; ".join(said + [f"{what}: {names}" for what, names in faults.items() if names]),
         "over 0 and at most 1 where a group trains, 0 where it is frozen",
         "what did not train was frozen or not given to the optimiser; what moved though frozen was given to it (weight decay "
@@ -426,29 +420,26 @@ def updates(patient: Patient) -> Finding:
 
 def learnt(patient: Patient) -> Finding:
     """Recall on queries as trained on against test queries: neither, both, or the former alone (by heart)."""
-    said, found, first = [], [("ok", "")], None
-    pairs = dict.fromkeys([(0, 0), (patient.t, patient.t), (patient.t, 0)])
-    for t, i in pairs:  # corpus D_i by the model after D_t
-        model, trie = patient.last if t == patient.t else patient.run.at(t)
+    said, found, before = [], [("ok", "")], {}
+    last = patient.t
+    for t, i in dict.fromkeys([(0, 0), (last, last), (last, 0)]):  # corpus D_i by the model after D_t
+        model, trie = patient.last if t == last else patient.run.at(t)
         trained = patient.recall(model, trie, patient.training_queries(i))
-        tested = patient.recall(model, trie, patient.asked(i, patient.count))
+        tested = patient.recall(model, trie, patient.asked(patient.count, i))
         said.append(f"D_{i} after D{t} {percent(trained)} trained on, {percent(tested)} test")
-        first = tested if first is None else first
+        before[t, i] = tested
         if i < t:
-            forgot = verdict(False, tested < 0.5 * first)
+            forgot = verdict(False, tested < 0.5 * before[0, 0])
             found.append((forgot, f"D{t}.pt forgot D_0: freeze more, raise --kl_coef, or lower --lr"))
         elif not trained >= 0.3:
             failed = verdict(not trained >= 0.1, True)
             found.append((failed, f"D{t}.pt has not learnt D_{t}: see the checks above"))
         elif tested < 0.5 * trained:
-            by_heart = (
-                f"D{t}.pt knows its training queries by heart: take more, and more varied, pseudo-queries"
-            )
-            found.append((verdict(tested < 0.25 * trained, True), by_heart))
-    worst = max(found, key=lambda one: ("ok", "warn", "FAIL").index(one[0]))
+            advice = "knows its training queries by heart: take more, and more varied, pseudo-queries"
+            found.append((verdict(tested < 0.25 * trained, True), f"D{t}.pt {advice}"))
+    worst, advice = max(found, key=lambda one: ("ok", "warn", "FAIL").index(one[0]))
     wanted = "30% trained on, half of that in test, half of D_0 kept"
-    measured = "Recall@10 beyond chance: " + "; ".join(said)
-    return Finding("learnt, not by heart", worst[0], measured, wanted, worst[1])
+    return Finding(worst, "Recall@10 beyond chance: " + "; ".join(said), wanted, advice)
 
 
 def reachable(patient: Patient) -> Finding:
@@ -468,7 +459,7 @@ def reachable(patient: Patient) -> Finding:
         except ValueError:  # too short a text, or none listed
             silent.append(patient.ids[row])
     return Finding(
-        "test documents", verdict(bool(unknown or silent)),
+        verdict(bool(unknown or silent)),
         f"{len(asked)} asked for, {len(unknown)} not indexed {unknown[:3]}, {len(silent)} without a query {silent[:3]}",
         "0 not indexed, 0 without a query to train on",
         "the docid table is cut, or labels name documents that the corpora lack; a document without a query stays unknown",
@@ -479,7 +470,7 @@ def reachable(patient: Patient) -> Finding:
 def scores_agree(patient: Patient) -> Finding:
     """The beam's scores are those of teacher forcing: cache, positions and tables of the two agree."""
     (model, trie), differences = patient.last, []
-    for _, query in patient.asked_of_all(min(FORCED, patient.count)):
+    for _, query in patient.asked(min(FORCED, patient.count)):
         ids = patient.tokens([query])
         leaves, scores = beam_search(model, trie, ids, patient.config["beam"])
         first, end = leaves[0].T
@@ -488,7 +479,7 @@ def scores_agree(patient: Patient) -> Finding:
         differences.append((scores[0, : len(forced)] - forced).abs().max())
     worst = float(torch.stack(differences).max())  # NaN where one is
     return Finding(
-        "search score against forced", verdict(not worst < TOLERANCE),
+        verdict(not worst < TOLERANCE),
         f"largest difference {worst:.2g} over {len(differences)} queries", f"below {TOLERANCE:g}",
         "search and training see different networks: start token, positions of cached keys, docid table; NaN: broken weights",
     )  # fmt: skip
@@ -501,13 +492,13 @@ def beam_reaches_best(patient: Patient) -> Finding:
     docids = trie.rows.unique(dim=0).long()
     docids = docids[patient.some(len(docids), EXACT_DOCIDS)]
     hits = []
-    for _, query in patient.asked_of_all(min(EXACT, patient.count)):
+    for _, query in patient.asked(min(EXACT, patient.count)):
         ids = patient.tokens([query])
         found = beam_search(model, trie, ids, patient.config["beam"])[1].max()
         hits.append(bool(found >= exact_scores(model, ids, docids.to(patient.device)).max() - TOLERANCE))
     share = sum(hits) / len(hits)
     return Finding(
-        "beam against exact search", verdict(share < 0.5, share < 0.9),
+        verdict(share < 0.5, share < 0.9),
         f"best of {len(docids)} docids in the beam for {percent(share)} of {len(hits)} queries",
         "at least 90%",
         f"good docids are pruned early: pass --beam above {patient.config['beam']} to eval.py or search.py",
@@ -520,25 +511,22 @@ def beam_reaches_best(patient: Patient) -> Finding:
 @torch.no_grad()
 def expert_load(patient: Patient) -> Finding:
     """Which experts the tokens of test queries reach, along the docids that they ask for; and which are still zero."""
-    name, wanted = "experts", "each 1% of gates or more, none with B = 0"
     model = patient.last[0]
-    if not mixed_layers(model):
-        return Finding(name, "skip", f"D{patient.t}.pt has no mixture", wanted, "")
-    queries = patient.asked_of_all(patient.count)
-    codes = patient.codes[[min(rows) for rows, _ in queries]].to(patient.device)
-    routes = model.docid_hidden(*model.encode(patient.tokens([query for _, query in queries])), codes)[1]
-    said, idle, zero = [], [], []
-    for number, (layer, route) in enumerate(zip(mixed_layers(model), routes)):
-        first, mass = mixlora.first_choice_share(route.scores).tolist(), route.gates.mean((0, 1)).tolist()
-        shares = " ".join(f"{100 * a:.0f}/{100 * b:.0f}" for a, b in zip(first, mass))
+    layers = mixed_layers(model)
+    if not layers:
+        return Finding("skip", f"D{patient.t}.pt has no mixture")
+    routes, said, idle, zero = patient.hidden(model, patient.asked(patient.count))[2], [], [], []
+    for number, (layer, route) in enumerate(zip(layers, routes)):
+        choices, mass = mixlora.first_choice_share(route.scores).tolist(), route.gates.mean((0, 1)).tolist()
+        shares = " ".join(f"{100 * a:.0f}/{100 * b:.0f}" for a, b in zip(choices, mass))
         said.append(f"layer {number} {shares}")
         b = torch.cat([layer.stacked(name).flatten(1) for name in ("in_b", "out_b")], dim=1)  # (E, all of B)
         zero += [f"layer {number} expert {e}" for e in range(len(layer)) if not b[e].any()]
         idle += [f"layer {number} expert {e}" for e, share in enumerate(mass) if not share >= 0.01]
-    found = f", idle: {idle}" * bool(idle) + f", B = 0: {zero}" * bool(zero)
+    faults = f", idle: {idle}" * bool(idle) + f", B = 0: {zero}" * bool(zero)
     return Finding(
-        name, verdict(bool(zero), bool(idle)), "percent of first choices/gates: " + "; ".join(said) + found,
-        wanted,
+        verdict(bool(zero), bool(idle)), "percent of first choices/gates: " + "; ".join(said) + faults,
+        "each 1% of gates or more, none with B = 0",
         "an expert without tokens learns nothing, and of an older one what it knew is lost: --router_row ood_mean for a new "
         "row, a smaller --align_coef where new rows outbid the old ones",
     )  # fmt: skip
@@ -562,7 +550,7 @@ def ood_statistics(patient: Patient) -> Finding:
             unseen += int((stat.variance == 0).sum())  # paper_code: of (expert, position) without a token
             broken += [] if good else [f"D{t} layer {number}"]
     return Finding(
-        "OOD statistics", verdict(bool(broken), unseen > 0) if seen or broken else "skip",
+        verdict(bool(broken), unseen > 0) if seen or broken else "skip",
         f"{seen} of layers, {unseen} variances of 0, broken: {broken}",
         "one for each mixed layer, finite, of its number of experts, variances over 0",
         "without them no corpus can be told from another: remove the checkpoint named and resume; variances of 0 are of "
@@ -570,23 +558,25 @@ def ood_statistics(patient: Patient) -> Finding:
     )  # fmt: skip
 
 
-CHECKS = [
-    counts, round_trip, fresh_embeddings, fresh_docids, distinct_docids, dense_recall, first_cross_entropy,
-    docid_table, log_of_d0, gradient_norms, updates, reachable, learnt, scores_agree, beam_reaches_best, expert_load,
-    ood_statistics,
-]  # fmt: skip
+CHECKS = {
+    counts: "document counts and ids", round_trip: "docid round trip", fresh_embeddings: "embeddings of these documents",
+    fresh_docids: "docids of these embeddings", distinct_docids: "distinct docids", dense_recall: "bi-encoder on D_0",
+    first_cross_entropy: "cross-entropy at step 0", docid_table: "docid table of D0.pt",
+    log_of_d0: "cross-entropy of D_0's log", gradient_norms: "gradient norm", updates: "relative updates",
+    reachable: "test documents", learnt: "learnt, not by heart", scores_agree: "search score against forced",
+    beam_reaches_best: "beam against exact search", expert_load: "experts", ood_statistics: "OOD statistics",
+}  # fmt: skip
 
 
-def examine(patient: Patient) -> Iterator[Finding]:
+def examine(patient: Patient) -> Iterator[tuple[str, Finding]]:
     """All checks. Files may be so broken that one of them cannot be carried out, which is a FAIL too."""
-    for check in CHECKS:
+    for check, name in CHECKS.items():
         try:
-            found = check(patient)
+            yield name, check(patient)
         except (ValueError, KeyError, IndexError, RuntimeError, TypeError, OSError) as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = f"could not be checked ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
             advice = "files do not fit each other: mend what FAILs above first"
-            found = Finding(check.__name__, "FAIL", f"could not be checked ({reason})", "a whole run", advice)
-        yield found
+            yield name, Finding("FAIL", reason, "a whole run", advice)
 
 
 def main(argv: list[str]) -> int:
@@ -599,9 +589,10 @@ def main(argv: list[str]) -> int:
     if args.queries < 1:
         raise ValueError(f"found --queries {args.queries}, wanted a positive number")
     tally = dict.fromkeys(("ok", "warn", "FAIL", "skip"), 0)
-    for found in examine(Patient(args.run, args.queries, args.device)):
+    for name, found in examine(Patient(args.run, args.queries, args.device)):
         tally[found.verdict] += 1
-        print(f"{found.verdict:4}  {found.name}: {found.measured} (wanted: {found.wanted})", flush=True)
+        wanted = f" (wanted: {found.wanted})" * bool(found.wanted)
+        print(f"{found.verdict:4}  {name}: {found.measured}{wanted}", flush=True)
         if found.verdict in ("warn", "FAIL"):
             print(f"      -> {found.advice}")
     print(", ".join(f"{number} {kind}" for kind, number in tally.items()))
@@ -612,6 +603,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError) as error:
-        sys.exit(f"doctor.py: {error}")
+        sys.exit(f"tools.doctor: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

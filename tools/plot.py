@@ -1,8 +1,8 @@
 """The pictures of a run, and of an experiment.
 
 Paper    figures 1 and 3: AP against BWT of each method; which experts the tokens of each corpus choose
-In       results.json and ood.json of a run folder; or an experiment's JSON {"name", "rows"}, see EXPERIMENT
-Out      matplotlib Figures; `python plot.py RUN` writes RUN/plots/*.svg and *.png, `python plot.py
+In       results.json and ood.json of a run folder; or an experiment's JSON {"name", "rows"}
+Out      matplotlib Figures; `python -m tools.plot RUN` writes RUN/plots/*.svg and *.png, `python -m tools.plot
          EXPERIMENT.json` writes plots/NAME_*.svg and *.png beside the file
 Next     README shows them; nothing reads them
 Differs  the paper's Figure 3 has one layer and the last model; here every mixed layer, after training on each
@@ -11,7 +11,6 @@ Differs  the paper's Figure 3 has one layer and the last model; here every mixed
 
 import argparse
 import io
-import json
 import math
 import re
 import sys
@@ -22,21 +21,6 @@ import numpy as np
 
 from store import read_json, write
 
-NUMBER, OPTIONAL = int | float, int | float | None  # OPTIONAL may be null or absent
-# What is read of each file: {key: form}, {...: the form of every value}, [the form of every item], or a type.
-CURVES = {"recall@10": {"P": [[NUMBER]]}, "mrr@10": {"P": [[NUMBER]]}}
-RESULTS = {
-    "method": str, "data": str, "seed": int, "metrics": CURVES,
-    "baselines": {...: {"recall@10": {"AP": NUMBER}, "mrr@10": {"AP": NUMBER}}},
-    "experts": {...: [int]}, "routing": {...: [[NUMBER]]}, "first_choice": {...: [[NUMBER]]},
-    "trainable_parameters": {...: int},
-}  # fmt: skip
-HISTOGRAM = {"edges": [NUMBER], "queries": [NUMBER], "control": [NUMBER], "threshold": NUMBER}
-OOD = {...: [{"ood_percent": NUMBER, "control_percent": NUMBER, "histogram": HISTOGRAM}]}
-SEEDS = {"AP": [NUMBER], "BWT": [NUMBER]}
-ROW = {"label": str, "metrics": {"recall@10": SEEDS, "mrr@10": SEEDS}, "trainable_parameters": OPTIONAL}
-EXPERIMENT = {"name": str, "rows": [ROW]}
-
 TITLES = {"recall@10": "Recall@10", "mrr@10": "MRR@10"}
 # Okabe and Ito's colours, which colour-blind readers tell apart, with grey in place of yellow
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#888888"]
@@ -44,18 +28,11 @@ MARKERS = "osD^vPX*"
 INK, FAINT = "#333333", "#999999"
 RC = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": INK,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "figure.facecolor": "white",  # README is also read on a dark page
+    "font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.edgecolor": INK, "axes.axisbelow": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.7,
+    "legend.frameon": False, "figure.facecolor": "white",  # README is also read on a dark page
     "svg.hashsalt": "mixlora-dsi",  # else names inside an SVG are random
-}
+}  # fmt: skip
 WIDTH = 8.0  # inches; README shows them at about 110 pixels an inch
 
 
@@ -65,9 +42,8 @@ def style():
     try:
         import matplotlib
     except ImportError:
-        raise ImportError(
-            "found no matplotlib, which draws the pictures; pip install -r requirements-dev.txt"
-        ) from None
+        wanted = "pip install -r requirements-dev.txt"
+        raise ImportError(f"found no matplotlib, which draws the pictures; {wanted}") from None
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(RC)
@@ -84,26 +60,6 @@ def new_figure(height: float):
     return figure
 
 
-def require(value, form, where: str) -> None:
-    """Raises ValueError where a JSON value has another form than wanted (see RESULTS)."""
-    kind = type(form) if isinstance(form, (dict, list)) else form
-    if not isinstance(value, kind):
-        wanted = {dict: "an object", list: "a list", str: "text", int: "a whole number"}.get(kind, "a number")
-        raise ValueError(f"{where}: found {json.dumps(value)[:60]}, wanted {wanted}")
-    if isinstance(form, list):
-        for i, item in enumerate(value):
-            require(item, form[0], f"{where}[{i}]")
-    elif isinstance(form, dict):
-        for key, part in form.items():
-            for name in value if key is ... else [key]:
-                if name not in value and part is OPTIONAL:
-                    continue
-                if name not in value:
-                    found = ", ".join(value) or "nothing"
-                    raise ValueError(f"{where}: found {found[:100]}, wanted {name!r} too")
-                require(value[name], part, f"{where}: {name}")
-
-
 # ------------------------------------------------------------------------------------------------ a run's pictures
 
 
@@ -115,9 +71,8 @@ def accuracy(results: dict):
     for axes, metric in zip(panels, TITLES):
         p = results["metrics"][metric]["P"]
         if not p or [len(row) for row in p] != list(range(1, len(p) + 1)):
-            raise ValueError(
-                f"{metric}: found rows of P of lengths {[len(row) for row in p]}, wanted 1, 2, .. T+1"
-            )
+            lengths = [len(row) for row in p]
+            raise ValueError(f"{metric}: found rows of P of lengths {lengths}, wanted 1, 2, .. T+1")
         for i in range(len(p)):
             axes.plot(
                 range(i, len(p)), [100 * row[i] for row in p[i:]], color=COLOURS[i % len(COLOURS)],
@@ -233,65 +188,42 @@ def growth(results: dict):
 @style()
 def energies(ood: dict):
     """Per corpus and mixed layer, the OOD scores of D_t's queries and of the control, each in percent of its own
-    queries, and the threshold. Corpora without histograms (see `without_histogram`) are left out.
-
-    The vertical axis is logarithmic: what decides is the percent or so beyond the threshold.
+    queries, and the threshold. The vertical axis is logarithmic: what decides is the percent or so beyond the threshold.
     """
-    stages = [stage for stage in ood if ood[stage] and stage not in without_histogram(ood)]
+    stages = [stage for stage in ood if ood[stage]]
     layers = max(len(ood[stage]) for stage in stages)
     across = min(layers, 4)
     down = math.ceil(layers / across)
     figure = new_figure(1.75 * len(stages) * down + 0.9)
     panels = figure.subplots(len(stages) * down, across, squeeze=False, sharey=True)
+    for axes in panels.flat:
+        axes.axis("off")
+    drawn = {"queries": dict(fill=True, color=COLOURS[5], linewidth=0, label="queries of the corpus")}
+    drawn["control"] = dict(
+        color=COLOURS[1], linewidth=1.3, label="control: fresh queries of the corpus before"
+    )
     for row, stage in enumerate(stages):
-        for place, axes in enumerate(panels[row * down : (row + 1) * down].flat):
-            if place >= len(ood[stage]):
-                axes.axis("off")
-            else:
-                _energy_panel(
-                    axes, ood[stage][place], f"{stage}, layer {place}", "\n" if across > 2 else ": "
-                )
+        for place, (layer, axes) in enumerate(zip(ood[stage], panels[row * down : (row + 1) * down].flat)):
+            shown, name = layer["histogram"], f"{stage}, layer {place}"
+            for key, look in drawn.items():
+                counts, edges = np.array(shown[key], dtype=float), shown["edges"]
+                if len(edges) != len(counts) + 1:
+                    sizes = f"{len(edges)} edges of {len(counts)} bins of {key}"
+                    raise ValueError(f"{name}: found {sizes}, wanted {len(counts) + 1}")
+                axes.stairs(100 * counts / max(counts.sum(), 1), edges, **look)
+            axes.axis("on")
+            axes.axvline(shown["threshold"], color=INK, linewidth=1.1, linestyle="--", label="threshold")
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.grid(axis="y")
+            shares = f"{layer['ood_percent']:.1f} % OOD (control {layer['control_percent']:.1f} %)"
+            axes.set_title(name + ("\n" if across > 2 else ": ") + shares, fontsize=9)
     figure.supylabel("percent of queries in a bin (log scale)", fontsize=9)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     title = "OOD score of a query (the outermost bins also count what lies beyond)"
     figure.legend(handles, labels, loc="outside lower center", ncols=3, title=title)  # below the lowest axes
     figure.suptitle("Is a corpus out of distribution for a layer?")
     return figure
-
-
-def _energy_panel(axes, layer: dict, name: str, between: str) -> None:
-    shown = layer["histogram"]
-    shares = {}
-    for key in ("queries", "control"):
-        counts = np.array(shown[key], dtype=float)
-        if len(shown["edges"]) != len(counts) + 1:
-            raise ValueError(
-                f"{name}: found {len(shown['edges'])} edges of {len(counts)} bins of {key}, wanted {len(counts) + 1}"
-            )
-        shares[key] = 100 * counts / max(counts.sum(), 1)
-    axes.stairs(
-        shares["queries"],
-        shown["edges"],
-        fill=True,
-        color=COLOURS[5],
-        linewidth=0,
-        label="queries of the corpus",
-    )
-    axes.stairs(
-        shares["control"], shown["edges"], color=COLOURS[1], linewidth=1.3,
-        label="control: fresh queries of the corpus before",
-    )  # fmt: skip
-    axes.axvline(shown["threshold"], color=INK, linewidth=1.1, linestyle=(0, (4, 2)), label="threshold")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.grid(axis="y")
-    shares_ood = f"{layer['ood_percent']:.1f} % OOD (control {layer['control_percent']:.1f} %)"
-    axes.set_title(f"{name}{between}{shares_ood}", fontsize=9 if between != "\n" else 8.5)
-
-
-def without_histogram(ood: dict) -> list[str]:
-    """Corpora whose decisions an older version wrote, without "histogram"."""
-    return [stage for stage, layers in ood.items() if not all(layer.get("histogram") for layer in layers)]
 
 
 def _run_name(results: dict) -> str:
@@ -314,32 +246,31 @@ def tradeoff(rows: list[dict], metric: str = "recall@10", title: str = ""):
     """AP against BWT in percent, means over seeds with standard errors; BWT falls to the right, so that better is
     up and right. A circle's area grows with the logarithm of the trainable parameters; a diamond has none.
 
-    Where systems crowd (see `crowd`), a second panel shows them enlarged, and labels them.
+    Where systems crowd (see `crowd`), a second panel shows them enlarged.
     """
     for row in rows:
-        seeds = [len(row["metrics"][metric][key]) for key in ("AP", "BWT")]
-        if seeds[0] != seeds[1] or not seeds[0]:
+        ap, bwt = (row["metrics"][metric][key] for key in ("AP", "BWT"))
+        if len(ap) != len(bwt) or not ap:
             raise ValueError(
-                f"{row['label']}: found {seeds[0]} values of AP and {seeds[1]} of BWT, wanted as many"
+                f"{row['label']}: found {len(ap)} values of AP and {len(bwt)} of BWT, wanted as many of each"
             )
-    values = 100 * np.array([
-        [_mean_and_error(row["metrics"][metric][key]) for key in ("BWT", "AP")] for row in rows
-    ])  # (rows, BWT and AP, mean and standard error)  # fmt: skip
-    centres, errors = values[..., 0], values[..., 1]
-    if not np.isfinite(values).all():
-        bad = rows[int(np.flatnonzero(~np.isfinite(values).all((1, 2)))[0])]["label"]
-        raise ValueError(f"{bad}: found {metric} of AP or BWT that is not finite, wanted numbers")
-    areas = _areas([row.get("trainable_parameters") for row in rows])
-    near = crowd(centres)
-    figure = new_figure(4.9)
+        if not np.isfinite(ap + bwt).all():
+            raise ValueError(
+                f"{row['label']}: found {metric} of AP or BWT that is not finite, wanted numbers"
+            )
+    values = [[_mean_and_error(row["metrics"][metric][key]) for key in ("BWT", "AP")] for row in rows]
+    centres, errors = np.moveaxis(100 * np.array(values), 2, 0)  # (rows, BWT and AP) each
+    parameters = [row.get("trainable_parameters") for row in rows]
+    areas, near = _areas(parameters), crowd(centres)
+    figure = new_figure(5.2)
     panels = figure.subplots(1, 2 if near.any() else 1, squeeze=False)[0]
     for axes in panels:
-        for k, (row, (x, y), (dx, dy)) in enumerate(zip(rows, centres, errors)):
+        for k, ((x, y), (dx, dy)) in enumerate(zip(centres, errors)):
             colour = COLOURS[k % len(COLOURS)]
             axes.errorbar(x, y, dy, dx, fmt="none", ecolor=colour, elinewidth=1.1, capsize=2, zorder=2)
             axes.scatter(
-                [x], [y], s=areas[k], marker="o" if row.get("trainable_parameters") else "D", edgecolors=colour,
-                linewidths=1.3, zorder=3, facecolors=colour if k < len(COLOURS) else "white",
+                [x], [y], s=areas[k], marker="o" if parameters[k] else "D", edgecolors=colour, linewidths=1.3,
+                facecolors=colour if k < len(COLOURS) else "white", zorder=3, label=rows[k]["label"],
             )  # fmt: skip
         axes.margins(0.12)
         axes.invert_xaxis()
@@ -348,16 +279,18 @@ def tradeoff(rows: list[dict], metric: str = "recall@10", title: str = ""):
         axes.set_title("better \N{NORTH EAST ARROW}", loc="right", color=FAINT)
     panels[0].set_ylabel(f"AP in {TITLES[metric]}, percent")
     panels[0].set_title(title, loc="left")
-    _size_legend(figure, [row.get("trainable_parameters") for row in rows])
     if near.any():
         low, high = (centres - errors)[near].min(0), (centres + errors)[near].max(0)
         pad = np.maximum(0.18 * (high - low), 0.1)
         (right, bottom), (left, top) = low - pad, high + pad
         panels[1].set(xlim=(left, right), ylim=(bottom, top), title="the frame, enlarged")
-        panels[0].add_patch(_frame((right, bottom), left - right, top - bottom))
-        near = ((centres >= low - pad) & (centres <= high + pad)).all(1)
-        _label_points(figure, panels[1], rows, centres, errors, areas, near)
-    _label_points(figure, panels[0], rows, centres, errors, areas, ~near)
+        panels[0].indicate_inset((right, bottom, left - right, top - bottom), edgecolor=INK)
+    known = [number for number in parameters if number]
+    sizes = f"area: {_short(min(known))} to {_short(max(known))} trainable parameters, " if known else ""
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8.5,
+        title=f"{sizes}diamond: none; bars: standard errors over seeds", title_fontsize=8.5,
+    )  # fmt: skip
     return figure
 
 
@@ -365,16 +298,9 @@ def crowd(centres: np.ndarray, share: float = 0.06, least: int = 4) -> np.ndarra
     """Which points (N, 2) lie within `share` of both axes' ranges of that point which has most of them, if those
     are at least `least` and not all: (N,) bool.
     """
-    span = np.ptp(centres, axis=0)
-    near = (abs(centres[:, None] - centres) <= share * span).all(-1)  # (N, N)
+    near = (abs(centres[:, None] - centres) <= share * np.ptp(centres, axis=0)).all(-1)  # (N, N)
     best = near[near.sum(1).argmax()]
     return best & (least <= best.sum() < len(centres))
-
-
-def _frame(corner, width: float, height: float):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(corner, width, height, fill=False, edgecolor=FAINT, linewidth=0.9, zorder=1)
 
 
 def _mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -387,115 +313,35 @@ def _areas(parameters: list[float | None]) -> list[float]:
     """Areas in square points: 30 to 200 between the logarithms of the fewest and the most parameters."""
     logs = [math.log(number) for number in parameters if number]
     low, width = min(logs, default=0), max(logs, default=0) - min(logs, default=0)
-    return [
-        30 + 170 * (math.log(number) - low) / width if number and width else 30.0 for number in parameters
-    ]
-
-
-def _size_legend(figure, parameters: list[float | None]) -> None:
-    from matplotlib.lines import Line2D
-
-    known = sorted({number for number in parameters if number})
-    shown = sorted({known[0], known[len(known) // 2], known[-1]}) if known else []
-    areas = dict(zip(parameters, _areas(parameters)))
-    entries = [(areas[number], "o", _short(number)) for number in shown]
-    if len(known) < len(set(parameters)):
-        entries.append((30, "D", "none"))
-    handles = [
-        Line2D([], [], linestyle="", marker=marker, markersize=math.sqrt(area), color=FAINT, label=label)
-        for area, marker, label in entries
-    ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=len(handles) + 1, title="trainable parameters; bars are "
-        "standard errors over seeds", title_fontsize=8.5, fontsize=8.5,
-    )  # fmt: skip
-
-
-def _label_points(figure, axes, rows: list[dict], centres, errors, areas: list[float], chosen) -> None:
-    """Writes the label of each chosen point beside it, where it covers least, with a line where that is far."""
-    figure.draw_without_rendering()  # the layout, and with it where the points are
-    renderer, pixels = figure.canvas.get_renderer(), figure.dpi / 72  # pixels a point
-    taken = []  # boxes (left, bottom, right, top) in pixels
-    for (x, y), (dx, dy), area in zip(centres, errors, areas):
-        ends = axes.transData.transform([(x - dx, y), (x + dx, y), (x, y - dy), (x, y + dy), (x, y)])
-        r = math.sqrt(area) / 2 * pixels
-        taken += [
-            [*ends[:2].min(0) - 1, *ends[:2].max(0) + 1], [*ends[2:4].min(0) - 1, *ends[2:4].max(0) + 1],
-            [*ends[4] - r, *ends[4] + r],
-        ]  # fmt: skip
-    inside = axes.get_window_extent(renderer)
-    steps = [(dx, dy) for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))]
-    for k in np.flatnonzero(chosen):
-        label, (x, y), area = rows[k]["label"], centres[k], areas[k]
-        text = axes.annotate(
-            label, (x, y), (0, 0), textcoords="offset points", fontsize=8.5, color=INK, zorder=4,
-            ha="center", va="center",
-        )  # fmt: skip
-        extent = text.get_window_extent(renderer)
-        half = np.array([extent.width, extent.height]) / 2 + 1
-        centre, radius = axes.transData.transform((x, y)), math.sqrt(area) / 2 * pixels
-        best = (math.inf,)
-        for far in (3, 8, 16, 26, 38, 52):
-            for step in steps:
-                away = np.array(step) * (half + (radius + far * pixels) / (math.sqrt(2) if all(step) else 1))
-                box = [*centre + away - half, *centre + away + half]
-                outside = 4 * (half.prod() - _overlap(box, inside.extents) / 4)
-                cost = sum(_overlap(box, other) for other in taken) + 10 * outside + far * pixels
-                if cost < best[0]:
-                    best = (cost, away, box, far)
-        _, away, box, far = best
-        taken.append(box)
-        text.set_position(away / pixels)
-        text.set_in_layout(False)
-        if far > 10:
-            end = np.clip(centre, box[:2], box[2:])  # the label's nearest corner or side
-            axes.annotate(
-                "", (x, y), (end - centre) / pixels, textcoords="offset points", in_layout=False, zorder=1,
-                arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0},
-            )  # fmt: skip
-
-
-def _overlap(a, b) -> float:
-    """Area that two boxes (left, bottom, right, top) share."""
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    return [30 + 170 * (math.log(n) - low) / width if n and width else 30.0 for n in parameters]
 
 
 # ----------------------------------------------------------------------------------------------------- the command
 
 
-def run_pictures(folder: Path) -> tuple[dict, list[str]]:
-    """{name: Figure} of a run folder, and a line for each picture that is left out."""
+def run_pictures(folder: Path) -> tuple[dict, str]:
+    """{name: Figure} of a run folder, and what is left out."""
     results = read_json(folder / "results.json")
-    require(results, RESULTS, str(folder / "results.json"))
     figures = {"accuracy": accuracy(results)}
     if not any(results["routing"].values()):
-        return figures, [f"left out routing, growth and energies: {results['method']} routed no corpus"]
+        return figures, f"left out routing, growth and energies: {results['method']} routed no corpus"
     figures |= {"routing": routing(results), "growth": growth(results)}
     ood = read_json(folder / "ood.json")
-    require(ood, {...: [dict]}, str(folder / "ood.json"))
-    older = without_histogram(ood)
-    require({t: ood[t] for t in ood if t not in older}, OOD, str(folder / "ood.json"))
-    lines = [f"left out energies of {', '.join(older)}: ood.json holds no histogram of them"] if older else []
-    if any(layers for stage, layers in ood.items() if stage not in older):
-        figures["energies"] = energies(ood)
-    elif not older:
-        lines.append("left out energies: ood.json holds no decision")
-    return figures, lines
+    if not any(ood.values()):
+        return figures, "left out energies: ood.json holds no decision"
+    return figures | {"energies": energies(ood)}, ""
 
 
 def experiment_pictures(path: Path) -> dict:
     """{name: Figure} of an experiment's JSON."""
-    found = read_json(path)
-    require(found, EXPERIMENT, str(path))
-    name = found["name"]
+    content = read_json(path)
+    name, rows = content["name"], content["rows"]
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"{path}: found the name {name!r}, wanted letters, digits, '_', '.' and '-' alone")
-    if not found["rows"]:
+    if not rows:
         raise ValueError(f"{path}: found no rows, wanted one for each system")
-    return {
-        f"{name}_tradeoff": tradeoff(found["rows"], "recall@10", name),
-        f"{name}_tradeoff_mrr": tradeoff(found["rows"], "mrr@10", name),
-    }
+    metrics = {f"{name}_tradeoff": "recall@10", f"{name}_tradeoff_mrr": "mrr@10"}
+    return {key: tradeoff(rows, metric, name) for key, metric in metrics.items()}
 
 
 @style()
@@ -510,22 +356,28 @@ def save(figure, path: Path) -> None:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Draw the pictures of a run, or of an experiment.")
     parser.add_argument("run", type=Path, help="run folder, or an experiment's JSON file")
-    path = parser.parse_args(argv).run
-    if path.is_file():
-        folder, figures, left_out = path.parent / "plots", experiment_pictures(path), []
-    else:
-        folder = path / "plots"
-        figures, left_out = run_pictures(path)
+    path, left_out = parser.parse_args(argv).run, ""
+    folder = (path.parent if path.is_file() else path) / "plots"
+    try:
+        if path.is_file():
+            figures = experiment_pictures(path)
+        else:
+            figures, left_out = run_pictures(path)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{path}: not of the form that train.py or tools.experiments write ({reason})"
+        ) from error
     folder.mkdir(exist_ok=True)
     for name, figure in figures.items():
         save(figure, folder / name)
         print(f"{folder / name}.svg and .png", flush=True)
-    for line in left_out:
-        print(line)
+    if left_out:
+        print(left_out)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"plot.py: {error}")
+        sys.exit(f"tools.plot: {error}")

@@ -1,0 +1,218 @@
+"""The estimate of memory against what autograd keeps, real modules' parameters and arithmetic by hand."""
+
+import os
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+import memory
+import train
+from config import Config, parse
+from memory import Stage, Workload
+from mixlora import MixConfig, add_mixture, mixed_layers
+from published import BENCHMARKS
+from t5 import T5, T5Config
+
+NET = T5Config(
+    vocab=60, width=32, head_width=4, heads=4, feed_forward=48, encoder_blocks=3, decoder_blocks=4,
+    codebooks=3, centroids=16,
+)  # fmt: skip
+MIX = MixConfig(layers=2, experts=3, rank=4)
+NQ320K = Workload(BENCHMARKS["nq320k"].documents, 256)
+T5_BASE = 235_464_960  # with 32,100 words: the paper's "235.4M"
+
+
+def settings(*flags: str) -> Config:
+    return parse(["--data", "nq320k", "--precision", "bf16", *flags]).config
+
+
+def small_settings(**changes) -> Config:
+    shape = dict(width=32, heads=8, feed_forward=48, encoder_blocks=3, decoder_blocks=4, vocab=60, M=3, K=16)
+    return Config(**(shape | dict(layers=2, experts=2, lora_rank=4) | changes))
+
+
+def stages(config) -> dict[tuple[str, int | None], Stage]:
+    return {(stage.name, stage.t): stage for stage in memory.stages(config, NQ320K)}
+
+
+# ------------------------------------------------------------------------------------------------- parameters
+
+
+def on_meta(net: T5Config, mix: MixConfig | None = None) -> T5:
+    with torch.device("meta"):
+        model = T5(net)
+        if mix:
+            add_mixture(model, mix)
+    return model
+
+
+def count(*parts, training: bool = False) -> int:
+    return sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad or not training)
+
+
+def test_parameters_of_t5_base_are_the_papers():
+    parts = memory.parameters(T5Config(vocab=32_100), MixConfig(layers=1, experts=2))
+    assert parts["mixture"] == 2 * (61_440 + 768)  # expert, router row
+    assert parts["docids"] == 12_582_912
+    assert sum(parts.values()) - parts["mixture"] == T5_BASE
+
+
+@pytest.mark.parametrize("net", [NET, T5Config(), replace(NET, encoder_blocks=1, heads=2, buckets=8)])
+@pytest.mark.parametrize("mix", [None, MIX])
+def test_parameters_are_those_of_a_real_model(net, mix):
+    model, parts = on_meta(net, mix), memory.parameters(net, mix)
+    assert sum(parts.values()) == count(model)
+    ends = [model.encoder_norm, model.encoder_bias, model.decoder_norm, model.decoder_bias]
+    assert parts["blocks"] + parts["mixture"] == count(model.encoder, model.decoder, *ends)
+
+
+@pytest.mark.parametrize("expand", ["always", "never"])
+def test_trained_parameters_are_those_that_training_leaves_unfrozen(expand):
+    config = small_settings(expand=expand)
+    model, found = on_meta(memory.network(config), MixConfig(layers=2, experts=2, rank=4)), stages(config)
+    model.word.requires_grad_(False)
+    assert found["training", 0].trained == count(model, training=True)
+    assert found["training", 0].parameters == count(model)
+    for layer in mixed_layers(model):
+        layer.add_expert() if expand == "always" else layer.freeze_all()
+    train.freeze_old(model)
+    assert found["training", 1].trained == count(model, training=True)
+    assert found["training", 1].parameters == count(model)
+
+
+def test_base_trains_everything_and_pt_brings_its_mixture_with_d1():
+    base, pt = settings("--method", "base"), settings("--method", "mixlora-dsi-pt")
+    whole = sum(memory.parameters(memory.network(base)).values())
+    assert [stages(base)["training", t].trained for t in (0, 1)] == [whole, whole]
+    assert memory.mixture(base, 3) is None and memory.mixture(pt, 0) is None
+    assert [memory.mixture(pt, t).experts for t in (1, 2, 4)] == [2, 3, 5]
+    one = 5 * (61_440 + 768)  # an expert and its router row in each mixed layer
+    trained = [stages(pt)["training", t].trained - 12_582_912 for t in (1, 2, 4)]
+    assert trained == [2 * one, one, one]
+
+
+def test_word_rows_follow_the_weights():
+    assert memory.network(settings("--t5", "none", "--vocab", "500")).vocab == 500
+    assert memory.network(settings("--t5", "folder")) == T5Config()
+
+
+# ----------------------------------------------------------------------------------------------------- stages
+
+
+def saved_bytes(model: T5, function) -> int:
+    """Bytes of the tensors that autograd keeps for the backward, parameters and their casts apart.
+
+    The CPU keeps a dropout mask as numbers, 0 or 1 / (1 - p); accelerators keep a byte each, counted so here.
+    """
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {p.shape for p in model.parameters()} | {p.T.shape for p in model.parameters() if p.ndim == 2}
+    heads, head_width, width = model.config.heads, model.config.head_width, model.config.width
+    shapes |= {(heads, head_width, width), (heads, width, head_width)}  # W_k and W_v by heads
+    kept, held = {}, {}
+
+    def pack(tensor):
+        key = tensor.untyped_storage().data_ptr()
+        if key not in weights and tensor.shape not in shapes:
+            is_mask = tensor.is_floating_point() and len(tensor.unique()) == 2 and not tensor.min()
+            held[key] = tensor.untyped_storage()  # so that no address is used twice
+            kept[key] = tensor.numel() if is_mask else held[key].nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = function()
+    del out
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("mix", [None, MIX])
+def test_activation_bytes_are_what_autograd_keeps(mix):
+    """Within 5%: left out is what has one number per token, counted the bias, which is merely alive."""
+    net = replace(NET, width=64, head_width=16, feed_forward=256)
+    torch.manual_seed(0)
+    model = T5(net)
+    if mix:
+        add_mixture(model, mix)
+    model.train()
+    ids, codes = torch.randint(1, 60, (8, 24)), torch.randint(16, (8, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = saved_bytes(model, lambda: model.docid_hidden(*model.encode(ids), codes))
+        source = [tensor.detach() for tensor in model.encode(ids)]
+        alone = saved_bytes(model, lambda: model.docid_hidden(*source, codes))
+    assert 8 * memory.kept(net, mix, 24, 3) == pytest.approx(whole, rel=0.05)
+    assert 8 * memory.kept(net, mix, 24, 3, encode=False) == pytest.approx(alone, rel=0.05)
+
+
+def test_recomputation_keeps_the_inputs_of_blocks_and_one_whole_block():
+    """By hand, with D = 768 and S = 20: 12 blocks' inputs in float32, the largest block, what lies around them."""
+    net = replace(T5Config(), decoder_blocks=1)
+    block = 20 * (15 + 8 + 11) * 768 + 20 * 5 * 3072 + 7 * 12 * 20 * 20
+    inputs = 4 * 768 * (12 * 20 + 1 * 1)
+    around = 14 * 768 * (20 + 1) + 4 * 12 * 20 * 20
+    assert memory.kept(net, None, 20, 1, recompute=True) == block + inputs + around
+
+
+def test_gradients_and_moments_are_of_the_trained_parameters_alone():
+    found = stages(settings())
+    trained = 12_582_912 + 5 * (61_440 + 768)  # docid table, one expert and router row per layer
+    whole = T5_BASE + 5 * 3 * (61_440 + 768)
+    assert found["training", 1].weights == (4 + 2) * whole + 12 * trained  # float32 and bfloat16; three more
+    assert found["scans", 1].weights == 4 * whole
+
+
+def test_ewc_and_sam_hold_copies_of_the_weights():
+    """CLEVER on D_3 holds F and theta of two corpora (of three with D_0), DSI++ the weights before its climb."""
+
+    def held(*flags) -> float:
+        return stages(settings(*flags))["training", 3].weights
+
+    base = held("--method", "base")
+    n = stages(settings("--method", "base"))["training", 3].parameters
+    assert held("--method", "clever") - base == 2 * 8 * n
+    assert held("--method", "clever", "--ewc_protect_d0") - base == 3 * 8 * n
+    assert held("--method", "dsi++") - base == 4 * n
+
+
+def test_a_wide_search_holds_keys_and_values_of_all_its_beams():
+    """A beam more: M positions, held twice, in 12 blocks, of keys and values of 768 float32."""
+    ten, hundred = (stages(settings("--beam", str(beam)))["evaluation", 0] for beam in (10, 100))
+    caches = 128 * 90 * 8 * 2 * 12 * 2 * 768 * 4
+    assert 1 < (hundred.activations - ten.activations) / caches < 1.5
+
+
+# ------------------------------------------------------------------------------------------- what a machine has
+
+
+def require(config, available: float, where: str = "cpu") -> None:
+    memory.require_memory(config, NQ320K, available, where)
+
+
+@pytest.mark.parametrize("gib", [40, 12, 6])
+def test_a_run_that_cannot_fit_says_so_and_the_flags_that_it_names_make_it_fit(gib):
+    message = f"dense rounds needs about 48.9 GiB, cuda:0 has {gib}.0 GiB free"
+    with pytest.raises(ValueError, match=message) as error:
+        require(settings(), gib * 2**30, "cuda:0")
+    flags = re.search(r"pass (--micro_batch \d+(?: --recompute)?)", str(error.value))[1].split()
+    require(settings(*flags), gib * 2**30)
+    larger = str(2 * int(flags[1]))  # and the next larger micro-batch would not fit
+    with pytest.raises(ValueError, match="needs about"):
+        require(settings("--micro_batch", larger, *flags[2:]), gib * 2**30)
+
+
+def test_where_no_micro_batch_fits_a_larger_machine_is_named():
+    with pytest.raises(ValueError, match=r"a machine with \d+\.\d GiB, or --no-check_memory"):
+        require(settings(), 2**30)
+
+
+def test_float32_activations_count_twice():
+    activations = max(stage.activations for stage in stages(settings()).values())
+    weights = stages(settings())["dense rounds", None].weights
+    require(settings("--precision", "float32"), weights + 2 * activations)
+    with pytest.raises(ValueError, match="dense rounds needs"):
+        require(settings("--precision", "float32"), weights + 2 * activations - 1)
+
+
+def test_the_machine_s_free_memory_is_between_nothing_and_all_of_it():
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < memory.free_memory("cpu") <= total

@@ -1,0 +1,337 @@
+"""What a run costs before it is started: FLOPs, bytes moved, memory and hours of every stage.
+
+    python -m tools.cost --data nq320k [FLAGS OF TRAIN.PY]
+
+Paper    appendix E (recipes); tables 6-7 (sizes of the corpora, in published.py). The formulas are ours
+In       flags of train.py, with --data nq320k or msmarco
+Out      a table, one line per stage, and what it rests on
+Next     nothing reads it; memory.py checks what a run needs when it starts
+Differs  the paper gives no hours. Matrix products only are counted, two FLOPs per multiply-add, the way this code
+         computes them: K logits per position, a frozen encoder that runs once, no padding in it, keys and values of
+         the source in the search alone, scans that end at the last router
+
+Letters as in t5.py; I = H * Dh is the inner width of an attention. Training makes three products of y = x W:
+itself, and backward dx = dy W^T and dW = x^T dy. Recomputation makes those within a block once more.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import memory
+import rq
+import search
+import train
+from config import parse
+from dense import teacher_of_round
+from memory import Stage, Workload, kept, logits, mixture, network, parameters
+from mixlora import MixConfig, expert_parameters
+from published import BENCHMARKS
+from rq import ITERATIONS, MOST_POINTS, POINTS_PER_CENTROID
+from t5 import T5Config
+
+# Bytes per trained parameter and step: backward writes its gradient (4), the norm reads it (4), clipping does
+# both (8), AdamW reads parameter, gradient and two moments (16) and writes all but the gradient (12).
+OPTIMISER_TRAFFIC = 44
+QUERY = 10  # tokens of a short question on average
+WORKLOADS = {  # with mean lengths that we assume
+    "nq320k": Workload(BENCHMARKS["nq320k"].documents, 256),  # pages, longer than what is indexed
+    "msmarco": Workload(BENCHMARKS["msmarco"].documents, 75),  # passages
+}
+UNCOUNTED = ("dsi++", "clever", "promptdsi", "corpusbrain++", "joint", "incdsi")
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """Peak rates of dense products as its maker states them, and the share of them that we expect."""
+
+    name: str
+    bf16: float  # FLOP/s
+    tf32: float  # FLOP/s, of float32 products
+    memory: float  # bytes
+    bandwidth: float  # bytes/s
+    utilisation: float = 0.35  # an assumption, not a measurement
+
+
+A100 = Accelerator("A100", 312e12, 156e12, 80e9, 2.039e12)
+H100 = Accelerator("H100", 989e12, 494e12, 80e9, 3.35e12)
+ACCELERATORS = (A100, H100)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage of a run."""
+
+    stage: str
+    t: int | None  # of D_t, where it is one corpus's
+    steps: int  # of the optimiser
+    rate: str  # of the products: bf16 or tf32
+    flops: float
+    bytes: float  # read from and written to the accelerator's memory
+    held: Stage
+
+    @property
+    def memory(self) -> float:
+        return self.held.weights + self.held.activations
+
+    def hours(self, accelerator: Accelerator) -> float:
+        """The slower of computing and moving bytes."""
+        rate = getattr(accelerator, self.rate) * accelerator.utilisation
+        return max(self.flops / rate, self.bytes / accelerator.bandwidth) / 3600
+
+
+# ------------------------------------------------------------------------------------------------------ FLOPs
+
+
+def block_weights(net: T5Config, attentions: int) -> int:
+    """Entries of a block's matrices: 4 D I per attention, 2 D F of the feed-forward."""
+    return net.width * (4 * attentions * net.heads * net.head_width + 2 * net.feed_forward)
+
+
+def products(net: T5Config, mix, batch: int, source: int, target: int, tokens=0, keys=0) -> dict[str, int]:
+    """T5.encode of (B, S), with `tokens` of S on average no padding (all if 0), and T5.decode of (B, T).
+
+    In parts, which a backward treats differently. An attention's scores and their use take I each per pair, or H D
+    each to the source itself (Attention.to_source), whose T positions pass all four matrices. With `keys`, in a
+    search and on D_t, a position looks at so many positions and S source positions become keys and values once.
+    """
+    inner, texts, positions = net.heads * net.head_width, 2 * batch, 2 * batch * target
+    tokens, cross_kv = tokens or source, 2 * net.width * inner if keys else 0
+    across = inner if keys else net.heads * net.width
+    return {
+        "encoder": net.encoder_blocks * texts * (tokens * block_weights(net, 1) + 2 * source**2 * inner),
+        "keys_values": net.decoder_blocks * texts * source * cross_kv,
+        "decoder": net.decoder_blocks * positions * (block_weights(net, 2) - cross_kv),
+        "self": net.decoder_blocks * positions * 2 * (keys or target) * inner,
+        "cross": net.decoder_blocks * positions * 2 * source * across,
+        "experts": positions * parameters(net, mix)["mixture"],  # 2 r (D + F), and D of the router, each
+    }
+
+
+def embedding(net: T5Config, batch: int, source: int) -> int:
+    """T5.embed of (B, S): the encoder and one decoder position."""
+    return sum(products(net, None, batch, source, 1).values())
+
+
+def routing(net: T5Config, mix: MixConfig, batch: int, source: int, target: int) -> int:
+    """mixlora.routes_of, of an encoded source: L decoder blocks, the last without feed-forward and experts."""
+    parts = products(replace(net, decoder_blocks=mix.layers), mix, batch, source, target)
+    unused = block_weights(net, 0) + mix.experts * expert_parameters(net.width, net.feed_forward, mix.rank)
+    return sum(parts.values()) - parts["encoder"] - 2 * batch * target * unused
+
+
+def beam_search(net: T5Config, mix: MixConfig | None, batch: int, source: int, beam: int) -> int:
+    """search.beam_search: M steps of cached decoding, with K logits for each live beam."""
+    flops = 0
+    for m in range(net.codebooks):
+        live = min(beam, net.centroids**m)
+        parts = products(net, mix, batch, source, live, keys=m + 1)
+        if m > 0:  # the source is encoded once
+            parts |= {"encoder": 0, "keys_values": 0}
+        flops += sum(parts.values()) + 2 * batch * live * net.centroids * net.width
+    return flops
+
+
+def quantiser(net: T5Config, beam: int, points: int, documents: int) -> int:
+    """rq.fit of `points` and rq.encode of `documents`. Level m multiplies K centroids with the documents once, with
+    the points in the fit of each later level, and with k-means' sample often; tables hold the products of codebooks.
+    """
+    count = net.codebooks
+    tables = math.comb(count, 2) * (documents > 0) + math.comb(count, 3) * (points > 0)  # pairs of codebooks
+    flops = 2 * tables * net.centroids**2 * net.width
+    for m in range(count):
+        sample = min(points * min(beam, net.centroids**m), POINTS_PER_CENTROID * net.centroids)
+        encoded = documents + (count - 1 - m) * points
+        flops += 2 * (encoded + ITERATIONS * sample) * net.centroids * net.width
+    return flops
+
+
+def dense_step(config, net: T5Config, windows: int, query: tuple, window: tuple) -> int:
+    """Queries and `windows` documents of each: two in a round (positive, negative), one in the warm-up. Their
+    lengths are padded and mean ones.
+    """
+    batch, micro = config.dense_batch, min(config.dense_batch, config.micro_batch or config.dense_batch)
+    flops = 0
+    for texts, (source, tokens) in (batch, query), (windows * batch, window):
+        flops += (3 + config.recompute) * sum(products(net, None, texts, source, 1, tokens).values())
+    contrastive = windows == 1 or config.dense_contrastive > 0  # queries by documents, within a micro-batch
+    return flops + contrastive * 3 * 2 * batch * windows * micro * net.width
+
+
+def docid_step(config, net: T5Config, t: int, batch: int, source: int, tokens=0) -> int:
+    """A step of D_t: B queries of S tokens, `tokens` of them no padding on average (all if 0), M docid positions.
+
+    D_0 and BASE train encoder and decoder; words at rest save nothing, since dx must reach the first norm.
+    Later corpora run no encoder. Their docid table feeds the decoder, so dx runs through every block, but
+    frozen weights have no dW: one product backward, not two. Self-attention multiplies x by x and keeps two;
+    the source is constant, so cross-attention keeps one. Old and new experts are stacked: dW is computed for all
+    of them, unless none is new.
+    """
+    old = t > 0 and config.kl_old_coef > 0  # a second pass, along docids of earlier corpora
+    passes, divergences = 1 + old, old + (t > 0 and config.kl_coef > 0)
+    # Logits: forward, backward. On D_t all terms share a position's, and each KL has the previous model's.
+    rows = 3 * logits(net, config.mask) * (t == 0 or config.mask != "segment")
+    rows += (t > 0) * (3 * passes + divergences) * logits(net)
+    loss = 2 * batch * net.width * rows
+    mix, grown = mixture(config, t), mixture(config, t) != mixture(config, t - 1)
+    resting = t > 0 and config.mixture
+    parts = products(net, mix, batch, source, net.codebooks, tokens, keys=resting * net.codebooks)
+    once = parts.pop("keys_values")  # of the source, for all passes
+    if resting:
+        parts["encoder"] = 0
+        backward = parts["decoder"] + parts["cross"] + 2 * parts["self"] + (1 + grown) * parts["experts"]
+    else:
+        backward = 2 * sum(parts.values())
+    return once + passes * ((1 + config.recompute) * sum(parts.values()) + backward) + loss
+
+
+# ------------------------------------------------------------------------------------------------- the stages
+
+
+def query_lengths(config) -> tuple[int, int]:
+    """Tokens of a query on average, and of the longest of a batch, to which the others are padded."""
+    return min(QUERY, config.query_length), min(memory.LONGEST_QUERY, config.query_length)
+
+
+def first_rows(config, held: dict) -> Iterator[Row]:
+    """What comes once: the bi-encoder, the mining of its negatives, embeddings and docids of documents."""
+    net, counts, workload = network(config), BENCHMARKS[config.data], WORKLOADS[config.data]
+    query, longest = query_lengths(config)
+    document, window = (min(workload.tokens, n) for n in (config.document_length, config.dense_length))
+    d0, texts = counts.documents[0], sum(counts.documents) + config.d0_fragments * counts.documents[0]
+    rounds = config.dense_rounds * config.dense_steps
+    for stage, steps, windows in ("dense warm-up", config.dense_warmup_steps, 1), ("dense rounds", rounds, 2):
+        if steps:
+            flops = dense_step(config, net, windows, (longest, query), (config.dense_length, window))
+            yield training(config, *held[stage, None], steps, config.dense_batch, flops)
+
+    later = range(2, config.dense_rounds + 1)  # rounds that may rank all queries against all of D_0
+    mined = sum(not teacher_of_round(config.teacher, number) for number in later)
+    queries = counts.annotated + config.dense_pseudo * d0
+    flops = mined * queries * (embedding(net, 1, query) + 2 * d0 * net.width)
+    flops += mined * d0 * embedding(net, 1, document)
+    (stage, _), made = held["document embeddings", None], kept(net, None, document, 1)
+    yield inference(replace(stage, name="mining"), flops, mined * d0, memory.EMBED_BATCH, made, rate="bf16")
+    flops = texts * embedding(net, 1, document) + config.rq_pseudo * d0 * embedding(net, 1, query)
+    yield inference(stage, flops, texts, memory.EMBED_BATCH, made)
+
+    points = min(d0 * (1 + config.rq_pseudo), max(POINTS_PER_CENTROID * net.centroids, MOST_POINTS))
+    flops = 0 if config.docids else quantiser(net, rq.BEAM, points, texts)
+    distances = flops / (2 * net.centroids * net.width)  # of a point to K centroids, written and read
+    traffic = distances * 4 * (net.width + 2 * net.centroids)
+    yield Row("codebooks and docids", None, 0, "tf32", flops, traffic, held["codebooks and docids", None][0])
+
+
+def corpus_rows(config, held: dict, t: int) -> Iterator[Row]:
+    """Training on D_t; scans before it (OOD, KL) and after it (calibration); evaluation on D_0..D_t."""
+    net, counts, M = network(config), BENCHMARKS[config.data], config.M
+    mix, before, queries = mixture(config, t), mixture(config, t - 1), counts.pseudo_queries[t]
+    query, longest = query_lengths(config)
+    batch, steps = (config.batch, config.steps) if t else (config.d0_batch, config.d0_steps)
+    steps = steps if steps or t == 0 else math.ceil(config.epochs * queries / batch)
+    flops = docid_step(config, net, t, batch, longest, query)
+    yield training(config, *held["training", t], steps, batch, flops)
+
+    if mix:
+        old = products(net, before, 1, query, M)
+        encoder, whole = old.pop("encoder"), sum(old.values())
+        teachers = (t > 0) * (1 + (config.kl_old_coef > 0)) * queries  # decoded to the end, by the one before
+        control = train.CONTROL_QUERIES if before else 0  # to the last router, by that model,
+        last = queries if t else min(queries, train.CALIBRATION_QUERIES)  # and by the one after D_t
+        flops = (last + control) * encoder + teachers * whole + last * routing(net, mix, 1, query, M)
+        flops += control * routing(net, before, 1, query, M) if before else 0
+        texts = teachers + control + last  # bytes at most: as if each were encoded and decoded to the end
+        yield inference(held["scans", t][0], flops, texts, memory.SCAN_BATCH, kept(net, mix, query, M))
+
+    tests = sum(counts.test_queries[: t + 1])
+    flops, made = beam_search(net, mix, tests, query, config.beam), kept(net, mix, query, config.beam * M)
+    yield inference(held["evaluation", t][0], flops, tests, search.BATCH, made)
+
+
+def training(config, held: Stage, made: int, steps: int, batch: int, flops: int) -> Row:
+    """Steps of `flops`; each pass reads the weights for every part, and writes and reads what the part `made`."""
+    parts = math.ceil(batch / min(batch, config.micro_batch or batch))
+    passes = (2 + config.recompute) * parts  # forward, again, backward
+    traffic = OPTIMISER_TRAFFIC * held.trained + passes * (4 * held.parameters + made)
+    return Row(held.name, held.t, steps, "bf16", steps * flops, steps * traffic, held)
+
+
+def inference(held: Stage, flops: float, texts: int, batch: int, made: int, rate="tf32") -> Row:
+    """`texts` in batches, `made`: the bytes that each one's pass writes and reads."""
+    traffic = math.ceil(texts / batch) * held.weights + 2 * texts * made
+    return Row(held.name, held.t, 0, rate, flops, traffic, held)
+
+
+def rows(config) -> list[Row]:
+    """What each stage of a run costs."""
+    workload = WORKLOADS[config.data]
+    both = zip(memory.stages(config, workload), memory.stages(replace(config, recompute=False), workload))
+    held = {(stage.name, stage.t): (stage, whole.activations) for stage, whole in both}
+    found = list(first_rows(config, held))
+    for t in range(len(workload.documents)):
+        found += corpus_rows(config, held, t)
+    return [row for row in found if row.flops]
+
+
+# ---------------------------------------------------------------------------------------------------- as text
+
+
+def table(config) -> str:
+    """A run's stages, and what the numbers rest on. D_1 to D_T share lines: sums, but the largest memory."""
+    every, groups = rows(config), {}
+    last = len(WORKLOADS[config.data].documents) - 1
+    for row in every:
+        corpus = "" if row.t is None else "D0 " if row.t == 0 else f"D1..D{last} "
+        groups.setdefault(corpus + row.stage, []).append(row)
+    names = ["PFLOP", "TB moved", "GiB weights", "GiB activ.", *(f"hours {a.name}" for a in ACCELERATORS)]
+    lines = [f"{'stage':22}{'steps':>9}{''.join(f'{name:>13}' for name in names)}  fits"]
+    for name, group in [*groups.items(), ("total", every)]:
+        large, steps = max(group, key=lambda row: row.memory), sum(row.steps for row in group)
+        cells = [sum(row.flops for row in group) / 1e15, sum(row.bytes for row in group) / 1e12]
+        cells += [large.held.weights / 2**30, large.held.activations / 2**30]
+        cells += [sum(row.hours(a) for row in group) for a in ACCELERATORS]
+        fits = ", ".join(a.name for a in ACCELERATORS if large.memory <= a.memory) or "none"
+        lines.append(f"{name:22}{steps or '-':>9}{''.join(f'{cell:13.3f}' for cell in cells)}  {fits}")
+    return "\n".join([*lines, "", *assumptions(config)])
+
+
+def assumptions(config) -> list[str]:
+    """What the numbers rest on, in plain words."""
+    query, longest = query_lengths(config)
+    document = min(WORKLOADS[config.data].tokens, config.document_length)
+    rates = [
+        f"  {a.name}: one, at {a.utilisation:.0%} (assumed, not measured) of {a.bf16 / 1e12:.0f} TFLOP/s in bfloat16, "
+        f"{a.tf32 / 1e12:.0f} in TF32; {a.bandwidth / 1e12:.2f} TB/s, {a.memory / 1e9:.0f} GB"
+        for a in ACCELERATORS
+    ]
+    return [
+        "assumptions", *rates,
+        "  hours: the slower of products and traffic; launches, host and disk take none",
+        "  products: of matrices; no tokenisation, BM25, cross-encoder or baselines; k-means as if on the accelerator",
+        "  precision: training and mining in bfloat16 whatever --precision says, the rest in TF32",
+        f"  network: {config.encoder_blocks} + {config.decoder_blocks} blocks of width {config.width}, by the flags, not by --t5",
+        "  growth: every mixed layer at every corpus, an upper bound; none with --expand never",
+        f"  tokens: a query {query} on average, {longest} when padded, an indexed document {document} on average, a "
+        f"window of dense training at most {config.dense_length}",
+        "  padding: the encoder leaves it out; bytes and cross-attention do not",
+        "  traffic: weights once per pass, activations written and read once, the optimiser; about",
+        f"  memory: micro-batch {config.micro_batch or 'as the batch'}, activations "
+        f"{'recomputed' if config.recompute else 'kept'}; about; if none fits: --micro_batch, --recompute",
+    ]  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    config = parse(argv, checked=False).config  # files need not be there yet
+    if config.data not in WORKLOADS:
+        raise ValueError(f"tools.cost counts --data {' or '.join(WORKLOADS)}, found --data {config.data}")
+    if config.method in UNCOUNTED:
+        raise ValueError(f"tools.cost counts no {config.method}; take --method base or mixlora-dsi")
+    print(table(config))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"tools.cost: {error}")
