@@ -15,6 +15,8 @@ from toy import TOY, toy_folder  # noqa: E402
 
 import train  # noqa: E402
 
+train.CALIBRATION_QUERIES, train.CONTROL_QUERIES = 500, 50  # enough for made-up corpora
+
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:

@@ -32,11 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import EOS, PAD, UNK, load_tokenizer, read_jsonl, tokenize
-from download import find_t5
-from published import json_items, read_tsv
+from published import read_texts, read_tsv
 from queries import words
 from store import read_json, write_json
-from t5 import T5, read_published
+from t5 import T5
+from weights import find_t5, read_published
 
 SECONDS_BETWEEN_LINES = 10  # of progress on the terminal
 
@@ -131,15 +131,10 @@ def documents(args) -> Iterator[tuple[str, str]]:
     The passage is made as data.Corpus.passages makes it. Raises ValueError at a line that is no document.
     """
     if args.documents.suffix == ".tsv":
-        yield from ((pid, text) for _, (pid, text) in read_tsv(args.documents, 2) if text.strip())
+        yield from ((pid, text) for _, pid, text in read_tsv(args.documents) if text.strip())
         return
     if args.documents.suffix == ".json":
-        with args.documents.open("rb") as file:
-            for row, text in enumerate(json_items(file, str(args.documents))):
-                if not isinstance(text, str):
-                    raise ValueError(f"{args.documents}: item {row}: wanted a text, found {text!r:.80}")
-                if text.strip():
-                    yield str(row), text.strip()
+        yield from ((doc_id, text) for doc_id, text in read_texts(args.documents) if text)
         return
     for _, row in read_jsonl(args.documents, ("_id", "text")):
         title, text = " ".join(str(row.get("title") or "").split()), row["text"].strip()
