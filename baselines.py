@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losses import docid_cross_entropy
-from t5 import T5, Attention, FeedForward
+from t5 import T5, Attention, DecoderBlock, FeedForward, T5Config
 
 # ------------------------------------------------------------------------------------- CorpusBrain++: adapters
 
@@ -60,26 +60,47 @@ def adapters(model: T5) -> list[Adapter]:
 
 
 class Prompts(nn.Module):
-    """P prompts, each some keys and values before the first position of one decoder block's self-attention.
+    """P prompts: a model's prefix of keys and values in the self-attention of its second decoder block.
 
     A query takes the prompt whose topic is nearest to its `representation` by cosine. Topics never train.
     """
 
-    def __init__(self, topics: Tensor, length: int, heads: int, head_width: int, block: int):
+    def __init__(self, topics: Tensor, length: int, config: T5Config):
+        """topics (P, D)."""
         super().__init__()
-        self.length, self.block = length, block
-        self.topics = nn.Parameter(topics.clone(), requires_grad=False)  # (P, D)
-        self.keys_values = nn.Parameter(torch.randn(len(topics), 2, heads, length, head_width) * 0.02)
+        self.length, self.blocks = length, config.decoder_blocks
+        self.topics = nn.Parameter(topics.clone(), requires_grad=False)
+        keys_values = torch.randn(len(topics), 2, config.heads, length, config.head_width) * 0.02
+        self.keys_values = nn.Parameter(keys_values)
 
     def choose(self, source: Tensor, padding: Tensor) -> Tensor:
         """The prompt of each query (B,), from what T5.encode gives."""
         topics = F.normalize(self.topics, dim=-1)
         return (F.normalize(representation(source, padding), dim=-1) @ topics.T).argmax(-1)
 
-    def forward(self, source: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, each (B, H, length, Dh)."""
-        keys, values = self.keys_values[self.choose(source, padding)].unbind(1)
-        return keys, values
+    def forward(self, source: Tensor, padding: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+        """What T5.past gives: keys and values (B, H, length, Dh) of the second block, None for all others."""
+        past: list[tuple[Tensor, Tensor] | None] = [None] * self.blocks
+        past[1] = self.keys_values[self.choose(source, padding)].unbind(1)
+        return past
+
+
+class PromptedBlock(DecoderBlock):
+    """A decoder block whose past begins with a prompt, which is at no position and has no relative bias."""
+
+    def __init__(self, block: DecoderBlock):
+        """Takes over the parts of `block`, under their names."""
+        nn.Module.__init__(self)
+        self.dropout, self.training = block.dropout, block.training
+        for name, part in block.named_children():
+            self.add_module(name, part)
+
+    def attend(self, x: Tensor, bias: Tensor, past, cross, cross_bias: Tensor):
+        """As DecoderBlock; docids that share a query, of which past has one row, share its prompt."""
+        assert past is not None, "a model with prompts decodes from model.past(..)"
+        past = [part.repeat_interleave(len(x) // len(part), 0) for part in past]
+        prompt = past[0].shape[2] + x.shape[1] - bias.shape[3]
+        return super().attend(x, F.pad(bias, (prompt, 0)), past, cross, cross_bias)
 
 
 def representation(source: Tensor, padding: Tensor) -> Tensor:
@@ -106,12 +127,14 @@ def topic_keys(representations: Tensor, topics: int, seed: int) -> Tensor:
 
 
 def add_prompts(model: T5, topics: Tensor, length: int = 10) -> None:
-    """Gives a plain T5 a pool of prompts, one of each topic (P, D), in its second decoder block (of one, the first).
+    """Gives a plain T5 a pool of prompts, one of each topic (P, D), in its second decoder block.
 
-    From then on its decoder starts from `model.past(source, padding)`.
+    From then on its decoder starts from `model.past(source, padding)`. Raises ValueError where there is no such block.
     """
-    config, block = model.config, min(1, len(model.decoder) - 1)
-    model.prompts = Prompts(topics, length, config.heads, config.head_width, block).to(model.word.device)
+    if len(model.decoder) < 2:
+        raise ValueError("prompts go into the second decoder block, this T5 has one; pass --decoder_blocks 2")
+    model.prefix = Prompts(topics, length, model.config).to(model.word.device)
+    model.decoder[1] = PromptedBlock(model.decoder[1])
 
 
 # ---------------------------------------------------------------------------------------- DSI++: adaptive SAM

@@ -361,7 +361,7 @@ def groups(model: T5) -> dict[str, list[Tensor]]:
         "encoder": [p for part in encoder for p in part.parameters() if id(p) not in bottlenecks],
         "decoder": [p for part in decoder for p in part.parameters() if id(p) not in bottlenecks],
         "adapters": list(bottlenecks.values()),
-        "prompts": [model.prompts.keys_values] if model.prompts else [],
+        "prompts": [model.prefix.keys_values] if model.prefix else [],
         "experts": [layer.stacked(name) for layer in layers for name in MATRICES],
         "routers": [torch.cat([layer.router_old, layer.router_new]) for layer in layers],
     }
@@ -375,7 +375,7 @@ def updates(patient: Patient) -> Finding:
     for t in range(patient.t + 1):
         after = store.load_model(patient.folder / f"D{t}.pt", patient.device)[0]
         mixture, frozen = bool(mixed_layers(after)), set()
-        if t and (mixture or after.prompts or baselines.adapters(after) or patient.config["insert"]):
+        if t and (mixture or after.prefix or baselines.adapters(after) or patient.config["insert"]):
             frozen = {"word table", "encoder", "decoder", "experts", "routers"}
         if baselines.adapters(after):
             frozen -= {"word table"}

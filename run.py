@@ -162,7 +162,7 @@ def check_stamp(path: Path, value: dict) -> None:
 
 def save_model(path: Path, model: T5, stats: list[Stats], **extra) -> None:
     """A model with its shape, its experts, adapters or prompts, and the OOD statistics of its layers."""
-    layers, bottlenecks, prompts = mixed_layers(model), adapters(model), model.prompts
+    layers, bottlenecks, prompts = mixed_layers(model), adapters(model), model.prefix
     value = stamp(path.parent) | {
         "t5": asdict(model.config),
         "mix": asdict(layers[0].config) if layers else None,

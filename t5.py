@@ -272,33 +272,31 @@ class DecoderBlock(nn.Module):
         self.cross_norm, self.cross_attention = RMSNorm(config.width), Attention(config)
         self.ff_norm, self.ff = RMSNorm(config.width), FeedForward(config)
 
-    def forward(
-        self, x: Tensor, bias: Tensor, past, cross: tuple[Tensor, Tensor] | Tensor, cross_bias: Tensor
-    ):
-        """x (B, T, D), the newest T positions; past, their predecessors' keys and values (B, H, T', Dh) or
-        None. A prompt's come first of all.
+    def forward(self, x: Tensor, bias: Tensor, past, cross, cross_bias: Tensor):
+        """One block over the newest T positions.
 
-        cross is the source (B, S, D), or its keys and values; when R = B / queries beams share a query, of B / R rows.
-        Returns x, the self-attention keys and values including the past, and what the feed-forward tells of
-        its routing.
+        Args:
+            x: (B, T, D).
+            bias: (1, H, T, T' + T) of the positions.
+            past: keys and values (B, H, T', Dh) of the T' positions before these, or None.
+            cross: the source (B, S, D), or its keys and values; when R beams share a query, of B / R rows.
+            cross_bias: (B, 1, 1, S) of the padding, of as many rows as cross.
+
+        Returns:
+            x; the self-attention's keys and values, the past's included; what the feed-forward tells of its routing.
         """
         x, keys_values = self.attend(x, bias, past, cross, cross_bias)
         y, route = self.ff(self.ff_norm(x))
         return x + dropout(y, self.dropout, self.training), keys_values, route
 
-    def attend(
-        self, x: Tensor, bias: Tensor, past, cross: tuple[Tensor, Tensor] | Tensor, cross_bias: Tensor
-    ):
-        """The block up to its feed-forward: x (B, T, D) with both attentions added, and keys and values as `forward`."""
+    def attend(self, x: Tensor, bias: Tensor, past, cross, cross_bias: Tensor):
+        """The block up to its feed-forward: x with both attentions added, and keys and values as `forward`."""
         y = self.self_norm(x)
         keys, values = self.self_attention.keys_values(y)
         if past is not None:
             keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
-        if prompts := keys.shape[2] - bias.shape[3]:  # they are at no position, and have no bias
-            bias = F.pad(bias, (prompts, 0))
         x = x + dropout(self.self_attention(y, keys, values, bias), self.dropout, self.training)
-        # Beams of one query are folded into the query dimension: (B * R, 1, D) -> (B, R, D), no key is
-        # copied.
+        # Beams of one query are folded into the query dimension: (B * R, 1, D) -> (B, R, D), no key is copied.
         y = self.cross_norm(x)
         if isinstance(cross, Tensor):
             y = self.cross_attention.to_source(y.reshape(len(cross), -1, x.shape[-1]), cross, cross_bias)
@@ -318,7 +316,7 @@ class T5(nn.Module):
         self.word = nn.Parameter(torch.randn(config.vocab, config.width))
         self.rq = nn.Parameter(torch.randn(config.codebooks, config.centroids, config.width))
         self.recompute = False  # see `through`
-        self.prompts = None  # of baselines.add_prompts
+        self.prefix: nn.Module | None = None  # see `past`; set by baselines.add_prompts
         self.encoder_bias = RelativeBias(config, bidirectional=True)
         self.decoder_bias = RelativeBias(config, bidirectional=False)
         self.encoder = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_blocks))
@@ -339,9 +337,7 @@ class T5(nn.Module):
         return block(*inputs)
 
     def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids (B, S), padded with 0 -> hidden states (B, S, D) and padding bias (B, 1, 1, S) for the
-        decoder.
-        """
+        """Token ids (B, S), padded with 0 -> hidden states (B, S, D) and padding bias (B, 1, 1, S) for `decode`."""
         packing = Packing(ids != 0)
         x = self.drop(F.embedding(packing.pack(ids), self.word))  # (n, D)
         padding = torch.zeros(ids.shape, device=x.device).masked_fill(ids == 0, -1e9)[:, None, None, :]
@@ -362,19 +358,8 @@ class T5(nn.Module):
         return self.decoder_bias(queries_at, keys_at) + (keys_at[None, :] > queries_at[:, None]) * -1e9
 
     def past(self, source: Tensor, padding: Tensor) -> list | None:
-        """What the decoder has seen before the first position, for `decode`: nothing, or each query's prompt."""
-        if self.prompts is None:
-            return None
-        prompt = self.prompts(source, padding)  # keys and values, each (B, H, prompt length, Dh)
-        return [prompt if i == self.prompts.block else None for i in range(len(self.decoder))]
-
-    def seen(self, past: list | None) -> int:
-        """How many positions `past` holds: the keys of a block, but for those of a prompt."""
-        assert past is not None or self.prompts is None, "a model with prompts decodes from model.past(..)"
-        if past is None:
-            return 0
-        block, prompt = (0, 0) if self.prompts is None else (self.prompts.block, self.prompts.length)
-        return past[block][0].shape[2] - prompt
+        """What `decode` starts from: None or, with a prefix, for each block None or keys and values (B, H, P, Dh)."""
+        return None if self.prefix is None else self.prefix(source, padding)
 
     def decode(self, x: Tensor, cross: list | Tensor, padding: Tensor, past: list | None = None):
         """Runs the decoder over T new positions.
@@ -383,14 +368,14 @@ class T5(nn.Module):
             x: (B, T, D) input embeddings of the new positions.
             cross: the source (B, S, D) or, where many positions will attend to it, `cross_keys_values` of it.
             padding: the (B, 1, 1, S) bias from `encode`.
-            past: what an earlier call returned for the positions before these; before the first, `past` of the source,
-                or None for a model without prompts.
+            past: what an earlier call returned for the positions before these; before the first, `past` of the source.
 
         Returns:
             hidden states (B, T, D) after the final norm; keys and values of all positions so far, per block;
             the routes of the mixed layers, in order (mixlora.Route, empty for a plain T5).
         """
-        bias = self.causal_bias(self.seen(past), x.shape[1])
+        seen = past[0][0].shape[2] if past and past[0] is not None else 0  # a prefix leaves block 0 alone
+        bias = self.causal_bias(seen, x.shape[1])
         present, routes = [], []
         x = self.drop(x)
         for i, block in enumerate(self.decoder):
@@ -415,19 +400,13 @@ class T5(nn.Module):
         """Hidden states (B, M, D) that predict each code of the docids (B, M), and the mixed layers' routes.
 
         `cross` is the source, or `cross_keys_values` of it, which cost less where they need no gradient and x does.
-        There may be several docids of each query (B * R, M), those of the first query first. `past` of the source is
-        for a model with prompts.
+        There may be several docids of each query (B * R, M), those of the first query first. `past` is that of the source.
         """
-        if past is not None:
-            repeats = len(codes) // len(padding)
-            past = [prompt and [part.repeat_interleave(repeats, 0) for part in prompt] for prompt in past]
         hidden, _, routes = self.decode(self.docid_inputs(codes), cross, padding, past)
         return hidden, routes
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Dense representation (B, D): the decoder's hidden state after its start token. Paper appendix C,
-        Eq. 8.
-        """
+        """Dense representation (B, D): the decoder's hidden state after its start token. Appendix C, Eq. 8."""
         source, padding = self.encode(ids)
         return self.decode(self.start(len(ids)), source, padding)[0][:, 0]
 
@@ -439,8 +418,7 @@ class T5(nn.Module):
 
 
 def segment_logits(hidden: Tensor, rq: Tensor) -> Tensor:
-    """z_m = h_m C_m^T, the only K logits that the paper's mask leaves at position m (Eq. 4-5); no D^-1/2
-    scale.
+    """z_m = h_m C_m^T, the only K logits that the paper's mask leaves at position m (Eq. 4-5), without a D^-1/2 scale.
 
     hidden (B, T, D), rq (T, K, D) -> (B, T, K).
     """

@@ -706,7 +706,7 @@ def later_stage(
 def add_baseline(job: Job, model: T5) -> None:
     """Puts in what PromptDSI and CorpusBrain++ train beside the shared table, on D_1; else everything trains (BASE)."""
     config = job.config
-    if config.prompts and model.prompts is None:
+    if config.prompts and model.prefix is None:
         model.eval()
         with torch.no_grad():
             pairs = job.sample(0, config.calibration_queries, "topics")
@@ -823,8 +823,8 @@ def freeze_old(model: T5) -> None:
         model.word.requires_grad_(True)  # CorpusBrain++ trains the whole shared table
         for adapter in adapters:
             adapter.requires_grad_(True)
-    if model.prompts:
-        model.prompts.keys_values.requires_grad_(True)
+    if model.prefix:
+        model.prefix.keys_values.requires_grad_(True)
     for layer in mixed_layers(model):
         grew = len(layer.new) > 0  # an empty tensor that trains would cost the old experts' gradients
         layer.new.requires_grad_(grew)

@@ -48,7 +48,7 @@ def prompted_model(length: int = 4, size: float = 1.0, **shape) -> T5:
     model = small_model(**shape)
     add_prompts(model, torch.randn(6, D), length)
     with torch.no_grad():
-        model.prompts.keys_values.normal_(0, size)
+        model.prefix.keys_values.normal_(0, size)
     return model
 
 
@@ -150,13 +150,14 @@ def test_representation_is_the_same_in_training_and_search(ids):
 
 def test_query_takes_the_nearest_topic_by_cosine():
     topics = torch.tensor([[1.0, 0.0], [0.0, 9.0], [-5.0, -5.0]])
-    prompts = Prompts(topics, length=2, heads=1, head_width=1, block=0)
+    prompts = Prompts(topics, 2, T5Config(width=2, heads=1, head_width=1, decoder_blocks=3))
     with torch.no_grad():
         prompts.keys_values.copy_(torch.arange(12.0).view(3, 2, 1, 2, 1))
     source = torch.tensor([[[3.0, 1.0]], [[0.1, 0.2]], [[-1.0, -3.0]], [[100.0, 99.0]]])  # cosine: not 9 * 99
     padding = torch.zeros(4, 1, 1, 1)
     assert prompts.choose(source, padding).tolist() == [0, 1, 2, 0]
-    keys, values = prompts(source, padding)
+    before, (keys, values), after = prompts(source, padding)
+    assert before is None and after is None
     assert keys[:, 0, :, 0].tolist() == [[0, 1], [4, 5], [8, 9], [0, 1]]
     assert values[:, 0, :, 0].tolist() == [[2, 3], [6, 7], [10, 11], [2, 3]]
 
@@ -182,14 +183,14 @@ def test_pool_has_the_published_size():
     """Section 14: 4.8 million parameters for 310 topics (NQ320k), 101.5 for 6611 (MS MARCO); topics do not train."""
     for topics, millions in ((310, 4.8), (6611, 101.5)):
         with torch.device("meta"):
-            prompts = Prompts(torch.empty(topics, 768), length=10, heads=12, head_width=64, block=1)
+            prompts = Prompts(torch.empty(topics, 768), length=10, config=T5Config())
         trained = [p for p in prompts.parameters() if p.requires_grad]
         assert [round(p.numel() / 1e6, 1) for p in trained] == [millions]
 
 
 def attention_by_hand(model: T5, y: Tensor, prompt_keys: Tensor, prompt_values: Tensor) -> Tensor:
     """Self-attention of the prompted block, entry by entry: y (T, D), prompts (H, length, Dh) -> (T, D)."""
-    attention, bias = model.decoder[model.prompts.block].self_attention, model.decoder_bias
+    attention, bias = model.decoder[1].self_attention, model.decoder_bias
     rows = []
     for t in range(len(y)):
         heads = []
@@ -207,32 +208,30 @@ def attention_by_hand(model: T5, y: Tensor, prompt_keys: Tensor, prompt_values: 
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("blocks", [2, 3])
 def test_prompts_equal_brute_force_attention_and_shift_no_relative_bias(ids, codes, blocks):
     model = prompted_model(decoder_blocks=blocks)
-    assert model.prompts.block == (1 if blocks == 3 else 0)
     source, padding = model.encode(ids)
     seen = {}
-    block = model.decoder[model.prompts.block]
+    block = model.decoder[1]
     block.self_norm.register_forward_hook(lambda _, __, out: seen.update(y=out))
     block.self_attention.after.register_forward_hook(lambda _, __, out: seen.update(found=out))
     with torch.no_grad():
         model.docid_hidden(source, padding, codes[:6], model.past(source, padding))
-        keys, values = model.prompts(source, padding)
+        keys, values = model.prefix(source, padding)[1]
         for b in range(6):
             close(seen["found"][b], attention_by_hand(model, seen["y"][b], keys[b], values[b]))
 
 
 def test_prompt_that_no_query_looks_at_changes_nothing(ids, codes):
     """A key against every query's direction, at e^-1000 of the weight, leaves the plain model."""
-    model = prompted_model(decoder_blocks=1)
+    model = prompted_model(decoder_blocks=2)
     source, padding = model.encode(ids)
-    attention, seen = model.decoder[0].self_attention, {}
-    model.decoder[0].self_norm.register_forward_hook(lambda _, __, out: seen.update(y=out))
+    attention, seen = model.decoder[1].self_attention, {}
+    model.decoder[1].self_norm.register_forward_hook(lambda _, __, out: seen.update(y=out))
     model.docid_hidden(source, padding, codes[:6], model.past(source, padding))
-    prompts, model.prompts = model.prompts, None
-    plain = model.docid_hidden(source, padding, codes[:6])[0]
-    model.prompts = prompts
+    prompts, plain_model = model.prefix, small_model(decoder_blocks=2)
+    plain = plain_model.docid_hidden(source, padding, codes[:6])[0]
     queries = (
         (seen["y"] @ attention.q.T).unflatten(-1, (4, 4)).flatten(0, 1).transpose(0, 1)
     )  # (H, B * T, Dh)
@@ -250,7 +249,7 @@ def test_prompt_that_no_query_looks_at_changes_nothing(ids, codes):
     close(found[first], plain[first])
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("blocks", [2, 3])
 def test_steps_with_a_cache_equal_teacher_forcing_with_prompts(ids, codes, blocks):
     model = prompted_model(decoder_blocks=blocks)
     with torch.no_grad():
@@ -259,14 +258,13 @@ def test_steps_with_a_cache_equal_teacher_forcing_with_prompts(ids, codes, block
         want = model.docid_hidden(source, padding, codes[:6], model.past(source, padding))[0]
         x, past = model.docid_inputs(codes[:6]), model.past(source, padding)
         for t in range(M):
-            assert model.seen(past) == t
             hidden, past, _ = model.decode(x[:, t : t + 1], cross, padding, past)
             close(hidden[:, 0], want[:, t])
         hidden, past, _ = model.decode(x[:, :2], cross, padding, model.past(source, padding))
         close(model.decode(x[:, 2:], cross, padding, past)[0], want[:, 2:])
 
 
-@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("blocks", [2, 3])
 def test_widest_beam_equals_exact_scores_with_prompts(ids, codes, blocks):
     model, plain = prompted_model(decoder_blocks=blocks), small_model(decoder_blocks=blocks)
     trie = Trie(codes)
@@ -276,7 +274,7 @@ def test_widest_beam_equals_exact_scores_with_prompts(ids, codes, blocks):
     assert (rows.sort(1).values == torch.arange(len(codes))).all()  # every docid is found
     close(scores, exact.gather(1, rows))
     assert (exact - exact_scores(plain, ids, codes)).abs().max() > 0.1
-    assert model.prompts.choose(*model.encode(ids)).unique().numel() > 1
+    assert model.prefix.choose(*model.encode(ids)).unique().numel() > 1
 
 
 def test_several_docids_of_a_query_share_its_prompt(ids, codes):
@@ -292,14 +290,14 @@ def test_several_docids_of_a_query_share_its_prompt(ids, codes):
 def test_only_chosen_prompts_have_a_gradient(ids, codes):
     model = prompted_model().train()
     model.requires_grad_(False)
-    model.prompts.keys_values.requires_grad_(True)
+    model.prefix.keys_values.requires_grad_(True)
     source, padding = model.encode(ids[:2])
-    chosen = set(model.prompts.choose(source, padding).tolist())
+    chosen = set(model.prefix.choose(source, padding).tolist())
     hidden, _ = model.docid_hidden(source, padding, codes[:2], model.past(source, padding))
     docid_cross_entropy(model, hidden, codes[:2], "segment").backward()
-    moved = model.prompts.keys_values.grad.abs().amax((1, 2, 3, 4)) > 0
+    moved = model.prefix.keys_values.grad.abs().amax((1, 2, 3, 4)) > 0
     assert set(moved.nonzero()[:, 0].tolist()) == chosen and len(chosen) < 6
-    assert model.prompts.topics.grad is None
+    assert model.prefix.topics.grad is None
 
 
 @pytest.mark.parametrize("how", ["recompute", "bf16"])
@@ -312,7 +310,7 @@ def test_prompts_train_with_recomputed_blocks_and_in_bf16(ids, codes, how):
             source, padding = model.encode(ids)
             hidden, _ = model.docid_hidden(source, padding, codes[:6], model.past(source, padding))
             docid_cross_entropy(model, hidden, codes[:6], "segment").backward()
-        gradients.append(model.prompts.keys_values.grad)
+        gradients.append(model.prefix.keys_values.grad)
     plain, other = gradients
     if how == "recompute":
         close(other, plain, atol=1e-6)
@@ -324,6 +322,21 @@ def test_model_with_prompts_refuses_to_decode_without_them(ids, codes):
     with pytest.raises(AssertionError, match="decodes from model.past"):
         model.docid_hidden(*model.encode(ids), codes[:6])
     assert small_model().past(*small_model().encode(ids)) is None
+
+
+def test_prompts_need_a_second_decoder_block():
+    with pytest.raises(ValueError, match="second decoder block, this T5 has one; pass --decoder_blocks 2"):
+        prompted_model(decoder_blocks=1)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_prompts_change_no_parameter_name_and_no_mode(training):
+    model, plain = small_model().train(training), small_model()
+    add_prompts(model, torch.randn(6, D), 3)
+    names = set(model.state_dict()) - {"prefix.topics", "prefix.keys_values"}
+    assert names == set(plain.state_dict())
+    assert all(torch.equal(model.state_dict()[name], plain.state_dict()[name]) for name in names)
+    assert all(module.training == training for module in model.decoder.modules())
 
 
 # ------------------------------------------------------------------------------------------------------- DSI++
@@ -519,21 +532,21 @@ def test_adapters_come_back_with_the_checkpoint(tmp_path, ids, codes):
             adapter.up.normal_()
     run.save_model(tmp_path / "D1.pt", model, [])
     loaded, _ = run.load_model(tmp_path / "D1.pt")
-    assert loaded.prompts is None and len(adapters(loaded)) == 13 and len(adapters(loaded)[0].down) == 3
+    assert loaded.prefix is None and len(adapters(loaded)) == 13 and len(adapters(loaded)[0].down) == 3
     assert torch.equal(exact_scores(loaded, ids, codes), exact_scores(model, ids, codes))
     assert all(p.requires_grad for adapter in adapters(loaded) for p in adapter.parameters())
 
 
-@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("blocks", [2, 3])
 def test_prompts_come_back_with_the_checkpoint(tmp_path, ids, codes, blocks):
     model = prompted_model(length=2, decoder_blocks=blocks)
     run.save_model(tmp_path / "D1.pt", model, [])
     loaded, _ = run.load_model(tmp_path / "D1.pt")
-    assert loaded.prompts.length == 2 and loaded.prompts.block == model.prompts.block and not adapters(loaded)
-    assert torch.equal(loaded.prompts.topics, model.prompts.topics)
+    assert loaded.prefix.length == 2 and not adapters(loaded)
+    assert torch.equal(loaded.prefix.topics, model.prefix.topics)
     assert torch.equal(exact_scores(loaded, ids, codes), exact_scores(model, ids, codes))
     trains = {name for name, p in loaded.named_parameters() if p.requires_grad}
-    assert "prompts.keys_values" in trains and "prompts.topics" not in trains
+    assert "prefix.keys_values" in trains and "prefix.topics" not in trains
 
 
 def test_checkpoint_from_before_adapters_and_prompts_still_loads(tmp_path, monkeypatch):
@@ -546,5 +559,5 @@ def test_checkpoint_from_before_adapters_and_prompts_still_loads(tmp_path, monke
     )
     run.save_model(tmp_path / "D1.pt", model, [])
     loaded, _ = run.load_model(tmp_path / "D1.pt")
-    assert loaded.prompts is None and not adapters(loaded)
+    assert loaded.prefix is None and not adapters(loaded)
     assert loaded.state_dict().keys() == model.state_dict().keys()

@@ -152,8 +152,8 @@ def parameters_that_moved(folder: Path, t: int) -> set[str]:
 def test_promptdsi_trains_its_prompts_and_the_docid_table_alone(toy, tmp_path):
     experts_after(toy, tmp_path / "run", "--method", "promptdsi", "--prompts", "3")
     assert parameters_that_moved(tmp_path / "run", 1) == {"rq"}
-    assert parameters_that_moved(tmp_path / "run", 2) == {"rq", "prompts.keys_values"}
-    assert store.load_model(tmp_path / "run" / "D1.pt")[0].prompts.topics.shape == (3, 32)
+    assert parameters_that_moved(tmp_path / "run", 2) == {"rq", "prefix.keys_values"}
+    assert store.load_model(tmp_path / "run" / "D1.pt")[0].prefix.topics.shape == (3, 32)
 
 
 def test_corpusbrain_trains_its_adapters_and_the_shared_table_alone(toy, tmp_path):
