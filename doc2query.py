@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import EOS, PAD, UNK, load_tokenizer, read_jsonl, tokenize, words
-from download import find_t5
 from published import json_items, read_tsv
 from run import read_json, write_json
-from t5 import T5, read_published
+from t5 import T5
+from weights import find_t5, read_published
 
 SECONDS_BETWEEN_LINES = 10  # of progress on the terminal
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import download
+import weights
 from data import Collection, Corpus, read_lines
 from mapped import Documents, StreamedFile
 
@@ -95,7 +95,7 @@ def fetch(name: str, folder: Path, log: Callable[[str], None]) -> None:
         lacking = {name for name in wanted.files if not (folder / name).is_file()}
         if file not in lacking and lacking <= set(wanted.archives):
             continue  # what is lacking is fetched by itself
-        download.fetch(address, folder / file, **checks, log=log)
+        weights.fetch(address, folder / file, **checks, log=log)
         if file.endswith(".tar.gz"):
             absent = unpack(folder / file, lacking, folder) - set(wanted.archives)
             if absent:

@@ -8,47 +8,29 @@ Next     mixlora.py replaces the feed-forward of the first decoder blocks; searc
 Differs  the released code extends one tied table to V + M * K rows and masks 46,436 of its 48,484 logits.
          Here the words (V, D) and the codes (M, K, D) are two tensors and only the K logits of a position are
          computed: the same loss, and the frozen encoder needs no gradient. The word table ends after the
-         32,100 rows that mean something (`our_rows`); with them, M = 8 and K = 2048 T5-base has the paper's
-         235.4M parameters. A T5 without published weights may start as a latent semantic index of D_0
-         (`start_from_lsa`).
+         32,100 rows that mean something (weights.our_rows); with them, M = 8 and K = 2048 T5-base has the
+         paper's 235.4M parameters. Dropout, padding and cross-attention have forms of their own that do less
+         work; tests hold each against the plain one.
 
 Letters, for all files:
 B batch, S source length, T target length, D model width, H heads, Dh head width, F feed-forward width, V
 vocabulary, E experts, A active experts, r LoRA rank, M codebooks, K centroids, N documents, L mixed layers.
 """
 
-import json
 import math
-import mmap
-import zipfile
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# A published word table has 32,128 rows: 32,000 SentencePiece pieces, 100 sentinels, and 28 rows that mean
-# nothing and only fill it up to a multiple of 128. Ours (and the head of v1.1) ends after the sentinels.
-PUBLISHED_ROWS, MEANT_ROWS = 32_128, 32_100
-
-
-def our_rows(published: int) -> int:
-    """How many of a published table's rows we keep: all, unless it is T5's own, filled up to 32,128."""
-    return MEANT_ROWS if published == PUBLISHED_ROWS else published
-
-
-def published_rows(ours: int) -> int:
-    """How many rows a table of ours has once published: undoes `our_rows`."""
-    return PUBLISHED_ROWS if ours == MEANT_ROWS else ours
-
 
 @dataclass(frozen=True)
 class T5Config:
     """Shape of the network; the defaults are T5-base's. Raises ValueError that names a field of no sense."""
 
-    vocab: int = MEANT_ROWS  # rows of the word table, V
+    vocab: int = 32_100  # rows of the word table, V: 32,000 pieces and 100 sentinels
     width: int = 768  # D
     head_width: int = 64  # Dh
     heads: int = 12  # H
@@ -74,7 +56,7 @@ class T5Config:
             else:
                 good, wanted = type(value) is int and value > 0, "a positive integer"
             if not good:
-                raise ValueError(f"T5 shape: found {item.name}={value}, wanted {wanted}")
+                raise ValueError(f"T5 shape: {item.name}={value}, wanted {wanted}")
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -116,9 +98,8 @@ def relative_bucket(offset: Tensor, bidirectional: bool, buckets: int, max_dista
     else:
         distance = (-offset).clamp(min=0)
     exact = buckets // 2
-    far = (
-        torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (buckets - exact)
-    )
+    share = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = share * (buckets - exact)
     return bucket + torch.where(distance < exact, distance, (exact + far.long()).clamp(max=buckets - 1))
 
 
@@ -229,9 +210,9 @@ class FeedForward(nn.Module):
         self.dropout = config.dropout
         self.w_in = nn.Parameter(torch.randn(config.feed_forward, config.width) * config.width**-0.5)
         self.w_out = nn.Parameter(torch.randn(config.width, config.feed_forward) * config.feed_forward**-0.5)
-        self.w_linear = (
-            nn.Parameter(torch.randn_like(self.w_in) * config.width**-0.5) if config.gated else None
-        )
+        self.w_linear = None
+        if config.gated:
+            self.w_linear = nn.Parameter(torch.randn_like(self.w_in) * config.width**-0.5)
         self.after = nn.Identity()  # where baselines.py puts an adapter
 
     def activate(self, inner: Tensor, x: Tensor) -> Tensor:
@@ -423,241 +404,3 @@ def segment_logits(hidden: Tensor, rq: Tensor) -> Tensor:
     hidden (B, T, D), rq (T, K, D) -> (B, T, K).
     """
     return (hidden.transpose(0, 1) @ rq.transpose(1, 2)).transpose(0, 1)
-
-
-@torch.no_grad()
-def start_from_lsa(
-    model: T5, documents: Tensor, std: float = 0.5, residual: float = 0.1, gain: float = 4.0
-) -> None:
-    """Starts a T5 that has no published weights as a latent semantic index of D_0, in place. Ours.
-
-    Each word row is its row of the truncated SVD of D_0's TF-IDF matrix (V, N), to standard deviation `std`;
-    the last of the D columns holds ln(idf) instead. The first decoder block's cross-attention looks that
-    column up, so that it weights words by idf, and passes their sum on (O = gain * V^T, V orthogonal). All
-    other sub-layers start small (`residual`). The dense representation is then the idf-weighted mean of the
-    words' rows: retrieval works from step 0.
-
-    Args:
-        documents: (N, S) token ids of D_0, padded with 0.
-    """
-    config, width = model.config, model.config.width
-    row = torch.arange(len(documents))[:, None].expand_as(documents)[documents > 0]
-    counts = torch.zeros(config.vocab, len(documents)).index_put_(
-        (documents[documents > 0], row), torch.ones(()), True
-    )
-    idf = torch.log((1 + len(documents)) / (1 + (counts > 0).sum(1)))  # (V,)
-    tf_idf = F.normalize(counts.log1p() * idf[:, None], dim=0)
-    rank = min(width - 1, *tf_idf.shape)
-    u, s, _ = torch.svd_lowrank(tf_idf, q=rank, niter=4)
-    rows = torch.randn(config.vocab, width) * 1e-4  # direction of the words that D_0 lacks
-    rows[:, :rank] += u * s.sqrt()
-    rows = F.normalize(rows, dim=1) * std * width**0.5
-    rows[:, -1] = std * idf.clamp(min=0.05).log()
-    rows[0] = 0  # the start token carries nothing but a query for the idf column
-    rows[0, -1] = std * width**0.5
-    model.word.copy_(rows.to(model.word))
-
-    for block in [*model.encoder, *model.decoder]:
-        block.self_attention.o *= residual
-        block.ff.w_out *= residual
-    for block in model.decoder[1:]:
-        block.cross_attention.o *= residual
-    first = model.decoder[0].cross_attention
-    first.v.copy_(nn.init.orthogonal_(torch.empty_like(first.v)))
-    first.o.copy_(gain * first.v.T)
-    first.k *= residual
-    query = F.normalize(
-        first.q[:, -1].unflatten(0, (first.heads, -1)), dim=-1
-    ).flatten()  # one unit vector per head
-    first.q[:, -1] = query / width**0.5  # RMSNorm turns the start row's last entry into D^1/2
-    first.k[:, -1] = query
-
-
-# ------------------------------------------------------------------------------------- published weight files
-
-ENCODER_NAMES = {
-    "self_norm.weight": "layer.0.layer_norm.weight",
-    "self_attention.q": "layer.0.SelfAttention.q.weight",
-    "self_attention.k": "layer.0.SelfAttention.k.weight",
-    "self_attention.v": "layer.0.SelfAttention.v.weight",
-    "self_attention.o": "layer.0.SelfAttention.o.weight",
-    "ff_norm.weight": "layer.1.layer_norm.weight",
-    "ff.w_in": "layer.1.DenseReluDense.wi.weight",
-    "ff.w_out": "layer.1.DenseReluDense.wo.weight",
-}
-DECODER_NAMES = {ours: theirs.replace("layer.1", "layer.2") for ours, theirs in ENCODER_NAMES.items()} | {
-    "cross_norm.weight": "layer.1.layer_norm.weight",
-    "cross_attention.q": "layer.1.EncDecAttention.q.weight",
-    "cross_attention.k": "layer.1.EncDecAttention.k.weight",
-    "cross_attention.v": "layer.1.EncDecAttention.v.weight",
-    "cross_attention.o": "layer.1.EncDecAttention.o.weight",
-}
-GATED = {"ff.w_in": "wi_0", "ff.w_linear": "wi_1"}  # v1.1 has these two in place of DenseReluDense.wi
-BIAS_NAME = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-# Copies of shared.weight; of v1.1, the last is a tensor of its own.
-COPIES = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
-# Left in t5-small's and t5-base's files by their conversion; no such bias exists in the network.
-STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-
-
-def published_names(config: T5Config) -> dict[str, str]:
-    """Our parameter name -> the published one, for every tensor but `rq`, which no published file has."""
-    names = {"word": "shared.weight"} | ({} if config.tied else {"head": "lm_head.weight"})
-    for stack, blocks, table in (
-        ("encoder", config.encoder_blocks, ENCODER_NAMES),
-        ("decoder", config.decoder_blocks, DECODER_NAMES),
-    ):
-        if config.gated:
-            plain = table["ff.w_in"]
-            table = table | {ours: plain.replace("wi", theirs) for ours, theirs in GATED.items()}
-        names[f"{stack}_bias.weight"] = f"{stack}.{BIAS_NAME}"
-        names[f"{stack}_norm.weight"] = f"{stack}.final_layer_norm.weight"
-        for i in range(blocks):
-            names |= {f"{stack}.{i}.{ours}": f"{stack}.block.{i}.{theirs}" for ours, theirs in table.items()}
-    return names
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file: 8 bytes of header length, a JSON header, then the raw little-endian
-    data.
-
-    They are views of the file, mapped into memory: what is not looked at is not read, and what is written to
-    them does not reach the file.
-    """
-    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    try:
-        with path.open("rb") as file:
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-        size = int.from_bytes(data[:8], "little")
-        if size > len(data) - 8:
-            raise ValueError(f"header ends at byte {8 + size} of {len(data)}")
-        header = json.loads(bytes(data[8 : 8 + size]))
-        header.pop("__metadata__", None)
-        body = data[8 + size :]
-        tensors = {}
-        for name, item in header.items():
-            start, end = item["data_offsets"]
-            if not 0 <= start <= end <= len(body):
-                raise ValueError(f"tensor {name} ends at byte {end} of {len(body)}")
-            flat = torch.frombuffer(body[start:end], dtype=types[item["dtype"]])
-            tensors[name] = flat.reshape(item["shape"])
-        return tensors
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(
-            f"{path}: not a whole safetensors file of float tensors ({error}); fetch it again"
-        ) from None
-
-
-def read_bin(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pytorch_model.bin: views of the file where torch can map it, else read into memory."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: cannot be read ({reason}); fetch it again") from None
-
-
-def kind_of_t5(given: dict) -> dict[str, bool]:
-    """`gated` and `tied` from a published config.json; keys that a T5 v1.0 of 2020 lacks mean v1.0.
-
-    Old files tell by `tie_word_embeddings` whether the logits are those of a tied head with its D^-1/2 scale.
-    Newer ones may set that key to true even for v1.1 and tell by `scale_decoder_outputs`.
-    Raises ValueError where the network is neither.
-    """
-    name = given.get("feed_forward_proj", "relu")
-    activation = {"relu": "relu", "gated-gelu": "gelu_new"}.get(name)  # gelu_new: GELU by its tanh formula
-    if activation is None or given.get("dense_act_fn", activation) != activation:
-        found = f"feed_forward_proj={name!r}, dense_act_fn={given.get('dense_act_fn')!r}"
-        raise ValueError(f"found {found}; wanted 'relu', or 'gated-gelu' with 'gelu_new'")
-    tied = given.get("tie_word_embeddings", True)
-    scaled = given.get("scale_decoder_outputs", tied)
-    if (tied, scaled) not in ((True, True), (False, False), (True, False)):
-        found = f"tie_word_embeddings={tied!r}, scale_decoder_outputs={scaled!r}"
-        raise ValueError(f"found {found}; wanted true or false, and no scale where the head is untied")
-    return {"gated": name == "gated-gelu", "tied": scaled}
-
-
-def read_published(folder: Path, codebooks: int, centroids: int, dropout: float | None = None) -> T5:
-    """A T5 v1.0 or v1.1 from `config.json` and `model.safetensors` or `pytorch_model.bin`, its docid table
-    still random.
-
-    The weights are copied from the mapped file straight into the model: one float32 copy is in memory.
-    Raises ValueError where a file is missing, a tensor is missing, unknown or of another shape, or the config
-    is of a network that this file does not write out.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"found no {path}; --t5 wants a folder with config.json and the weights")
-    try:
-        given = json.loads(path.read_text())
-        config = T5Config(
-            vocab=our_rows(given["vocab_size"]),
-            width=given["d_model"],
-            head_width=given["d_kv"],
-            heads=given["num_heads"],
-            feed_forward=given["d_ff"],
-            encoder_blocks=given["num_layers"],
-            decoder_blocks=given.get("num_decoder_layers") or given["num_layers"],
-            buckets=given["relative_attention_num_buckets"],
-            max_distance=given.get("relative_attention_max_distance", 128),
-            dropout=given["dropout_rate"] if dropout is None else dropout,
-            codebooks=codebooks,
-            centroids=centroids,
-            **kind_of_t5(given),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not the config of a T5 v1.0 or v1.1 ({error})") from None
-    if (folder / "model.safetensors").is_file():
-        tensors = read_safetensors(folder / "model.safetensors")
-    elif (folder / "pytorch_model.bin").is_file():
-        tensors = read_bin(folder / "pytorch_model.bin")
-    else:
-        raise ValueError(f"found neither model.safetensors nor pytorch_model.bin in {folder}")
-    if not config.tied and given.get("tie_word_embeddings", True) and "shared.weight" in tensors:
-        # One table but logits without the scale: the head may be left out, being a copy of the table.
-        tensors.setdefault("lm_head.weight", tensors["shared.weight"])
-    with torch.device("meta"):  # no time is spent on random weights that the file replaces
-        model = T5(config)
-    model.to_empty(device="cpu")
-    nn.init.normal_(model.rq)  # the one tensor that no published file has
-    load_published(model, tensors)
-    return model
-
-
-@torch.no_grad()
-def load_published(model: T5, tensors: dict[str, Tensor]) -> None:
-    """Copies published tensors into the model by name; every tensor of the file and of the model is accounted
-    for.
-    """
-    names = published_names(model.config)
-    copies = COPIES - set(names.values())
-    shared = tensors.get("shared.weight", next((tensors[name] for name in copies if name in tensors), None))
-    if shared is not None:
-        tensors = tensors | {"shared.weight": shared}
-    missing = set(names.values()) - set(tensors)
-    unknown = set(tensors) - set(names.values()) - copies - {STRAY}
-    if missing or unknown:
-        raise ValueError(f"published weights: missing {sorted(missing)[:3]}, unknown {sorted(unknown)[:3]}")
-    for name in copies & set(tensors):
-        if not torch.equal(tensors[name], shared):
-            raise ValueError(f"published weights: {name} differs from shared.weight; wanted a copy of it")
-    parameters = dict(model.named_parameters())
-    for ours, theirs in names.items():
-        value = tensors[theirs]
-        if ours in ("word", "head") and value.ndim == 2:
-            value = value[: our_rows(len(value))]
-        if parameters[ours].shape != value.shape:
-            found, wanted = tuple(value.shape), tuple(parameters[ours].shape)
-            raise ValueError(f"published weights: {theirs} has shape {found}, wanted {wanted}")
-        parameters[ours].copy_(value)
-
-
-def to_published(model: T5) -> dict[str, Tensor]:
-    """The model's tensors under their published names (without the docid table), as `pytorch_model.bin` holds
-    them; tables of words are filled up with rows of zeros to T5's 32,128.
-    """
-    parameters = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    for name in {"word", "head"} & set(parameters):
-        rows = len(parameters[name])
-        parameters[name] = F.pad(parameters[name], (0, 0, 0, published_rows(rows) - rows))
-    return {theirs: parameters[ours] for ours, theirs in published_names(model.config).items()}

@@ -36,13 +36,13 @@ import data
 import dense
 import distributed
 import docids as other_docids
-import download
 import eval as scoring
 import mixlora
 import ood
 import published
 import rq
 import run as store
+import weights
 from bm25 import BM25
 from data import Corpus
 from losses import docid_cross_entropy, kl_to_previous, router_losses
@@ -52,7 +52,7 @@ from optim import fit, parameter_groups
 from resume import Resume
 from scan import Scan, SourceCache, scan
 from search import Ranking, retrieve
-from t5 import T5, T5Config, read_published, segment_logits, start_from_lsa
+from t5 import T5, T5Config, segment_logits
 
 
 def flag(default, group: str, text: str):
@@ -249,9 +249,9 @@ class Job:
         self.t5 = None  # folder of published weights; a run that has its bi-encoder needs them no more
         if config.t5 and not (folder / "dense.pt").exists():
             if distributed.first():
-                download.find_t5(config.t5, log=log.line)
+                weights.find_t5(config.t5, log=log.line)
             distributed.wait()
-            self.t5 = download.find_t5(config.t5, log=log.line)
+            self.t5 = weights.find_t5(config.t5, log=log.line)
         if distributed.first() and not (folder / "corpus.json").exists():
             self._read()
         distributed.wait()
@@ -368,7 +368,7 @@ def dense_stage(job: Job) -> tuple[T5, Tensor]:
     passages = data.tokenize_passages(job.tokenizer, job.corpora, config.document_length, place)
     torch.manual_seed(config.seed)
     if job.t5:
-        model = read_published(job.t5, config.M, config.K, config.dropout)
+        model = weights.read_published(job.t5, config.M, config.K, config.dropout)
         check_vocabulary(job.tokenizer.vocab_size(), model.config.vocab, config.t5)
     else:
         shape = dict(width=config.width, heads=config.heads, head_width=config.width // config.heads)
@@ -377,7 +377,7 @@ def dense_stage(job: Job) -> tuple[T5, Tensor]:
             vocab=job.tokenizer.vocab_size(), feed_forward=config.feed_forward, dropout=config.dropout,
             codebooks=config.M, centroids=config.K, **shape,
         ))  # fmt: skip
-        start_from_lsa(model, passages[0].batch(torch.arange(len(passages[0]))))
+        weights.start_from_lsa(model, passages[0].batch(torch.arange(len(passages[0]))))
     job.ready(model)
     data.check_no_leak(0, job.corpora, job.corpora[0].train)
     dense.train(

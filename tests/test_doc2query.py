@@ -14,7 +14,8 @@ import data
 import doc2query
 from data import Corpus, load_tokenizer, read_pseudo_queries, store_pseudo_queries, train_tokenizer
 from doc2query import document_uniforms, draw, main, next_word_probabilities, sample
-from t5 import T5, T5Config, load_published, to_published
+from t5 import T5, T5Config
+from weights import load_published, to_published
 
 TEMPERATURE, TOP_K = 0.2, 5
 

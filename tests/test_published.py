@@ -579,7 +579,7 @@ def test_download_of_another_hash_is_refused_and_nothing_of_it_stays(genret_web,
         genret(tmp_path / "b", dev=[["other", 1]]), tmp_path / "b.zip"
     ).read_bytes()
     for _ in range(2):
-        with pytest.raises(ValueError, match="found git blob id .* wanted"):
+        with pytest.raises(ValueError, match="git_blob .* wanted"):
             published.read("nq320k", tmp_path / "data", silent)
         assert list((tmp_path / "data").iterdir()) == []
     genret_web.files["nq320k.zip"] = wanted
@@ -588,7 +588,7 @@ def test_download_of_another_hash_is_refused_and_nothing_of_it_stays(genret_web,
 
 def test_archive_that_lies_there_with_another_hash_is_not_read(genret_web, tmp_path):
     pack(genret(tmp_path / "b", dev=[["other", 1]]), tmp_path / "data" / "nq320k.zip")
-    with pytest.raises(ValueError, match=r"data/nq320k.zip: found git blob id .* delete that file"):
+    with pytest.raises(ValueError, match=r"data/nq320k.zip: git_blob .* delete that file"):
         published.read("nq320k", tmp_path / "data", silent)
     assert genret_web.seen == []
 
@@ -604,7 +604,7 @@ def test_without_network_the_message_names_address_and_place(tmp_path, monkeypat
         )
         with pytest.raises(ValueError) as error:
             published.read(name, tmp_path / "data", silent)
-    assert url in str(error.value) and f"place it at {tmp_path / 'data' / file}" in str(error.value)
+    assert url in str(error.value) and f"by hand at {tmp_path / 'data' / file}" in str(error.value)
 
 
 def test_archives_have_addresses_and_whole_hashes():

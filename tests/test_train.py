@@ -23,7 +23,8 @@ import run as store
 import scan
 import search
 import train
-from t5 import T5, T5Config, segment_logits, to_published
+from t5 import T5, T5Config, segment_logits
+from weights import to_published
 
 SHARED = Path(os.environ.get("MIXLORA_DATA") or Path(__file__).parents[1] / "../shared/data")
 SAMPLE, SPIECE = SHARED / "nq320k_sample", SHARED / "t5" / "spiece.model"
