@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import EOS, PAD, UNK, load_tokenizer, read_jsonl, tokenize, words
-from published import json_items, read_tsv
+from published import read_texts, read_tsv
 from run import read_json, write_json
 from t5 import T5
 from weights import find_t5, read_published
@@ -131,17 +131,10 @@ def documents(args) -> Iterator[tuple[str, str]]:
     The passage is made as data.Corpus.passages makes it. Raises ValueError at a line that is no document.
     """
     if args.documents.suffix == ".tsv":
-        yield from ((pid, text) for _, (pid, text) in read_tsv(args.documents, 2) if text.strip())
+        yield from ((pid, text) for _, pid, text in read_tsv(args.documents) if text.strip())
         return
     if args.documents.suffix == ".json":
-        with args.documents.open("rb") as file:
-            for row, text in enumerate(json_items(file, str(args.documents))):
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"{args.documents}: item {row}: wanted a document's text, found {text!r:.80}"
-                    )
-                if text.strip():
-                    yield str(row), text.strip()
+        yield from ((doc_id, text) for doc_id, text in read_texts(args.documents) if text)
         return
     for _, row in read_jsonl(args.documents, ("_id", "text")):
         title, text = " ".join(str(row.get("title") or "").split()), row["text"].strip()

@@ -1,9 +1,8 @@
-"""Published layouts: whole or refused by name, never held in memory, and never another split than was asked for."""
+"""Published layouts: whole or refused by name, and never another split than was asked for."""
 
 import hashlib
 import http.server
 import io
-import itertools
 import json
 import os
 import random
@@ -11,15 +10,13 @@ import re
 import socket
 import tarfile
 import threading
-import tracemalloc
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import settings
 
 import data
 import published
@@ -27,11 +24,11 @@ from data import Collection, Corpus
 from mapped import Documents
 from published import (
     BENCHMARKS,
-    json_items,
     manifest,
     paper_split,
     read_authors,
     read_docids,
+    read_json,
     read_msmarco,
     read_nq320k,
 )
@@ -40,16 +37,6 @@ SHARED = Path(os.environ.get("MIXLORA_DATA") or Path(__file__).parents[1] / "../
 SAMPLE = SHARED / "nq320k_sample"
 needs_sample = pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"no folder {SAMPLE}; set MIXLORA_DATA")
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True, database=None)
-
-
-class Trickle:
-    """A stream that gives a few bytes at a time, however many are asked for."""
-
-    def __init__(self, content: bytes, sizes=(1, 2, 3, 4, 5, 6, 7)):
-        self.content, self.sizes = io.BytesIO(content), itertools.cycle(sizes)
-
-    def read(self, size: int) -> bytes:
-        return self.content.read(min(size, next(self.sizes)))
 
 
 def content(collection: Collection) -> list:
@@ -70,155 +57,55 @@ def write(folder: Path, files: dict[str, object]) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------------------------------ JSON streams
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=8,
-)
-json_tops = st.lists(json_values, max_size=5) | st.dictionaries(st.text(max_size=3), json_values, max_size=4)
-blanks = st.text(" \t\r\n", max_size=3)
-chunk_sizes = st.lists(st.integers(1, 7), min_size=1, max_size=5)
+# -------------------------------------------------------------------------------------------------- JSON files
 
 
-def collected(stream, top, **options):
-    """What json_items yields, as the list or the dictionary that json.load would return."""
-    found = list(json_items(stream, "file.json", **options))
-    return dict(found) if isinstance(top, dict) else found
+def refused_json(tmp_path: Path, raw: bytes, kind: type, message: str) -> None:
+    (tmp_path / "file.json").write_bytes(raw)
+    with pytest.raises(ValueError, match=message) as error:
+        read_json(tmp_path / "file.json", kind, "what is wanted")
+    assert type(error.value) is ValueError and str(error.value).startswith(f"{tmp_path / 'file.json'}: ")
+    assert "wanted what is wanted" in str(error.value)
 
 
-@FUZZ
-@given(json_tops, chunk_sizes, blanks, blanks, st.booleans(), st.booleans(), st.sampled_from([None, 0, 2]))
-def test_items_are_json_load_s_wherever_the_stream_breaks(top, sizes, before, after, bom, ascii_only, indent):
-    text = before + json.dumps(top, ensure_ascii=ascii_only, indent=indent) + after
-    raw = b"\xef\xbb\xbf" * bom + text.encode()
-    assert repr(collected(Trickle(raw, sizes), top)) == repr(json.loads(text))  # repr: nan, -0.0, 1 and 1.0
+def test_json_with_a_byte_order_mark_reads_as_without(tmp_path):
+    for raw in (b'["caf\xc3\xa9", 1, "\\ud83d\\ude00"]', b'\xef\xbb\xbf["caf\xc3\xa9", 1, "\\ud83d\\ude00"]'):
+        (tmp_path / "file.json").write_bytes(raw)
+        assert read_json(tmp_path / "file.json", list, "a list") == ["café", 1, "😀"]
 
 
-@pytest.mark.parametrize("end", [b"]", b" ]", b""])
-def test_number_that_goes_on_in_the_next_chunk_is_one_number(end):
-    raw = b"[12, -0.25, 1e5, 1.5E-10, 1e+3, 1E2, -7, 123456789012345678901" + end
-    for at in range(1, len(raw)):
-        stream = Trickle(raw, (at, len(raw)))
-        if end:
-            assert collected(stream, []) == json.loads(raw)
-        else:
-            with pytest.raises(ValueError, match=r"^file.json: item 8: wanted a comma"):
-                collected(stream, [])
-
-
-alphabet = st.sampled_from(
-    [*'[]{},:"\\ \n', "\\u", "d800", "00e9", "1", "-", ".", "e", "true", "null", "NaN", "é", "\ufeff"]
-)
-
-
-@FUZZ
-@given(
-    st.lists(alphabet, max_size=12).map("".join), st.sampled_from(["[{}]", '{{"k": {}}}', "{}"]), chunk_sizes
-)
-@example("1.", "[{}]", [1])
-@example('"\\ud800"', "[{}]", [7])
-@example('"\\ud83d\\ude00"', "[{}]", [7])
-def test_what_json_load_refuses_is_refused_and_nothing_else(text, around, sizes):
-    raw = around.format(text).encode()
-    try:
-        wanted = json.loads(raw.decode("utf-8-sig"))
-        json.dumps(wanted, ensure_ascii=False).encode()
-    except ValueError:
-        wanted = None
-    if isinstance(wanted, (list, dict)):
-        assert repr(collected(Trickle(raw, sizes), wanted)) == repr(wanted)
-    else:
-        with pytest.raises(ValueError, match=r"^file.json: item \d+: ") as error:
-            collected(Trickle(raw, sizes), [])
-        assert type(error.value) is ValueError
-
-
-@pytest.mark.parametrize(
-    "top", [["é€😀", [1, {"k": [2.5]}], "", 12345, True], {"a é": [1, 2], "b": {"c": "d"}, "e": 67}]
-)
-def test_text_cut_at_any_byte_is_refused_with_the_number_of_the_item(top):
+@pytest.mark.parametrize("top", [["é€😀", [1, {"k": [2.5]}], "", True], {"a é": [1, 2], "b": {"c": "d"}}])
+def test_json_cut_at_any_byte_is_refused(tmp_path, top):
     raw = json.dumps(top, ensure_ascii=False).encode()
     for at in range(len(raw)):
-        found = []
-        with pytest.raises(ValueError, match=r"^file.json: item \d+: ") as error:
-            found.extend([found.append(item) for item in json_items(Trickle(raw[:at]), "file.json")])
-        assert int(re.search(r"item (\d+)", str(error.value))[1]) == len(found)
+        refused_json(tmp_path, raw[:at], type(top), "malformed or cut JSON")
 
 
 @pytest.mark.parametrize(
-    "raw, number, message",
+    "raw, message",
     [
-        (b"[1] x", 1, "text after the end"),
-        (b"[1, 2]\n[3]", 2, "text after the end"),
-        (b'{"a": 1}}', 1, "text after the end"),
-        (b"[1 2]", 1, "wanted a comma or ']', found '2'"),
-        (b'["a" "b"]', 1, "wanted a comma"),
-        (b'{"a": 1 "b": 2}', 1, "wanted a comma or '}'"),
-        (b"[1, 2}", 2, "wanted a comma or ']', found '}'"),
-        (b"[01]", 1, "wanted a comma"),
-        (b"[,1]", 0, "malformed or cut JSON"),
-        (b"[1,]", 1, "malformed or cut JSON"),
-        (b"['a']", 0, "malformed or cut JSON"),
-        (b'["a\nb"]', 0, "malformed or cut JSON"),
-        (b'{"a" 1}', 0, "wanted a key and a colon"),
-        (b"{1: 2}", 0, "wanted a key and a colon"),
-        (b'["a", "\xff"]', 0, "not UTF-8"),
-        (b'["a", "\xc3', 1, "not UTF-8"),
-        ("[1]".encode("utf-16"), 0, "not UTF-8"),
-        (b"", 0, r"opens with \[ or \{, found ''"),
-        (b" \n", 0, "found ''"),
-        (b"\xef\xbb\xbf", 0, "found ''"),
-        (b'"text"', 0, "found '\"'"),
-        (b"7", 0, "found '7'"),
-        (b'[0, "\\ud800"]', 1, "surrogates"),
-        (b"[0, " + b"[" * 100_000, 1, "recursion"),
-        (b"[0, " + b"[" * 100_000 + b"]" * 100_001, 1, "recursion"),
-        (b"[0, " + b"9" * 5000 + b"]", 1, "malformed or cut JSON.*digits"),
+        (b"[1] x", "malformed or cut JSON .*Extra data"),
+        (b'["a", "\xff"]', "malformed or cut JSON .*can't decode byte 0xff in position 7"),
+        (b'[0, "\\ud800"]', "malformed or cut JSON .*surrogates"),
+        (b"[0, " + b"[" * 100_000, "malformed or cut JSON .*recursion"),
+        (b"[0, " + b"9" * 5000 + b"]", "malformed or cut JSON .*digits"),
+        (b'[{"a": 1, "b": 2, "a": 1}]', "malformed or cut JSON .*key 'a' is listed twice"),
+        (b'"text"', ": found text"),
+        (b'{"a": 1}', ": found {'a': 1}"),
     ],
 )  # fmt: skip
-def test_malformed_text_is_refused_with_file_and_item(raw, number, message):
-    with pytest.raises(ValueError, match=f"^file.json: item {number}: .*{message}") as error:
-        list(json_items(io.BytesIO(raw), "file.json"))
-    assert type(error.value) is ValueError
+def test_json_that_is_malformed_or_of_another_kind_is_refused(tmp_path, raw, message):
+    refused_json(tmp_path, raw, list, message)
 
 
-def test_only_the_wanted_kind_of_json_is_read():
-    assert list(json_items(io.BytesIO(b'{"a": 1}'), "file.json", opens="{")) == [("a", 1)]
-    with pytest.raises(ValueError, match=r"wanted JSON that opens with \{, found '\['"):
-        list(json_items(io.BytesIO(b"[]"), "file.json", opens="{"))
+def test_json_that_is_missing_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"found no {tmp_path / 'file.json'}; wanted a list"):
+        read_json(tmp_path / "file.json", list, "a list")
 
 
-def test_value_without_an_end_is_given_up_after_the_longest():
-    raw = b'["' + b"x" * 90 + b'", "' + b"y" * 300 + b'", 1]'
-    assert len(list(json_items(Trickle(raw), "file.json"))) == 3
-    items = json_items(Trickle(raw), "file.json", longest=100)
-    assert next(items) == "x" * 90
-    with pytest.raises(ValueError, match="item 1: no whole JSON value within 100 characters"):
-        next(items)
-
-
-def test_long_list_of_short_strings_is_read_item_by_item():
-    """Work that grew with the square of the length would take hours here."""
-    raw = io.BytesIO(b"[" + b'"short str",' * 400_000 + b'"last"]')
-    items = json_items(raw, "file.json")
-    assert next(items) == "short str" and raw.tell() <= 1 << 20
-    rest = list(items)
-    assert (len(rest), rest[-1]) == (400_000, "last")
-
-
-def test_one_long_value_is_read_in_ever_larger_parts():
-    class Counted(io.BytesIO):
-        reads = 0
-
-        def read(self, size):
-            self.reads += 1
-            return super().read(size)
-
-    raw = Counted(b'["' + b"x" * (24 << 20) + b'"]')
-    assert [len(item) for item in json_items(raw, "file.json")] == [24 << 20]
-    assert raw.reads <= 8  # 1, 1, 2, 4, 8, 16 MiB; one at a time would be 25
+def test_texts_are_numbered_in_their_order(tmp_path):
+    (tmp_path / "a.json").write_text('[" one ", "", "three"]')
+    assert list(published.read_texts(tmp_path / "a.json")) == [("0", "one"), ("1", ""), ("2", "three")]
 
 
 # ---------------------------------------------------------------------------------------------- NQ320k, GenRet
@@ -285,58 +172,56 @@ def test_sample_of_nq320k_is_read_as_it_is_published():
     assert [(query, int(doc_id)) for _, doc_id, query in found.pseudo] == [tuple(pair) for pair in pseudo]
 
 
+def unpacked(archive: Path) -> Path:
+    """The folder of an archive once its members are beside it."""
+    assert published.unpack(archive, set(GENRET), archive.parent) == set()
+    return archive.parent
+
+
 @needs_sample
 def test_sample_inside_the_zip_is_the_same_collection(tmp_path):
-    pack(SAMPLE, tmp_path / "nq320k.zip")
-    assert content(read_nq320k(tmp_path)) == content(read_nq320k(SAMPLE))
+    assert content(read_nq320k(unpacked(pack(SAMPLE, tmp_path / "nq320k.zip")))) == content(
+        read_nq320k(SAMPLE)
+    )
 
 
 @pytest.mark.parametrize("name", GENRET)
 def test_missing_file_of_genret_is_named(tmp_path, name):
-    pack(genret(tmp_path / "files"), tmp_path / "zip" / "nq320k.zip", leave_out=name)
-    with pytest.raises(
-        ValueError, match=rf"nq320k.zip: found no member {re.escape(name)}; it holds dataset/"
-    ):
-        content(read_nq320k(tmp_path / "zip"))
+    archive = pack(genret(tmp_path / "files"), tmp_path / "zip" / "nq320k.zip", leave_out=name)
+    assert published.unpack(archive, set(GENRET), archive.parent) == {name}
     (tmp_path / "files" / name).unlink()
-    with pytest.raises(ValueError, match=f"found neither .*{re.escape(name)} nor .*nq320k.zip"):
+    with pytest.raises(ValueError, match=f"found no .*{re.escape(name)}; wanted a JSON list"):
         content(read_nq320k(tmp_path / "files"))
 
 
+def left_by(archive: Path) -> set[str]:
+    return {path.name for path in archive.parent.iterdir()} - {archive.name}
+
+
 def test_zip_cut_anywhere_is_refused(tmp_path):
-    archive = pack(genret(tmp_path / "files"), tmp_path / "nq320k.zip")
+    archive = pack(genret(tmp_path / "files"), tmp_path / "zip" / "nq320k.zip")
     whole = archive.read_bytes()
     for at in [0, 1, 4, *range(30, len(whole), 97), len(whole) - 1]:
         archive.write_bytes(whole[:at])
         with pytest.raises(ValueError, match="nq320k.zip: not a whole archive .* delete it"):
-            read_nq320k(tmp_path)
+            unpacked(archive)
+        assert left_by(archive) == set()
 
 
 @pytest.mark.parametrize("text", [b"Oslo", b"age of rome", b"how old is rome", b"rome old"])
 def test_member_with_another_content_than_its_checksum_is_refused(tmp_path, text):
-    archive = pack(genret(tmp_path / "files"), tmp_path / "nq320k.zip", method=zipfile.ZIP_STORED)
+    archive = pack(genret(tmp_path / "files"), tmp_path / "zip" / "nq320k.zip", method=zipfile.ZIP_STORED)
     whole = archive.read_bytes()
     assert whole.count(text) == 1
     archive.write_bytes(whole.replace(text, text[::-1]))
     with pytest.raises(ValueError, match="nq320k.zip: not a whole archive .*CRC"):
-        content(read_nq320k(tmp_path))
-
-
-def test_bytes_damaged_before_the_zip_s_directory_never_pass_for_other_data(tmp_path):
-    """Damage to the directory is left to the hash that `read` checks."""
-    archive = pack(genret(tmp_path / "files"), tmp_path / "nq320k.zip")
-    whole, wanted = archive.read_bytes(), content(read_nq320k(tmp_path))
-    for at in range(0, whole.index(b"PK\x01\x02"), 5):
-        archive.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
-        try:
-            assert content(read_nq320k(tmp_path)) == wanted  # a date, say
-        except ValueError as error:
-            assert type(error) is ValueError and "nq320k.zip" in str(error) or ".json: item" in str(error)
+        unpacked(archive)
+    assert left_by(archive) == set()
 
 
 @pytest.mark.parametrize("item", [7, None, True, ["Oslo"], {"text": "Oslo"}])
 def test_document_that_is_no_string_is_refused(tmp_path, item):
-    with pytest.raises(ValueError, match=r"^corpus_lite.json: item 1: wanted a document's text"):
+    with pytest.raises(ValueError, match=r"/corpus_lite.json: item 1: wanted a document's text"):
         read_nq320k(genret(tmp_path, corpus_lite=["Rome", item]))
 
 
@@ -345,14 +230,16 @@ def test_document_that_is_no_string_is_refused(tmp_path, item):
 def test_label_that_points_to_no_document_is_refused(tmp_path, name, row):
     genret(tmp_path, **{name: [["q", 3], ["a query", row]]})
     file = {"pseudo": "train.json.qg"}.get(name, name)
-    with pytest.raises(ValueError, match=rf"^{file}.json: item 1: points to document .* holds 0..3"):
+    with pytest.raises(
+        ValueError, match=rf"/{file}.json: item 1: points to document .*, of 4 in corpus_lite.json"
+    ):
         content(read_nq320k(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["train", "dev"])
 @pytest.mark.parametrize("query", ["", " \n", [""], None, 7, [], [[]], {"q": "a"}])
 def test_empty_query_is_refused(tmp_path, name, query):
-    with pytest.raises(ValueError, match=rf"^{name}.json: item 1: wanted a query"):
+    with pytest.raises(ValueError, match=rf"/{name}.json: item 1: wanted a query"):
         read_nq320k(genret(tmp_path, **{name: [["q", 3], [query, 0]]}))
 
 
@@ -368,35 +255,15 @@ def test_row_of_another_form_is_refused(tmp_path, name, item):
     "corpus, message",
     [
         ([], "found no document"),
-        ({"Rome": "old"}, "item 0: wanted a document's text"),
-        (b'["Rome", "cut o', "item 1: malformed or cut JSON"),
-        (b'["Rome", "\\udc00"]', "item 1: .*surrogates"),
-        (b"", "item 0: wanted JSON that opens with"),
+        ({"Rome": "old"}, "found {'Rome': 'old'}, wanted a JSON list of documents' texts"),
+        (b'["Rome", "cut o', "malformed or cut JSON"),
+        (b'["Rome", "\\udc00"]', "malformed or cut JSON .*surrogates"),
+        (b"", "malformed or cut JSON"),
     ],
 )
 def test_corpus_that_is_no_list_of_strings_is_refused(tmp_path, corpus, message):
     with pytest.raises(ValueError, match=f"corpus_lite.json: {message}"):
         read_nq320k(genret(tmp_path, corpus_lite=corpus))
-
-
-@pytest.mark.parametrize("zipped", [False, True])
-def test_documents_are_streamed_to_disk(tmp_path, zipped):
-    files = genret(tmp_path / "files")
-    with (files / "corpus_lite.json").open("w") as file:  # 30 MB
-        file.write(json.dumps(["é " + "word " * 1000] * 6)[:-1])
-        file.writelines(f', "{i} {"word " * 1000}"' for i in range(6000))
-        file.write("]")
-    assert (files / "corpus_lite.json").stat().st_size > 30e6
-    if zipped:
-        pack(files, tmp_path / "zip" / "nq320k.zip")
-    tracemalloc.start()
-    try:
-        found = read_nq320k(tmp_path / "zip" if zipped else files)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert len(found.documents) == 6006 and found.documents.texts[6005].startswith("5999 word")
-    assert peak < 12e6
 
 
 # ---------------------------------------------------------------------------------------------------- MS MARCO
@@ -441,9 +308,9 @@ def test_msmarco_with_windows_line_ends_reads_the_same(tmp_path):
     "name, value, message",
     [
         ("collection.tsv", "0\ta\n1\tb\n0\tc\n", r"collection.tsv:3: duplicate passage id '0'"),
-        ("collection.tsv", "0\ta\nno tab\n", r"collection.tsv:2: wanted 2 cells between tabs, found 1"),
+        ("collection.tsv", "0\ta\nno tab\n", r"collection.tsv:2: wanted an id, a tab and a text"),
         ("collection.tsv", b"0\ta\n1\t\xff\n", r"collection.tsv:2: not UTF-8"),
-        ("queries.train.tsv", "10\tq\n11\n", r"queries.train.tsv:2: wanted 2 cells"),
+        ("queries.train.tsv", "10\tq\n11\n", r"queries.train.tsv:2: wanted an id, a tab"),
         (
             "queries.train.tsv",
             "10\tq\n",
@@ -454,8 +321,8 @@ def test_msmarco_with_windows_line_ends_reads_the_same(tmp_path):
             "20\tq\n21\t  \n",
             r"dev.small.tsv: 1 labelled queries have no text here, first '21'",
         ),
-        ("qrels.train.tsv", "10\t0\t0\t1\n10\t0\t9\t1\n", r"qrels.train.tsv:2: points to passage '9'"),
-        ("qrels.dev.small.tsv", "20 0 8 0\n", r"qrels.dev.small.tsv:1: points to passage '8'"),
+        ("qrels.train.tsv", "10\t0\t0\t1\n10\t0\t9\t1\n", r"qrels.train.tsv:2: points to document '9'"),
+        ("qrels.dev.small.tsv", "20 0 8 0\n", r"qrels.dev.small.tsv:1: points to document '8'"),
         ("qrels.train.tsv", "10\t0\t1\n", r"qrels.train.tsv:1: wanted qid 0 pid label"),
         ("qrels.train.tsv", "10 0 0 1 extra\n", r"qrels.train.tsv:1: wanted qid 0 pid label"),
         ("qrels.train.tsv", "10 0 0 1.0\n", r"qrels.train.tsv:1: wanted qid 0 pid label"),
@@ -483,7 +350,7 @@ def tar(members: dict[str, bytes], folder: str = "") -> bytes:
     """A .tar.gz with a directory, a link and files."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        other = tarfile.TarInfo("collection.tsv/")
+        other = tarfile.TarInfo("directory/collection.tsv/")
         other.type = tarfile.DIRTYPE
         archive.addfile(other)
         for name, value in {**members, "notes.txt": b"x"}.items():
@@ -531,7 +398,7 @@ def genret_web(web, tmp_path, monkeypatch):
     """NQ320k's zip on that server, and a benchmark that knows its git blob id."""
     archive = pack(genret(tmp_path / "source"), tmp_path / "source.zip").read_bytes()
     web.files["nq320k.zip"] = archive
-    archives = {"nq320k.zip": (f"{web.url}/nq320k.zip", dict(git_blob=git_blob(archive)))}
+    archives = {"nq320k.zip": (f"{web.url}/", dict(git_blob=git_blob(archive)))}
     monkeypatch.setitem(BENCHMARKS, "nq320k", replace(BENCHMARKS["nq320k"], archives=archives))
     return web
 
@@ -545,8 +412,8 @@ def msmarco_web(web, monkeypatch):
         checks = dict(md5=hashlib.md5(archive).hexdigest(), size=len(archive))
         labels = web.files["qrels.train.tsv"] = MSMARCO["qrels.train.tsv"].encode()
         archives = {
-            "collectionandqueries.tar.gz": (f"{web.url}/collectionandqueries.tar.gz", checks),
-            "qrels.train.tsv": (f"{web.url}/qrels.train.tsv", dict(md5=hashlib.md5(labels).hexdigest())),
+            "collectionandqueries.tar.gz": (f"{web.url}/", checks),
+            "qrels.train.tsv": (f"{web.url}/", dict(md5=hashlib.md5(labels).hexdigest())),
         }
         monkeypatch.setitem(BENCHMARKS, "msmarco", replace(BENCHMARKS["msmarco"], archives=archives))
 
@@ -598,19 +465,19 @@ def test_without_network_the_message_names_address_and_place(tmp_path, monkeypat
     monkeypatch.setenv("no_proxy", "*")
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
-        url = f"http://127.0.0.1:{unused.getsockname()[1]}/{file}"
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
         monkeypatch.setitem(
             BENCHMARKS, name, replace(BENCHMARKS[name], archives={file: (url, dict(md5="0" * 32))})
         )
         with pytest.raises(ValueError) as error:
             published.read(name, tmp_path / "data", silent)
-    assert url in str(error.value) and f"by hand at {tmp_path / 'data' / file}" in str(error.value)
+    assert url + file in str(error.value) and f"by hand at {tmp_path / 'data' / file}" in str(error.value)
 
 
 def test_archives_have_addresses_and_whole_hashes():
     for benchmark in BENCHMARKS.values():
         for file, (address, checks) in benchmark.archives.items():
-            assert address.startswith("https://") and address.endswith(f"/{file}")
+            assert address.startswith("https://") and address.endswith("/") and "/" not in file
             assert len(checks.get("git_blob", "0" * 40)) == 40 and len(checks.get("md5", "0" * 32)) == 32
             assert {"git_blob", "md5"} & set(checks)
 
@@ -654,7 +521,7 @@ def test_archive_without_a_member_is_refused(msmarco_web, tmp_path):
     msmarco_web.put(tar(members))
     with pytest.raises(
         ValueError,
-        match="tar.gz: found no member queries.dev.small.tsv, queries.train.tsv; it is another archive",
+        match="tar.gz: found no member queries.dev.small.tsv, queries.train.tsv; delete it",
     ):
         published.fetch("msmarco", tmp_path, silent)
 
@@ -662,29 +529,22 @@ def test_archive_without_a_member_is_refused(msmarco_web, tmp_path):
 def test_members_of_a_cut_archive_are_whole_or_absent(tmp_path):
     rng = random.Random(0)
     members = {name: rng.randbytes(20_000) for name in MSMARCO}
-    raw, archive, wholes = tar(members, "./"), tmp_path / "a.tar.gz", []
+    raw, archive = tar(members, "./"), tmp_path / "archive" / "a.tar.gz"
+    archive.parent.mkdir()
     for at in [0, 1, 10, *range(1000, len(raw), 8111)]:
         archive.write_bytes(raw[:at])
-        folder = tmp_path / str(at)
-        folder.mkdir()
-        try:
-            missing = published.unpack(archive, set(members), folder)
-        except ValueError as error:
-            assert f"{archive}: not a whole .tar.gz" in str(error) and "delete it" in str(error)
-        else:  # cut between two members
-            assert missing == {name for name in members if not (folder / name).exists()} != set()
-        there = [name for name in members if (folder / name).exists()]
-        assert all((folder / name).read_bytes() == members[name] for name in there)
-        wholes.append(len(there))
-    assert wholes == sorted(wholes) and wholes[0] == 0 and wholes[-1] >= 4
+        with pytest.raises(ValueError, match=f"{archive}: not a whole archive .*delete it"):
+            published.unpack(archive, set(members), archive.parent)
+        assert left_by(archive) == set()
     archive.write_bytes(raw)
     assert published.unpack(archive, {*members, "other"}, tmp_path) == {"other"}
     assert all((tmp_path / name).read_bytes() == value for name, value in members.items())
+    assert left_by(archive) == set()
 
 
 def test_archive_that_is_no_gzip_is_refused(tmp_path):
     (tmp_path / "a.tar.gz").write_bytes(b"<html>not found</html>" * 100)
-    with pytest.raises(ValueError, match=r"a.tar.gz: not a whole .tar.gz"):
+    with pytest.raises(ValueError, match=r"a.tar.gz: not a whole archive"):
         published.unpack(tmp_path / "a.tar.gz", {"collection.tsv"}, tmp_path)
 
 
@@ -794,8 +654,8 @@ def test_part_that_is_lacking_is_named(tmp_path, t):
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        ("d1/eval_queries/eval_qrel.json", {"0": {"99": 1}}, "query '0' points to document '99'"),
-        ("d0/train_queries/train_qrel.json", {"71": {"99": 0}}, "query '71' points to document '99'"),
+        ("d1/eval_queries/eval_qrel.json", {"0": {"99": 1}}, "query '0': points to document '99'"),
+        ("d0/train_queries/train_qrel.json", {"71": {"99": 0}}, "query '71': points to document '99'"),
         (
             "d1/eval_queries/eval_qrel.json",
             {"9": {"5": 1}},
@@ -803,9 +663,9 @@ def test_part_that_is_lacking_is_named(tmp_path, t):
         ),
         ("d1/eval_queries/eval_qrel.json", {"0": ["5"]}, r"query '0': wanted \{docid: label\}"),
         ("d1/eval_queries/eval_qrel.json", {"0": {"5": "1"}}, r"query '0': wanted \{docid: label\}"),
-        ("d1/eval_queries/eval_qrel.json", [["0", {"5": 1}]], r"wanted JSON that opens with \{"),
-        ("d1/eval_queries/eval_qrel.json", b'{"0": {"5": 1}', r"eval_qrel.json: item 1: wanted a comma"),
-        ("d1/full_collection/raw.tsv", "5 five\n", r"raw.tsv:1: wanted 2 cells"),
+        ("d1/eval_queries/eval_qrel.json", [["0", {"5": 1}]], r"wanted a JSON object \{qid"),
+        ("d1/eval_queries/eval_qrel.json", b'{"0": {"5": 1}', r"eval_qrel.json: malformed or cut JSON"),
+        ("d1/full_collection/raw.tsv", "5 five\n", r"raw.tsv:1: wanted an id, a tab"),
     ],
 )
 def test_bad_file_of_the_authors_is_refused_by_name(tmp_path, name, value, message):
@@ -855,7 +715,9 @@ def test_document_without_a_docid_is_named(tmp_path):
 @pytest.mark.parametrize("value", [[[1, 2]], [7], "text", b'{"a": [1, 2]'])
 def test_docid_file_of_another_form_is_refused(tmp_path, value):
     path = write(tmp_path, {"docids.json": value}) / "docids.json"
-    with pytest.raises(ValueError, match=r"docids.json: item \d: ") as error:
+    with pytest.raises(
+        ValueError, match=r"docids.json: (found|malformed).* wanted a JSON object \{docid"
+    ) as error:
         read_docids(path, ["a"], 2, 256)
     assert type(error.value) is ValueError
 
