@@ -315,6 +315,8 @@ def check_method(config: Config) -> None:
         raise ValueError(
             "--prompts, --adapters, --joint and --insert are of methods without a mixture: --no-mixture"
         )
+    if config.prompts and config.decoder_blocks < 2 and not config.t5:
+        raise ValueError("--prompts go into the second decoder block; pass --decoder_blocks 2 or more")
     if config.joint and not config.steps:
         raise ValueError("--joint trains for d0_steps + t * steps steps; pass --steps")
     if not config.mixture and (config.kl_coef or config.kl_old_coef):

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import weights
-from arrays import Documents
 from data import Collection, Corpus, read_lines
+from arrays import Documents
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def read(name: str, folder: Path, log: Callable[[str], None], store: Path | None
     if authors_parts(folder):
         return read_authors(folder, store)
     fetch(name, folder, log)
-    return read_nq320k(folder, store) if name == "nq320k" else read_msmarco(folder, store)
+    return (read_nq320k if name == "nq320k" else read_msmarco)(folder, store)
 
 
 def fetch(name: str, folder: Path, log: Callable[[str], None]) -> None:
@@ -92,9 +92,7 @@ def fetch(name: str, folder: Path, log: Callable[[str], None]) -> None:
         if file not in wanted.files:
             absent = unpack(folder / file, lacking, folder) - set(wanted.archives)
             if absent:
-                raise ValueError(
-                    f"{folder / file}: found no member {', '.join(sorted(absent))}; fetch it again"
-                )
+                raise ValueError(f"{folder / file}: found no member {', '.join(sorted(absent))}; delete it")
 
 
 def unpack(archive: Path, members: set[str], folder: Path) -> set[str]:
@@ -111,15 +109,25 @@ def unpack(archive: Path, members: set[str], folder: Path) -> set[str]:
     return members - set(files)
 
 
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    value = {}
+    for key, item in pairs:
+        if key in value:
+            raise ValueError(f"key {key!r} is listed twice")
+        value[key] = item
+    return value
+
+
 def read_json(path: Path, kind: type[list] | type[dict], wanted: str) -> list | dict:
     """A JSON file that is a list or an object; `wanted` describes it for messages.
 
-    Raises ValueError where it is missing, cut, malformed, of another kind, not UTF-8 or has half a surrogate pair.
+    Raises ValueError where it is missing, cut, malformed, of another kind, not UTF-8, or has a key twice in an object or
+    half a surrogate pair.
     """
     if not path.is_file():
         raise ValueError(f"found no {path}; wanted {wanted}")
     try:
-        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+        value = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=unique_keys)
         json.dumps(value, ensure_ascii=False).encode()  # raises for half surrogates
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: malformed or cut JSON ({error}); wanted {wanted}; repair it") from None

@@ -3,17 +3,19 @@
 Paper    appendix C starts from a published T5
 In       a hub's T5 or a folder (config.json, spiece.model, weights); or the token ids of D_0
 Out      a t5.T5 that has every tensor of the file; any file of an https server, checked
-Next     train.py starts the bi-encoder with it; published.py fetches the benchmarks
+Next     prepare.py starts the bi-encoder with it; published.py fetches the benchmarks
 Differs  the released code leaves this to hub clients. Here a broken transfer goes on where it stopped and what is
          complete needs no network; without published weights a T5 may start from D_0's words (`start_from_lsa`)
 """
 
+import errno
 import hashlib
 import http.client
 import json
 import mmap
 import os
 import re
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -77,8 +79,10 @@ def reported(url: str, path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC
+        room = f"; {shutil.disk_usage(path.parent).free:,} bytes are free there, make room" if full else ""
         todo = f"run again to go on, or place the file by hand at {path.resolve()}"
-        raise ValueError(f"{url} cannot be fetched ({error}); {todo}") from None
+        raise ValueError(f"{url} cannot be fetched ({error}{room}); {todo}") from None
 
 
 def transfer(url: str, part: Path, begin: int, size: int | None, log: Callable) -> None:
@@ -189,17 +193,12 @@ def published_names(config: T5Config) -> dict[str, str]:
     attention, inner = {w: w for w in "qkvo"}, {"w_in": "wi", "w_out": "wo"}
     if config.gated:
         inner = {"w_in": "wi_0", "w_linear": "wi_1", "w_out": "wo"}
-    own = ("self_attention", "SelfAttention", attention)
+    own, ff = ("self_attention", "SelfAttention", attention), ("ff", "DenseReluDense", inner)
     cross = ("cross_attention", "EncDecAttention", attention)
-    ff = ("ff", "DenseReluDense", inner)
-    shapes = (
-        ("encoder", config.encoder_blocks, (own, ff)),
-        ("decoder", config.decoder_blocks, (own, cross, ff)),
-    )
-    for stack, blocks, parts in shapes:
-        names[f"{stack}_bias.weight"] = (
-            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        )
+    encoder, decoder = (config.encoder_blocks, [own, ff]), (config.decoder_blocks, [own, cross, ff])
+    bias = "block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    for stack, (blocks, parts) in (("encoder", encoder), ("decoder", decoder)):
+        names[f"{stack}_bias.weight"] = f"{stack}.{bias}"
         names[f"{stack}_norm.weight"] = f"{stack}.final_layer_norm.weight"
         for i, (j, (ours, theirs, weights)) in product(range(blocks), enumerate(parts)):
             layer, norm = f"{stack}.block.{i}.layer.{j}", ours.removesuffix("_attention") + "_norm"

@@ -21,7 +21,7 @@ from hypothesis import settings
 import data
 import published
 from data import Collection, Corpus
-from mapped import Documents
+from arrays import Documents
 from published import (
     BENCHMARKS,
     manifest,
@@ -521,7 +521,7 @@ def test_archive_without_a_member_is_refused(msmarco_web, tmp_path):
     msmarco_web.put(tar(members))
     with pytest.raises(
         ValueError,
-        match="tar.gz: found no member queries.dev.small.tsv, queries.train.tsv; fetch it again",
+        match="tar.gz: found no member queries.dev.small.tsv, queries.train.tsv; delete it",
     ):
         published.fetch("msmarco", tmp_path, silent)
 

@@ -226,7 +226,8 @@ def test_a_full_disk_is_told_and_keeps_the_part(web, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
-        ValueError, match="/f cannot be fetched .*No space left on device.*run again to go on"
+        ValueError,
+        match=r"/f cannot be fetched .*No space left on device; [\d,]+ bytes are free there, make room.*run again to go on",
     ):
         fetch(f"{web.url}/f", tmp_path / "f", sha256=SHA256, log=quiet)
     assert [path.name for path in tmp_path.iterdir()] == ["f.part"]

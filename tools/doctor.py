@@ -375,7 +375,7 @@ def updates(patient: Patient) -> Finding:
     for t in range(patient.t + 1):
         after = patient.checkpoint(f"D{t}.pt")
         mixture, frozen = bool(mixed_layers(after)), set()
-        if t and (mixture or after.prompts or baselines.adapters(after) or patient.config["insert"]):
+        if t and (mixture or after.prefix or baselines.adapters(after) or patient.config["insert"]):
             frozen = {"word table", "encoder", "decoder", "experts", "routers"}
         if baselines.adapters(after):
             frozen -= {"word table"}
