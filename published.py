@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import weights
-from data import Collection, Corpus, read_lines
 from arrays import Documents
+from data import Collection, Corpus, read_lines
 
 
 @dataclass(frozen=True)

@@ -544,17 +544,3 @@ def test_prompts_come_back_with_the_checkpoint(tmp_path, ids, codes, blocks):
     assert torch.equal(exact_scores(loaded, ids, codes), exact_scores(model, ids, codes))
     trains = {name for name, p in loaded.named_parameters() if p.requires_grad}
     assert "prefix.keys_values" in trains and "prefix.topics" not in trains
-
-
-def test_checkpoint_from_before_adapters_and_prompts_still_loads(tmp_path, monkeypatch):
-    model, write = small_model(), run.write_tensors
-    older = {"adapters", "prompts"}
-    monkeypatch.setattr(
-        run,
-        "write_tensors",
-        lambda path, value: write(path, {k: v for k, v in value.items() if k not in older}),
-    )
-    store.save_model(tmp_path / "D1.pt", model, [])
-    loaded, _ = store.load_model(tmp_path / "D1.pt")
-    assert loaded.prefix is None and not adapters(loaded)
-    assert loaded.state_dict().keys() == model.state_dict().keys()

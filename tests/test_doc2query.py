@@ -12,9 +12,9 @@ import torch
 import data
 from data import Corpus, load_tokenizer, read_pseudo_queries, store_pseudo_queries, train_tokenizer
 from t5 import T5, T5Config
-from weights import load_published, to_published
 from tools import doc2query
 from tools.doc2query import document_uniforms, draw, main, next_word_probabilities, sample
+from weights import load_published, to_published
 
 TEMPERATURE, TOP_K = 0.2, 5
 

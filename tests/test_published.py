@@ -20,8 +20,8 @@ from hypothesis import settings
 
 import data
 import published
-from data import Collection, Corpus
 from arrays import Documents
+from data import Collection, Corpus
 from published import (
     BENCHMARKS,
     manifest,

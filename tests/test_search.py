@@ -254,7 +254,7 @@ def tokenizer(tokenizer_model):
 def test_retrieve_keeps_the_order_of_the_queries(model, codes, tokenizer):
     trie, names = Trie(codes), [f"d{row:02}" for row in range(60)]
     queries = ["king", " ".join(TEXTS[:4]), "red ship", *TEXTS[20:24], "blue", "green forest battle " * 3]
-    together = retrieve(model, trie, tokenizer, queries, names, k=7, beam=7, batch=2)
+    together = retrieve(model, trie, tokenizer, queries, names, k=7, beam=7)
     assert len({tuple(row for row, _ in ranking) for ranking in together}) > 5  # so that a swap would show
     for query, ranking in zip(queries, together, strict=True):
         (alone,) = retrieve(model, trie, tokenizer, [query], names, k=7, beam=7)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from toy import TOY, toy_folder
-from weights import to_published
 
 import arrays
 import data
@@ -28,6 +27,7 @@ import store
 import train
 from config import parse
 from t5 import T5, T5Config, segment_logits
+from weights import to_published
 
 SHARED = Path(os.environ.get("MIXLORA_DATA") or Path(__file__).parents[1] / "../shared/data")
 SAMPLE, SPIECE = SHARED / "nq320k_sample", SHARED / "t5" / "spiece.model"
