@@ -44,7 +44,7 @@ import published
 import queries
 import rq
 import store
-from arrays import ArrayWriter, Chain, Lookup, open_array
+from arrays import ArrayWriter, Chain, Lookup, open_array, write_array
 from bm25 import BM25
 from losses import docid_cross_entropy, kl_to_previous, router_losses
 from mixlora import MixConfig, mixed_layers
@@ -426,7 +426,7 @@ def rq_stage(job: Job, bi_encoder: T5, embeddings: Tensor) -> tuple[Tensor, Tens
     path = job.folder / "rq.pt"
     if distributed.first() and not path.exists():
         books, codes = make_docids(job, bi_encoder, embeddings)
-        store.write_array(job.folder / "docids.npy", codes.numpy().astype(np.int16))
+        write_array(job.folder / "docids.npy", codes.numpy().astype(np.int16))
         store.write_tensors(path, books)
     distributed.wait()
     codes = store.load_docids(job.folder)
