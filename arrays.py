@@ -70,7 +70,7 @@ def damaged(path: Path, reason: str) -> ValueError:
 def reading(path: Path):
     """Raises ValueError, with the path, where the file is missing or whatever reads it fails."""
     if not path.is_file():
-        raise ValueError(f"found no {path}; is {path.parent} the folder of a run that got this far?")
+        raise ValueError(f"found no {path}; is {path.parent} the folder of a finished run?")
     try:
         yield
     except Exception as error:  # damaged files fail in many ways: NumPy evaluates a header as Python
@@ -122,7 +122,7 @@ def read_array(path: Path, kind: type, dimensions: int, mode: str | None = None)
     """The array of an .npy file; `mode` r or c maps it. Raises ValueError where it is not of this kind and shape."""
     with reading(path):
         values = np.load(path, mode, allow_pickle=False)
-        if (values.dtype, values.ndim) != (kind, dimensions):
+        if not np.issubdtype(values.dtype, kind) or values.ndim != dimensions:
             held = f"{values.dtype} in {values.ndim} dimensions"
             raise ValueError(f"found {held}, wanted {kind.__name__} in {dimensions}")
     return values

@@ -286,9 +286,8 @@ def split_sizes(splits: str, n: int) -> list[int]:
             sizes = [end - start for start, end in zip([0, *ends], ends)]
             if min(sizes) > 0:
                 return sizes
-    raise ValueError(
-        f"--splits {splits}: wanted percentages that add up to 100, or counts that add up to {n} documents"
-    )
+    wanted = f"percentages that add up to 100, or counts that add up to {n} documents"
+    raise ValueError(f"--splits {splits}: wanted {wanted}")
 
 
 def split(

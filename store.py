@@ -31,21 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import arrays
 import distributed
-from arrays import (
-    Chain,
-    Documents,
-    StreamedFile,
-    damaged,
-    read_array,
-    read_json,
-    read_tensors,
-    sync_folder,
-    write,
-    write_array,
-    write_json,
-    write_tensors,
-)  # fmt: skip
+from arrays import Chain, Documents, StreamedFile, read_json, read_tensors, write, write_json, write_tensors
 from baselines import adapters, add_adapters, add_prompts
 from data import Corpus, excluded_queries, load_tokenizer
 from mixlora import MixConfig, add_mixture, mixed_layers
@@ -86,10 +74,8 @@ def save_corpora(folder: Path, source: str, corpora: list[Corpus], left_out: dic
             queries = {name: getattr(corpus, name) for name in StoredCorpus.QUERIES}
             write_json(folder / "queries" / f"D{t}.json", queries)
     Idf(corpora[0].passages()).save(folder / "idf.json")
-    write_array(folder / "excluded.npy", np.array(sorted(excluded_queries(corpora)), np.uint64))
-    listed = [
-        {"first_row": c.first_row, "documents": len(c.ids), "ids_sha256": ids_sha256(c)} for c in corpora
-    ]
+    arrays.write_array(folder / "excluded.npy", np.array(sorted(excluded_queries(corpora)), np.uint64))
+    listed = [dict(first_row=c.first_row, documents=len(c.ids), ids_sha256=ids_sha256(c)) for c in corpora]
     about = {"format": FORMAT, "source": source, "manifest": manifest, "left_out": left_out}
     write_json(folder / "corpus.json", about | {"corpora": listed})
 
@@ -122,7 +108,7 @@ class StoredCorpus(Corpus):
                 queries["train"] = [(row, query) for row, query in queries["train"]]
                 vars(self).update({name: queries[name] for name in self.QUERIES})
             except (KeyError, TypeError, ValueError) as error:
-                raise damaged(path, f"not the queries of a corpus ({error!r})") from None
+                raise arrays.damaged(path, f"not the queries of a corpus ({error!r})") from None
         else:
             raise AttributeError(name)
         return vars(self)[name]
@@ -142,6 +128,8 @@ def load_corpora(folder: Path) -> list[Corpus]:
                 raise TypeError("rows do not follow each other")
             corpora.append(StoredCorpus(folder, t, row, size))
             row += size
+        if not corpora:
+            raise TypeError("it lists none")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the corpora of a run ({error!r})") from None
     return corpora
@@ -149,12 +137,12 @@ def load_corpora(folder: Path) -> list[Corpus]:
 
 def load_excluded(folder: Path) -> frozenset[int]:
     """Digests of all test queries of a run, for queries.PseudoQuerySampler and data.check_no_leak."""
-    return frozenset(read_array(folder / "excluded.npy", np.uint64, 1).tolist())
+    return frozenset(arrays.read_array(folder / "excluded.npy", np.uint64, 1).tolist())
 
 
 def load_docids(folder: Path) -> Tensor:
     """docids.npy: (N, M) int64, of all corpora."""
-    return torch.from_numpy(read_array(folder / "docids.npy", np.int16, 2).astype(np.int64))
+    return torch.from_numpy(arrays.read_array(folder / "docids.npy", np.integer, 2).astype(np.int64))
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -183,7 +171,7 @@ def check_stamp(path: Path, value: dict) -> None:
     check_format(path, value.get("format") if isinstance(value, dict) else type(value).__name__)
     if value["made_for"] != made_for(path.parent, value["docids"]):
         run = f"made for other documents, another tokenizer or other docids than {path.parent} holds"
-        raise damaged(path, f"{run}; it is of another run")
+        raise arrays.damaged(path, f"{run}; it is of another run")
 
 
 def save_model(path: Path, model: T5, stats: list[Stats]) -> None:
@@ -430,7 +418,7 @@ class Resume:
         if path.exists():
             os.replace(path, path.with_name("latest.previous.pt"))
         os.replace(path.with_name("latest.new.pt"), path)
-        sync_folder(self.folder)
+        arrays.sync_folder(self.folder)
         self.last = time.monotonic()
 
 

@@ -30,6 +30,10 @@ NO_TOPIC = (
     "--split_by topic: no word occurs in two documents or more and in at most a third of all {} documents, so that "
     "they have no topics; pass --split_by random"
 )
+ONE_CORPUS = (
+    "--split_by topic: found one corpus, wanted a D_1 that holds a topic of its own; pass two sizes or more to "
+    "--splits, or --split_by random"
+)
 
 
 def topic_order(passages: Iterable[str], sizes: list[int], seed: int) -> list[int]:
@@ -46,10 +50,7 @@ def topic_order(passages: Iterable[str], sizes: list[int], seed: int) -> list[in
     Raises ValueError where there is no later corpus, or no word to tell topics by.
     """
     if len(sizes) < 2:
-        raise ValueError(
-            "--split_by topic: found one corpus, wanted a D_1 that holds a topic of its own; pass two sizes or more "
-            "to --splits, or --split_by random"
-        )
+        raise ValueError(ONE_CORPUS)
     x = embed(passages, seed)
     n, later = len(x), sizes[1:]
     assert sum(sizes) <= n, f"sizes {sizes} add up to more than {n} documents"

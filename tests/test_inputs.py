@@ -30,6 +30,7 @@ import search
 import store
 from data import Corpus
 from mixlora import MixConfig, add_mixture
+from queries import Idf, ListedPseudoQueries, query_digest, store_pseudo_queries, words
 from rq import Trie
 from t5 import T5, T5Config
 from tools import doc2query
@@ -187,8 +188,9 @@ def change(files: dict[str, bytes], pick: int, how) -> tuple[dict[str, bytes], s
 # What a refusal says of a whole file, in place of a line.
 WHOLE = re.compile(
     r"found no|have no |adds no document|do not name each|cannot be read|found \d+ bytes|not a SentencePiece|"
-    r"tokenizer has|not JSON|not the corpora|different runs|found .*, first at .*:\d+|wanted as many of each|"
-    r"offsets that do not|columns, wanted 2|byte \d+: not UTF-8|malformed or cut JSON|: found .*, wanted a (JSON )?(list|object)"
+    r"tokenizer has|not JSON|not the corpora|not the queries|no counts of words|found format|different runs|"
+    r"found .*, first at .*:\d+|wanted as many of each|spans that do not|columns, wanted 2|byte \d+ is not UTF-8|"
+    r"malformed or cut JSON|: found .*, wanted a (JSON )?(list|object)"
 )
 PLACE = re.compile(r":\d+: |item \d+: |query '|query \"|document '|document \"")
 
@@ -355,26 +357,28 @@ PSEUDO = jsonl(
 @example(b'{"doc_id": ' + HUGE + b', "query": "a"}', False)
 @example(PSEUDO + DEEP, True)
 def test_pseudo_queries_are_stored_by_document_or_refused_by_line(folder, how, strict):
-    raw, corpora, exclude = content(PSEUDO, how), two_corpora(), {"a test query"}
-    path, store = folder / "pseudo.jsonl", folder / "pseudo"
+    raw, corpora = content(PSEUDO, how), two_corpora()
+    path, stored, excluded = folder / "pseudo.jsonl", folder / "pseudo", {query_digest("a test query")}
     path.write_bytes(raw)
+    documents = [(corpus.ids, corpus.titles, corpus.texts) for corpus in corpora]
     counts = read_or_refused(
-        lambda: data.store_pseudo_queries(data.read_pseudo_queries(path), store, corpora, exclude, strict),
+        lambda: store_pseudo_queries(data.read_pseudo_queries(path), stored, documents, excluded, strict),
         str(path),
         "pseudo-queries: 3 documents have no",  # an empty file
     )
     if counts is None:
-        assert not (store / "starts.npy").exists()  # half a store does not count
+        assert not list(stored.rglob("starts.npy"))  # half a store does not count
         return
     row_of = {"d1": 0, "d2": 1, "d3": 2}
     lines = [(row_of.get(row["doc_id"]), row["query"]) for row in objects_of(raw)]
-    worded = [(row, query) for row, query in lines if row is not None and data.words(query)]
-    wanted = [(row, query) for row, query in worded if data.normalise(query) not in exclude]
-    pairs = data.ListedPseudoQueries(store).pairs(range(3))
+    worded = [(row, query) for row, query in lines if row is not None and words(query)]
+    wanted = [(row, query) for row, query in worded if query_digest(query) not in excluded]
+    parts = [ListedPseudoQueries(stored / f"D{t}", corpus.first_row) for t, corpus in enumerate(corpora)]
+    pairs = [pair for part in parts for pair in part.pairs()]
     made = [pair for pair in pairs if pair[0] not in {row for row, _ in wanted}]
     assert [pair for pair in pairs if pair not in made] == sorted(wanted, key=lambda pair: pair[0])
     assert {row for row, _ in pairs} == {0, 1, 2} and counts["kept"] == len(wanted)
-    assert all(query and data.normalise(query) not in exclude for _, query in pairs)
+    assert all(query and query_digest(query) not in excluded for _, query in pairs)
     assert not strict or (not made and len(worded) == len(lines))
 
 
@@ -720,35 +724,32 @@ def corpora_files(folder) -> dict[str, bytes]:
     corpora[0].train, corpora[0].train_ids = [(0, "how old is rome"), (1, STRANGE)], ["t1", "t2"]
     corpora[0].test, corpora[0].qrels = {"q1": "age of rome"}, {"q1": {"d1": 1}}
     corpora[1].test, corpora[1].qrels = {"q2": STRANGE}, {"q2": {"d3": 1}}
-    (folder / "run").mkdir()
     store.save_corpora(folder / "run", "made up", corpora, {}, {})
-    names = [
-        "corpus.json",
-        *(f"documents/{n}.{k}" for n in ("ids", "titles", "texts") for k in ("bin", "npy")),
-    ]
+    names = ["corpus.json", "idf.json", "excluded.npy", "queries/D0.json"]
+    names += [f"documents/D0/{n}.{k}" for n in ("ids", "titles", "texts") for k in ("bin", "npy")]
     return {name: (folder / "run" / name).read_bytes() for name in names}
 
 
 @FUZZ
-@given(st.integers(0, 6), broken)
+@given(st.integers(0, 9), broken)
 @example(0, DEEP)
-@example(0, b'{"corpora": [{"first_row": ' + HUGE + b"}]}")
+@example(0, b'{"format": 2, "corpora": [{"first_row": ' + HUGE + b"}]}")
+@example(1, b'{"documents": 1, "counts": {"a": ' + HUGE + b"}}")
+@example(3, b'{"train": [[0, "a", 1]], "train_ids": [], "test": {}, "qrels": {}}')
 def test_corpora_of_a_run_are_whole_or_refused_by_name(folder, corpora_files, pick, how):
-    files, name = change(corpora_files, pick if pick < 4 else 0, how)
+    files, name = change(corpora_files, pick, how)
     write(folder / "run", files)
 
     def reader():
         corpora = store.load_corpora(folder / "run")
-        return (
-            corpora,
-            [list(corpus.passages()) for corpus in corpora],
-            [list(corpus.ids) for corpus in corpora],
-        )
+        opened = [list(corpora[0].passages()), list(corpora[0].ids), corpora[0].train, corpora[0].test]
+        return *opened, Idf.load(folder / "run" / "idf.json"), store.load_excluded(folder / "run")
 
     read = read_or_refused(reader, name, name.replace(".npy", ".bin"), str(folder / "run"))
     if read is not None:
-        corpora, passages, ids = read
-        assert list(map(len, passages)) == list(map(len, ids)) == [len(corpus.titles) for corpus in corpora]
+        passages, ids, train, _, idf, excluded = read
+        assert len(passages) == len(ids) and all(len(pair) == 2 for pair in train)
+        assert idf("rome") > 0 and all(0 <= number < 1 << 64 for number in excluded)
 
 
 @pytest.mark.parametrize("stated", [b'"first_row": -1', b'"first_row": 1', b'"first_row": 3'])
@@ -786,8 +787,8 @@ HEADERS = [
 def test_array_of_a_run_is_an_array_or_refused_by_name(folder, how):
     path = folder / "docids.npy"
     path.write_bytes(content(ARRAY, how))
-    found = read_or_refused(lambda: [store.read_array(path)], str(path))
-    assert found is None or isinstance(found[0], np.ndarray)
+    found = read_or_refused(lambda: [arrays.read_array(path, np.int64, 2)], str(path))
+    assert found is None or (found[0].dtype, found[0].ndim) == (np.int64, 2)
 
 
 @FUZZ
@@ -909,7 +910,8 @@ def test_missing_half_of_a_store_is_refused_by_name(tmp_path, name):
         lambda path: dense.read_teacher(path, D0),
         store.read_json,
         store.read_tensors,
-        store.read_array,
+        lambda path: arrays.read_array(path, np.int64, 2),
+        Idf.load,
         arrays.open_array,
         lambda path: store.load_corpora(path.parent),
     ],

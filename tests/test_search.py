@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import arrays
 import search
 import store
 from data import Corpus, load_tokenizer, tokenize, train_tokenizer
@@ -311,7 +312,7 @@ def run_folder(request, tmp_path_factory, tokenizer_model):
     store.save_corpora(folder, "made up", corpora, {}, {})
     docids = torch.randint(K, (12, M), generator=torch.Generator().manual_seed(5))
     docids[10] = docids[2]
-    store.write_array(folder / "docids.npy", docids.numpy())
+    arrays.write_array(folder / "docids.npy", docids.numpy())
     for t in (0, 1):
         model = small_model(request.param)
         with torch.no_grad():

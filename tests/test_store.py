@@ -4,17 +4,20 @@ import math
 import os
 import pickle
 import random
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import arrays
 import data
 import ood
 import store
 from data import Corpus
 from mixlora import MixConfig, add_mixture, mixed_layers
+from queries import Idf, query_digest
 from t5 import T5, T5Config
 
 
@@ -92,7 +95,7 @@ def test_values_come_back_as_written(tmp_path):
     )
     assert found == tensors
     array = np.arange(6, dtype=np.int16).reshape(2, 3)
-    store.write_array(tmp_path / "v.npy", array)
+    arrays.write_array(tmp_path / "v.npy", array)
     again = np.load(tmp_path / "v.npy", allow_pickle=False)
     assert again.dtype == np.int16 and (again == array).all()
 
@@ -108,7 +111,7 @@ def test_missing_file_is_named(tmp_path, read):
 @pytest.mark.parametrize("content", [b"", b'{"a": [1, 2', b"\xff\xfe", b"nothing", b'{"a": 1}}', b"1" * 5000])
 def test_json_cut_or_garbled_is_refused_by_name(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"config.json: not JSON .* remove the file"):
+    with pytest.raises(ValueError, match=r"config.json: cannot be read .* remove the file"):
         store.read_json(tmp_path / "config.json")
 
 
@@ -188,70 +191,102 @@ def corpora() -> list[Corpus]:
     return [first, second]
 
 
-def plain(corpus: Corpus) -> dict:
+def plain(corpora: list[Corpus]) -> list[dict]:
     """All fields, with stores read out as lists."""
-    texts = {name: list(getattr(corpus, name)) for name in ("ids", "titles", "texts")}
-    return vars(corpus) | texts
+    names = [field.name for field in fields(Corpus)]
+    texts = ("ids", "titles", "texts")
+    return [
+        {name: list(value) if name in texts else value for name in names for value in [getattr(c, name)]}
+        for c in corpora
+    ]
 
 
 def test_corpora_come_back_as_saved_with_a_hash_of_their_ids(tmp_path):
-    manifest = {"found": {"documents": [2, 1]}}
-    store.save_corpora(
-        tmp_path, "boolq", corpora(), {"annotated queries of documents outside D0": 3}, manifest
-    )
-    loaded = store.load_corpora(tmp_path)
-    assert [plain(corpus) for corpus in loaded] == [vars(corpus) for corpus in corpora()]
-    assert loaded == corpora()  # pairs are tuples again
+    manifest, left_out = {"found": {"documents": [2, 1]}}, {"annotated queries of documents outside D0": 3}
+    store.save_corpora(tmp_path, "boolq", corpora(), left_out, manifest)
+    assert plain(store.load_corpora(tmp_path)) == plain(corpora())  # pairs are tuples again
     saved = store.read_json(tmp_path / "corpus.json")
-    assert (saved["source"], saved["left_out"]) == ("boolq", {"annotated queries of documents outside D0": 3})
+    assert (saved["format"], saved["source"], saved["left_out"]) == (2, "boolq", left_out)
     assert saved["manifest"] == manifest and [item["documents"] for item in saved["corpora"]] == [2, 1]
-    assert [item["ids_sha256"] for item in saved["corpora"]] == [
-        data.sha256("a\nü\n".encode()),
-        data.sha256(b"c\n"),
-    ]
+    hashes = [data.sha256("a\nü\n".encode()), data.sha256(b"c\n")]
+    assert [item["ids_sha256"] for item in saved["corpora"]] == hashes
     assert (tmp_path / "doc_ids.txt").read_text(encoding="utf-8") == "a\nü\nc\n"
+    idf = Idf.load(tmp_path / "idf.json")  # of D_0 alone
+    assert idf.n_documents == 2 and idf.counts["text"] == 1 and idf.counts["gamma"] == 0
+    excluded = store.load_excluded(tmp_path)
+    assert excluded == {query_digest(text) for text in ("who\u2028?", "where", "When!")}
 
 
 def test_corpora_that_were_loaded_can_be_saved_elsewhere_the_same(tmp_path):
-    for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
     store.save_corpora(tmp_path / "one", "boolq", corpora(), {}, {})
     store.save_corpora(tmp_path / "two", "boolq", store.load_corpora(tmp_path / "one"), {}, {})
-    files = [sorted((tmp_path / folder).rglob("*")) for folder in ("one", "two")]
     contents = [
-        {path.relative_to(tmp_path / folder): path.read_bytes() for path in found if path.is_file()}
-        for folder, found in zip(("one", "two"), files)
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "one", tmp_path / "two")
     ]
-    assert (
-        contents[0] == contents[1] and len(contents[0]) == 8
-    )  # three stores of two files, ids and corpus.json
+    # of two corpora three stores of two files and the queries; ids, excluded queries, IDF and corpus.json
+    assert contents[0] == contents[1] and len(contents[0]) == 2 * (6 + 1) + 4
+
+
+def test_corpus_is_read_without_the_files_of_others(tmp_path):
+    store.save_corpora(tmp_path, "boolq", corpora(), {}, {})
+    for part in ("documents", "queries"):
+        (tmp_path / part).rename(tmp_path / f"away_{part}")
+    first, second = store.load_corpora(tmp_path)
+    assert (first.rows, second.rows) == (range(0, 2), range(2, 3))  # known without opening anything
+    for name in ("documents/D1", "queries/D1.json"):
+        (tmp_path / name).parent.mkdir()
+        part, file = name.split("/")
+        (tmp_path / f"away_{part}" / file).rename(tmp_path / name)
+    assert plain([second]) == plain(corpora()[1:])
+    with pytest.raises(ValueError, match=r"documents/D0/ids.bin"):
+        first.titles  # noqa: B018
+    with pytest.raises(ValueError, match=r"queries/D0.json"):
+        first.test  # noqa: B018
+    with pytest.raises(AttributeError, match="answers"):
+        first.answers  # noqa: B018
 
 
 @pytest.mark.parametrize("name", ["ids.bin", "titles.npy", "texts.bin", "texts.npy"])
 @pytest.mark.parametrize("cut", [False, True])
 def test_missing_or_cut_documents_are_refused_by_name(tmp_path, name, cut):
     store.save_corpora(tmp_path, "boolq", corpora(), {}, {})
-    path = tmp_path / "documents" / name
+    path = tmp_path / "documents" / "D0" / name
     content = path.read_bytes()
     path.unlink()
     if cut:
         path.write_bytes(content[:-1])
-    with pytest.raises(ValueError, match=path.stem):
-        store.load_corpora(tmp_path)
+    with pytest.raises(ValueError, match=f"documents/D0/{path.stem}"):
+        plain(store.load_corpora(tmp_path))
 
 
-@pytest.mark.parametrize("held", [2, 4])
+@pytest.mark.parametrize("held", [1, 3])
 def test_documents_of_another_run_are_refused(tmp_path, held):
     store.save_corpora(tmp_path, "boolq", corpora(), {}, {})
-    documents = store.Documents(tmp_path / "documents")
+    documents = store.Documents(tmp_path / "documents" / "D0")
     for i in range(held):
         documents.add(f"other{i}", "", "text")
     documents.close()
-    with pytest.raises(ValueError, match="documents and corpus.json are of different runs"):
-        store.load_corpora(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"D0: found {held} documents, corpus.json says 2; .* different runs"
+    ):
+        plain(store.load_corpora(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["doc_ids.txt.part", "documents/titles.npy.part", "corpus.json.part"])
+@pytest.mark.parametrize(
+    "value", ["[]", "{}", '{"train": []}', "7", '{"train": [1], "train_ids": [], "test": {}, "qrels": {}}']
+)
+def test_json_that_holds_no_queries_is_refused_by_name(tmp_path, value):
+    store.save_corpora(tmp_path, "boolq", corpora(), {}, {})
+    (tmp_path / "queries" / "D1.json").write_text(value)
+    with pytest.raises(ValueError, match="queries/D1.json: not the queries of a corpus"):
+        plain(store.load_corpora(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["doc_ids.txt", "documents/D1/titles.npy", "queries/D1.json", "idf.json", "excluded.npy", "corpus.json"],
+)
 def test_corpora_that_meet_a_full_disk_do_not_count_and_can_be_saved_after(tmp_path, monkeypatch, name):
     """A device that is always full stands where the file is to be written."""
     full, opened = Path("/dev/full"), Path.open
@@ -259,22 +294,46 @@ def test_corpora_that_meet_a_full_disk_do_not_count_and_can_be_saved_after(tmp_p
         pytest.skip("no /dev/full here")
 
     def onto_full(path, mode="r", *rest, **options):
-        return opened(full if path == tmp_path / name else path, mode, *rest, **options)
+        return opened(full if path == tmp_path / f"{name}.part" else path, mode, *rest, **options)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(Path, "open", onto_full)
         store.save_corpora(tmp_path, "boolq", corpora(), {}, {})
-    assert not (tmp_path / "corpus.json").exists() and not (tmp_path / name.removesuffix(".part")).exists()
+    assert not (tmp_path / "corpus.json").exists() and not (tmp_path / name).exists()
     store.save_corpora(tmp_path, "boolq", corpora(), {}, {})
-    assert store.load_corpora(tmp_path) == corpora()
+    assert plain(store.load_corpora(tmp_path)) == plain(corpora())
 
 
-@pytest.mark.parametrize("value", [[], {}, {"corpora": [{}]}, {"corpora": [7]}, {"corpora": None}])
+@pytest.mark.parametrize(
+    "value", [[], 7, {"format": 2}, *({"format": 2, "corpora": listed} for listed in ([{}], [7], None))]
+)
 def test_json_that_holds_no_corpora_is_refused_by_name(tmp_path, value):
-    store.save_corpora(tmp_path, "boolq", corpora(), {}, {})
     store.write_json(tmp_path / "corpus.json", value)
     with pytest.raises(ValueError, match="corpus.json: not the corpora of a run"):
         store.load_corpora(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [(0, -1), (1, 2), (0, 2.0), (0, "2")])
+def test_corpora_whose_rows_do_not_follow_each_other_are_refused_by_name(tmp_path, rows):
+    listed = [dict(zip(("first_row", "documents"), rows), ids_sha256="")]
+    store.write_json(tmp_path / "corpus.json", {"format": 2, "corpora": listed})
+    with pytest.raises(ValueError, match="corpus.json: not the corpora of a run"):
+        store.load_corpora(tmp_path)
+
+
+@pytest.mark.parametrize("number", [None, 1, 3])
+def test_run_folder_of_another_format_is_refused_in_one_line(tmp_path, number):
+    store.save_corpora(tmp_path, "boolq", corpora(), {}, {})
+    saved = store.read_json(tmp_path / "corpus.json")
+    older = saved | {"format": number} if number else {k: v for k, v in saved.items() if k != "format"}
+    store.write_json(tmp_path / "corpus.json", older)
+    store.write_tensors(tmp_path / "D0.pt", {"format": number or 1, "docids": False, "made_for": ""})
+    for read, name in ((store.load_corpora, ""), (store.load_model, "D0.pt")):
+        with pytest.raises(
+            ValueError, match=f"found format {number or 1} .*, wanted 2; commit dfcda6d"
+        ) as error:
+            read(tmp_path / name)
+        assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -361,12 +420,6 @@ def test_statistics_of_both_modes_come_back(tmp_path):
     assert torch.equal(ood.is_ood(energies, loaded[0]), ood.is_ood(energies, calibrated))
 
 
-def test_checkpoint_holds_what_else_it_is_given(tmp_path):
-    store.save_model(tmp_path / "latest.pt", T5(SHAPE), [], step=7, order=torch.arange(3))
-    value = store.read_tensors(tmp_path / "latest.pt")
-    assert value["step"] == 7 and torch.equal(value["order"], torch.arange(3))
-
-
 # ------------------------------------------------------------------------------------------------- loaded run
 
 
@@ -374,7 +427,7 @@ def run_folder(folder: Path, finished: int) -> Path:
     store.write_json(folder / "config.json", {"data": "boolq", "seed": 3})
     store.write(folder / "tokenizer.model", data.train_tokenizer(["a cat sat", "a dog"], 30))
     store.save_corpora(folder, "boolq", corpora(), {}, {})
-    store.write_array(folder / "docids.npy", np.array([[4, 0, 1], [0, 2, 2], [0, 1, 3]], dtype=np.int16))
+    arrays.write_array(folder / "docids.npy", np.array([[4, 0, 1], [0, 2, 2], [0, 1, 3]], dtype=np.int16))
     for t in range(finished):
         torch.manual_seed(t)
         store.save_model(folder / f"D{t}.pt", T5(SHAPE), [])
@@ -383,7 +436,7 @@ def run_folder(folder: Path, finished: int) -> Path:
 
 def test_loaded_run_holds_the_model_and_the_trie_after_each_corpus(tmp_path):
     loaded = store.LoadedRun(run_folder(tmp_path, 2))
-    assert (loaded.config["seed"], loaded.finished, loaded.corpora) == (3, [0, 1], corpora())
+    assert (loaded.config["seed"], loaded.finished, plain(loaded.corpora)) == (3, [0, 1], plain(corpora()))
     assert list(loaded.ids) == ["a", "ü", "c"]
     assert [loaded.headline(row) for row in range(3)] == ["Älpha", 'a "quoted" line', "Gamma"]
     assert loaded.docids.dtype == torch.int64 and loaded.tokenizer.encode("cat")
@@ -415,7 +468,9 @@ def test_unfinished_run_counts_its_finished_corpora_and_says_what_to_do_without_
     assert str(error.value).endswith(str(folder))
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "corpus.json", "documents/ids.bin"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.model", "corpus.json", "documents/D1/ids.bin", "docids.npy"]
+)
 def test_run_without_a_file_names_it(tmp_path, name):
     (run_folder(tmp_path, 1) / name).unlink()
     with pytest.raises(ValueError, match=name):
@@ -511,7 +566,7 @@ def test_metrics_are_one_json_object_a_line_with_numbers_for_tensors(tmp_path):
 
 def test_deeply_nested_json_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match=r"config.json: not JSON"):
+    with pytest.raises(ValueError, match=r"config.json: cannot be read"):
         store.read_json(tmp_path / "config.json")
 
 
