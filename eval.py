@@ -14,6 +14,7 @@ import math
 import platform
 import resource
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,12 +22,15 @@ import faiss
 import numpy as np
 import sentencepiece
 import torch
+from torch import Tensor
 
 import distributed
 from arrays import Chain
 from data import Corpus
+from rq import Trie
 from search import Ranking, retrieve
 from store import LoadedRun
+from t5 import T5
 
 METRICS = ("recall@1", "recall@10", "mrr@10", "ndcg@10")
 
@@ -74,6 +78,24 @@ def evaluate(corpora: list[Corpus], ranker) -> Evaluation:
         rankings.append(named)
         values.append({metric: [one[metric] for one in scored] for metric in METRICS})
     return Evaluation(rankings, values)
+
+
+def evaluate_after(run, t: int, model: T5, docids: Tensor) -> Evaluation:
+    """Searches D_0..D_t with every test query seen so far: run of prepare.py, docids (N, M)."""
+    corpora, trie = run.corpora[: t + 1], Trie(docids[: run.corpora[t].rows.stop])
+
+    def ranker(texts: list[str]) -> list[Ranking]:
+        beam, length = run.config.beam, run.config.query_length
+        return retrieve(model, trie, run.tokenizer, texts, run.ids, beam=beam, max_length=length)
+
+    begin = time.monotonic()
+    evaluation = evaluate(corpora, ranker)
+    rate = sum(len(corpus.test) for corpus in corpora) / (time.monotonic() - begin)
+    for metric in ("recall@1", "recall@10", "mrr@10"):
+        means = " ".join(f"D{i} {100 * value:.1f}" for i, value in enumerate(evaluation.means(metric)))
+        run.log.line(f"after D{t}: {metric} {means}")
+    run.log.line(f"after D{t}: searched at {rate:.0f} queries/s")
+    return evaluation
 
 
 # -------------------------------------------------------------------------------------- over the whole stream

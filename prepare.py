@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import weights
 from torch import Tensor
 
 import data
@@ -27,6 +26,7 @@ import published
 import queries
 import rq
 import store
+import weights
 from arrays import ArrayWriter, Chain, Lookup, Tokens, open_array
 from bm25 import BM25
 from config import Config
@@ -62,6 +62,12 @@ class Run:
         self.resume = store.Resume(folder, config.save_seconds, log)
         self.listed = (folder / "pseudo_queries").exists()  # pseudo-queries came from a file
         self._samplers = {}
+        sizes = tuple(len(corpus.rows) for corpus in self.corpora)
+        if config.docid_kind == "atomic":
+            rq.require_few(sum(sizes))
+        if config.check_memory:
+            free = memory.free_memory(config.device)
+            memory.require_memory(config, memory.Workload(sizes, config.document_length), free, config.device)
 
     @cached_property
     def ids(self) -> Chain:
@@ -76,14 +82,14 @@ class Run:
     def sampler(self, t: int) -> queries.PseudoQuerySampler | queries.ListedPseudoQueries:
         """Draws pseudo-queries of D_t's documents."""
         if t not in self._samplers:
-            corpus = self.corpora[t]
-            self._samplers[t] = (
-                queries.ListedPseudoQueries(self.folder / "pseudo_queries" / f"D{t}", corpus.first_row)
-                if self.listed
-                else queries.PseudoQuerySampler(
-                    corpus.titles, corpus.texts, self.idf, self.excluded, corpus.first_row
+            corpus, place = self.corpora[t], self.folder / "pseudo_queries" / f"D{t}"
+            if self.listed:
+                self._samplers[t] = queries.ListedPseudoQueries(place, corpus.first_row)
+            else:
+                texts = corpus.titles, corpus.texts
+                self._samplers[t] = queries.PseudoQuerySampler(
+                    *texts, self.idf, self.excluded, corpus.first_row
                 )
-            )
         return self._samplers[t]
 
     def draw(self, row: int, rng: random.Random) -> str:
@@ -101,26 +107,27 @@ class Run:
 
     def pseudo_queries(self, t: int, per_document: int, purpose: str) -> list[tuple[int, str]]:
         """A fixed list of D_t's (document row, pseudo-query), the same at every call; checked for leaks."""
-        rows, seed = self.corpora[t].rows, f"{self.config.seed} {purpose} {t}"
-        pairs = queries.draw_pseudo_queries(self.sampler(t), rows, per_document, seed)
-        data.check_no_leak(t, rows, pairs, self.excluded)
-        return pairs
+        seed = f"{self.config.seed} {purpose} {t}"
+        return self.checked(
+            t, queries.draw_pseudo_queries(self.sampler(t), self.corpora[t].rows, per_document, seed)
+        )
 
     def training_queries(self, t: int) -> list[tuple[int, str]]:
         """What D_t, t >= 1, trains on: all of its pseudo-queries from the file, or a drawn list."""
         if not self.listed:
             return self.pseudo_queries(t, self.config.pseudo_per_document, "training")
-        pairs = self.sampler(t).pairs()
-        data.check_no_leak(t, self.corpora[t].rows, pairs, self.excluded)
-        return pairs
+        return self.checked(t, self.sampler(t).pairs())
 
     def sample(self, t: int, count: int, purpose: str) -> list[tuple[int, str]]:
         """Some `count` pairs of D_t, at least one, as evenly over its documents as that goes."""
         count, rng = max(1, count), random.Random(f"{self.config.seed} {purpose} {t}")
         rows = self.corpora[t].rows
         chosen = list(rows) * (count // len(rows)) or rng.sample(rows, count)
-        pairs = [(row, self.sampler(t).draw(row, rng)) for row in chosen]
-        data.check_no_leak(t, rows, pairs, self.excluded)
+        return self.checked(t, [(row, self.sampler(t).draw(row, rng)) for row in chosen])
+
+    def checked(self, t: int, pairs: list[tuple[int, str]]) -> list[tuple[int, str]]:
+        """The pairs, where each is of D_t and no test query; data.check_no_leak raises ValueError otherwise."""
+        data.check_no_leak(t, self.corpora[t].rows, pairs, self.excluded)
         return pairs
 
     def tokens(self, pairs: list[tuple[int, str]]) -> Tensor:
@@ -158,6 +165,10 @@ def read(config: Config, folder: Path, log: store.Log) -> None:
         splits, spare = published.paper_split(config.data, collection)
     corpora, left_out = data.split(collection, splits, config.split_by, config.seed, spare)
     for t, corpus in enumerate(corpora):
+        counts = (
+            f"{len(corpus.ids)} documents, {len(corpus.train)} annotated and {len(corpus.test)} test queries"
+        )
+        log.line(f"D{t}: {counts}, ids sha256 {store.ids_sha256(corpus)[:16]}")
         if not corpus.test:
             raise ValueError(f"D_{t} got no test query; choose fewer or larger corpora with --splits")
     data.check_split(corpora)
@@ -204,7 +215,7 @@ def dense_stage(run: Run) -> tuple[T5, list[Tensor]]:
         ))  # fmt: skip
         weights.start_from_lsa(model, passages[0].batch(torch.arange(len(passages[0]))))
     run.ready(model)
-    data.check_no_leak(0, run.corpora[0].rows, run.corpora[0].train, run.excluded)
+    run.checked(0, run.corpora[0].train)
     dense.train(run, model, passages[0])
     if distributed.is_main_process():
         folder.mkdir(exist_ok=True)
@@ -310,13 +321,7 @@ def decoded(books: Tensor, codes: Tensor):
     return (rq.decode(books, chunk) for chunk in codes.split(dense.CHUNK))
 
 
-# ------------------------------------------------------------------------------------------- memory, references
-
-
-def check_memory(run: Run) -> None:
-    """Raises ValueError where the run's stages would need more memory than is free."""
-    workload = memory.Workload(tuple(len(c.rows) for c in run.corpora), run.config.document_length)
-    memory.require_memory(run.config, workload, memory.free_memory(run.config.device), run.config.device)
+# ------------------------------------------------------------------------------------------------- references
 
 
 def references(run: Run, bi_encoder: T5, embeddings: list[Tensor]) -> dict[str, dict]:

@@ -42,7 +42,6 @@ from mixlora import mixed_layers
 from optim import Stage, fit, parameter_groups
 from prepare import Run
 from scan import Scan, SourceCache, scan
-from search import Ranking, retrieve
 from t5 import T5, segment_logits
 
 FRAGMENT_SHARE = 0.4  # of D_0's batches, where there are fragments (ours)
@@ -59,10 +58,29 @@ class State:
     stats: list[ood.Stats]  # of each mixed layer
 
 
+class Training:
+    """What training on D_0 and on D_t share: a model, the statistics of its mixed layers, and what follows a step."""
+
+    model: T5
+    stats: list[ood.Stats]
+    energies: ood.MovingEnergies
+
+    def new_stats(self, run: Run) -> list[ood.Stats]:
+        """Of layers that are about to see their first corpus."""
+        return [
+            ood.new_stats(run.config.ood_mode, len(x), len(self.model.rq)) for x in mixed_layers(self.model)
+        ]
+
+    def after_step(self) -> None:
+        self.energies.step(distributed.add_up)
+        for layer in mixed_layers(self.model):
+            layer.normalise_rows()
+
+
 # -------------------------------------------------------------------------------------------------------- D_0
 
 
-class FirstCorpus:
+class FirstCorpus(Training):
     """Sequence-to-sequence training on D_0: pseudo-query -> docid, from the bi-encoder's weights and the centroids.
 
     With `last` (joint retraining) on the documents of D_0..D_last.
@@ -84,8 +102,7 @@ class FirstCorpus:
             mixlora.add_mixture(self.model, mix_config(config))
             self.model.word.requires_grad_(False)
         run.ready(self.model)
-        self.layers = mixed_layers(self.model)
-        self.stats = [ood.new_stats(config.ood_mode, len(layer), codes.shape[1]) for layer in self.layers]
+        self.stats = self.new_stats(run)
         self.energies = ood.MovingEnergies(self.stats)
         self.rng = random.Random(f"{config.seed} D{last}")
         self.targets, self.n_fragments = codes.to(run.device), len(self.corpus.rows) * config.d0_fragments
@@ -125,25 +142,15 @@ class FirstCorpus:
         self.energies.see(routes)
         return sum(terms.values()), terms
 
-    def after_step(self) -> None:
-        self.energies.step(distributed.add_up)
-        for layer in self.layers:
-            layer.normalise_rows()
-
     def train(self) -> State:
         config = self.config
+        groups = parameter_groups(self.model.named_parameters(), config.d0_lr)
         stage = Stage(
-            f"D{self.last}",
-            parameter_groups(self.model.named_parameters(), config.d0_lr),
-            config.d0_steps + self.last * config.steps,
-            config.d0_warmup,
-            self.next_batch,
-            self.loss,
-            chance={"rng": self.rng, "energies": self.energies},
-            after_step=self.after_step,
-        )
+            f"D{self.last}", groups, config.d0_steps + self.last * config.steps, config.d0_warmup, self.next_batch,
+            self.loss, {"rng": self.rng, "energies": self.energies}, after_step=self.after_step,
+        )  # fmt: skip
         fit_and_check_frozen(self.run, self.model, stage)
-        if self.layers:
+        if self.stats:
             scores = router_scores(self.run, self.model, self.codes, 0, CALIBRATION_QUERIES, "calibration")
             self.stats = ood.settle(self.stats, scores, config.epsilon, first_mixture=True)
         return State(self.model.eval(), self.stats)
@@ -152,7 +159,7 @@ class FirstCorpus:
 # -------------------------------------------------------------------------------------------------------- D_t
 
 
-class LaterCorpus:
+class LaterCorpus(Training):
     """Training on D_t, t >= 1, from the model before it and D_t's pseudo-queries alone."""
 
     def __init__(self, run: Run, t: int, books: Tensor, codes: Tensor, previous: State):
@@ -186,8 +193,7 @@ class LaterCorpus:
         config, model = self.config, self.model
         if self.first_mixture:
             mixlora.add_mixture(model, mix_config(config))
-            layers = mixed_layers(model)
-            self.stats = [ood.new_stats(config.ood_mode, len(layer), len(model.rq)) for layer in layers]
+            self.stats = self.new_stats(self.run)
         elif config.mixture:
             self.record["decisions"] = self.expand()
         else:
@@ -212,9 +218,7 @@ class LaterCorpus:
             decision = ood.decide(scores, stat, config.delta, config.epsilon)
             false_alarms = ood.decide(control[number], stat, config.delta, config.epsilon)
             expand = config.expand == "always" or (config.expand == "ood" and decision.expand)
-            expand = distributed.agree(
-                expand
-            )  # processes may differ in a last bit, and must not in their experts
+            expand = distributed.agree(expand)  # processes may differ in a last bit, not in their experts
             histogram = ood.histogram(ood.energy(scores), ood.energy(control[number]), stat)
             experts = len(layer)
             if expand:
@@ -271,33 +275,20 @@ class LaterCorpus:
         if self.config.slow == "grad":
             self.model.rq.grad *= SLOW_FACTOR
 
-    def after_step(self) -> None:
-        self.energies.step(distributed.add_up)
-        for layer in mixed_layers(self.model):
-            layer.normalise_rows()
-
     def train(self) -> None:
         config, model = self.config, self.model
         self.energies = ood.MovingEnergies(self.stats, only_new=True)
-        order = dense.Batches(
-            len(self.ids), config.batch, torch.Generator().manual_seed(config.seed + self.t)
-        )
+        generator = torch.Generator().manual_seed(config.seed + self.t)
+        order = dense.Batches(len(self.ids), config.batch, generator)
         table_lr = config.lr * (SLOW_FACTOR if config.slow == "lr" else 1.0)
         groups = parameter_groups([("rq", model.rq)], table_lr)
         groups += parameter_groups([(n, p) for n, p in model.named_parameters() if n != "rq"], config.lr)
         self.record["trainable_parameters"] = sum(p.numel() for group in groups for p in group["params"])
         stage = Stage(
-            f"D{self.t}",
-            groups,
-            config.steps or math.ceil(config.epochs * len(self.ids) / config.batch),
-            config.warmup,
-            order.__next__,
-            self.loss,
-            {"order": order, "energies": self.energies},
-            self.before_clip,
-            self.after_step,
+            f"D{self.t}", groups, config.steps or math.ceil(config.epochs * len(self.ids) / config.batch), config.warmup,
+            order.__next__, self.loss, {"order": order, "energies": self.energies}, self.before_clip, self.after_step,
             climb=partial(baselines.climb, rho=config.sam_rho) if config.sam_rho else None,
-        )
+        )  # fmt: skip
         fit_and_check_frozen(self.run, model, stage)
 
     def settle(self) -> None:
@@ -375,24 +366,6 @@ def frozen_hashes(model: T5) -> dict[str, str]:
     return {name: hashlib.sha256(p.numpy().tobytes()).hexdigest() for name, p in frozen.items()}
 
 
-def evaluate(run: Run, t: int, model: T5, codes: Tensor) -> scoring.Evaluation:
-    """Searches D_0..D_t with every test query seen so far."""
-    corpora, trie = run.corpora[: t + 1], rq.Trie(codes[: run.corpora[t].rows.stop])
-
-    def ranker(texts: list[str]) -> list[Ranking]:
-        length = run.config.query_length
-        return retrieve(model, trie, run.tokenizer, texts, run.ids, beam=run.config.beam, max_length=length)
-
-    begin = time.monotonic()
-    evaluation = scoring.evaluate(corpora, ranker)
-    rate = sum(len(corpus.test) for corpus in corpora) / (time.monotonic() - begin)
-    for metric in ("recall@1", "recall@10", "mrr@10"):
-        values = " ".join(f"D{i} {100 * value:.1f}" for i, value in enumerate(evaluation.means(metric)))
-        run.log.line(f"after D{t}: {metric} {values}")
-    run.log.line(f"after D{t}: searched at {rate:.0f} queries/s")
-    return evaluation
-
-
 # --------------------------------------------------------------------------------------------------- the loop
 
 
@@ -405,20 +378,12 @@ def train(command: Command, log: store.Log, last: int | None = None) -> dict:
     done = store.Stages(folder)
     with done.stage("data"):
         run = Run(config, folder, log)
-    for t, corpus in enumerate(run.corpora):
-        log.line(
-            f"D{t}: {len(corpus.rows)} documents, {len(corpus.train)} annotated and {len(corpus.test)} test queries, "
-            f"ids sha256 {store.ids_sha256(corpus)[:16]}"
-        )
-    if config.docid_kind == "atomic":
-        rq.require_few(len(run.ids))
-    if config.check_memory:
-        prepare.check_memory(run)
     with done.stage("dense"):
         bi_encoder, embeddings = prepare.dense_stage(run)
     with done.stage("rq") as record:
         books, codes = prepare.docid_stage(run, bi_encoder, embeddings)
-        record["docids"] = asdict(rq.report(embeddings[0], books, codes[: len(embeddings[0])]))
+        if "rq" not in done:
+            record["docids"] = asdict(rq.report(embeddings[0], books, codes[: len(embeddings[0])]))
 
     evaluations, state = [], None
     for t in range(len(run.corpora)):
@@ -433,25 +398,24 @@ def train(command: Command, log: store.Log, last: int | None = None) -> dict:
         done.records.pop(name, None)  # its checkpoint is gone
         with done.stage(name) as record:
             begin = time.monotonic()
-            state, learnt = learn(
-                run, t, bi_encoder, books, codes, state or (State(*run.after(t - 1)) if t else None)
-            )
+            previous = state or (State(*run.after(t - 1)) if t else None)
+            state, learnt = learn(run, t, bi_encoder, books, codes, previous)
             record |= learnt | {"experts": [len(layer) for layer in mixed_layers(state.model)]}
             record["training_seconds"] = time.monotonic() - begin
             if distributed.is_main_process():
                 store.save_model(checkpoint, state.model, state.stats)
-                evaluations.append(evaluate(run, t, state.model, codes))
+                evaluations.append(scoring.evaluate_after(run, t, state.model, codes))
                 store.write_json(folder / f"evaluation_D{t}.json", asdict(evaluations[-1]))
 
-    results = {}
-    if distributed.is_main_process():
-        peak = scoring.peak_memory()
-        with done.stage("baselines"):
-            references = prepare.references(run, bi_encoder, embeddings) if config.baselines else {}
-        metrics = scoring.summarise(evaluations, config.seed)
-        results = scoring.results(config, done.records, metrics, references, peak)
-        store.write_json(folder / "results.json", results)
-    distributed.wait()
+    peak, references = scoring.peak_memory(), {}
+    with done.stage("baselines"):
+        if config.baselines and distributed.is_main_process():
+            references = prepare.references(run, bi_encoder, embeddings)
+    if not distributed.is_main_process():
+        return {}
+    metrics = scoring.summarise(evaluations, config.seed)
+    results = scoring.results(config, done.records, metrics, references, peak)
+    store.write_json(folder / "results.json", results)
     return results
 
 
