@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import arrays
 import data
 import dense
 import distributed
@@ -265,7 +266,7 @@ def docid_stage(run: Run, bi_encoder: T5, embeddings: list[Tensor]) -> tuple[Ten
         run.log.line(f"docids of D0: {report}")
         rq.require_distinct(report)
         report_recall(run, bi_encoder, embeddings, books, codes)
-        store.write_array(run.folder / "docids.npy", codes.numpy().astype(np.int16))
+        arrays.write_array(run.folder / "docids.npy", codes.numpy().astype(np.int16))
         store.write_tensors(path, books)
     distributed.wait()
     return store.read_tensors(path), store.load_docids(run.folder)
