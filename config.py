@@ -208,11 +208,9 @@ def parse(argv: list[str], checked: bool = True) -> Command:
     for item in fields(Config):
         name, kind = item.metadata["group"], type(item.default)
         group = groups.setdefault(name, parser.add_argument_group(name))
-        form = (
-            {"action": argparse.BooleanOptionalAction}
-            if kind is bool
-            else {"type": kind, "metavar": kind.__name__}
-        )
+        form = {"type": kind, "metavar": kind.__name__}
+        if kind is bool:
+            form = {"action": argparse.BooleanOptionalAction}
         spellings = dict.fromkeys([f"--{item.name}", f"--{item.name.replace('_', '-')}"])
         text = f"{item.metadata['help']} [{item.default}]"
         group.add_argument(*spellings, dest=item.name, default=argparse.SUPPRESS, help=text, **form)
@@ -274,68 +272,32 @@ def check(config: Config) -> None:
             raise ValueError(f"found --{item.name} {value}, wanted one of {', '.join(choices)}")
         if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"found --{item.name} {value}, wanted a finite number of 0 or more")
-    check_model(config)
-    check_method(config)
-    check_files(config)
-
-
-def check_model(config: Config) -> None:
-    """Shapes that do not fit together."""
-    if config.width % config.heads:
-        raise ValueError(
-            f"found --width {config.width} and --heads {config.heads}, wanted a width that heads divide"
-        )
-    if config.docid_kind == "pq" and config.width % config.M and not config.t5:
-        raise ValueError(
-            f"found --M {config.M}, wanted one that divides --width {config.width} for --docid_kind pq"
-        )
-    if config.layers > config.decoder_blocks and not config.t5:
-        raise ValueError(
-            f"found --layers {config.layers}, wanted at most --decoder_blocks {config.decoder_blocks}"
-        )
+    for holds, message in rules(config):
+        if not holds:
+            raise ValueError(message)
     if config.mixture:
         mix_config(config)
 
 
-def check_method(config: Config) -> None:
-    """Parts of methods that exclude or need each other."""
-    if not 0 < config.epsilon < 1:
-        raise ValueError("--epsilon is a share: wanted more than 0 and less than 1")
-    if config.docid_kind == "atomic" and config.d0_fragments:
-        raise ValueError("fragments have no atomic docid; pass --d0_fragments 0")
-    if config.docids and config.docid_kind != "rq":
-        raise ValueError(f"--docids brings docids of its own, not those of --docid_kind {config.docid_kind}")
-    if config.insert and config.docid_kind != "atomic":
-        raise ValueError("--insert gives each new document a row of its own; pass --docid_kind atomic")
-    if config.ewc and (config.mixture or config.docid_kind == "atomic"):
-        raise ValueError(
-            "--ewc compares tensors with earlier ones, and experts and atomic tables grow; pass --ewc 0"
-        )
-    if config.mixture and (config.prompts or config.adapters or config.joint or config.insert):
-        raise ValueError(
-            "--prompts, --adapters, --joint and --insert are of methods without a mixture: --no-mixture"
-        )
-    if config.prompts and config.decoder_blocks < 2 and not config.t5:
-        raise ValueError("--prompts go into the second decoder block; pass --decoder_blocks 2 or more")
-    if config.joint and not config.steps:
-        raise ValueError("--joint trains for d0_steps + t * steps steps; pass --steps")
-    if not config.mixture and (config.kl_coef or config.kl_old_coef):
-        raise ValueError(
-            "without a mixture the encoder trains too and no teacher is cached: pass --kl_coef 0 --kl_old_coef 0"
-        )
-
-
-def check_files(config: Config) -> None:
-    """Files that flags name, and pseudo-queries that a benchmark lacks."""
-    named = [config.tokenizer, config.docids, *config.teacher.split(",")]
-    named += [config.pseudo_queries] if config.pseudo_queries != "drawn" else []
-    for path in filter(None, named):
-        if not Path(path).is_file():
-            raise ValueError(f"found no file {path}, which a flag names")
-    if config.data == "msmarco" and not (
-        config.pseudo_queries or published.authors_parts(Path(config.data_dir))
-    ):
-        raise ValueError(
-            "--data msmarco has no pseudo-queries of its own: make them with python -m tools.doc2query and pass "
-            "--pseudo_queries FILE, or pass --pseudo_queries drawn to draw them from the passages"
-        )
+def rules(c: Config) -> list[tuple[bool, str]]:
+    """What must hold between settings and of the files that they name, each with what to say where it does not."""
+    from_scratch, pq, atomic = not c.t5, c.docid_kind == "pq", c.docid_kind == "atomic"
+    of_plain_t5 = c.prompts or c.adapters or c.joint or c.insert
+    listed = c.pseudo_queries or published.authors_parts(Path(c.data_dir)) if c.data == "msmarco" else True
+    files = [c.tokenizer, c.docids, *c.teacher.split(","), c.pseudo_queries.removeprefix("drawn")]
+    return [
+        (c.width % c.heads == 0, f"--width {c.width} must be a multiple of --heads {c.heads}"),
+        (not (pq and from_scratch and c.width % c.M), f"--docid_kind pq wants an --M that divides --width {c.width}"),
+        (c.t5 or c.layers <= c.decoder_blocks, f"--layers {c.layers}: wanted at most --decoder_blocks {c.decoder_blocks}"),
+        (0 < c.epsilon < 1, "--epsilon is a share: wanted more than 0 and less than 1"),
+        (not (atomic and c.d0_fragments), "fragments have no atomic docid; pass --d0_fragments 0"),
+        (not c.docids or c.docid_kind == "rq", f"--docids brings docids of its own, not those of --docid_kind {c.docid_kind}"),
+        (not c.insert or atomic, "--insert gives each new document a row of its own; pass --docid_kind atomic"),
+        (not (c.ewc and (c.mixture or atomic)), "--ewc compares tensors with earlier ones, and experts and atomic tables grow; pass --ewc 0"),
+        (not (c.mixture and of_plain_t5), "--prompts, --adapters, --joint and --insert are of methods without a mixture: --no-mixture"),
+        (not c.prompts or c.t5 or c.decoder_blocks > 1, "--prompts go into the second decoder block; pass --decoder_blocks 2 or more"),
+        (not c.joint or c.steps, "--joint trains for d0_steps + t * steps steps; pass --steps"),
+        (c.mixture or not (c.kl_coef or c.kl_old_coef), "without a mixture the encoder trains too and no teacher is cached: pass --kl_coef 0 --kl_old_coef 0"),
+        (listed, "--data msmarco has no pseudo-queries of its own: make them with python -m tools.doc2query and pass --pseudo_queries FILE, or pass --pseudo_queries drawn to draw them from the passages"),
+        *((Path(path).is_file(), f"found no file {path}, which a flag names") for path in files if path),
+    ]  # fmt: skip
