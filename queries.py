@@ -188,16 +188,6 @@ class ListedPseudoQueries:
         return [(row, self.queries[i]) for row in rows for i in self._span(row)]
 
 
-class JoinedSamplers:
-    """Samplers of several corpora as one, for joint retraining; `first_rows` are those of the corpora."""
-
-    def __init__(self, samplers: list, first_rows: list[int]):
-        self.samplers, self.first_rows = samplers, first_rows
-
-    def draw(self, row: int, rng: random.Random) -> str:
-        return self.samplers[bisect_right(self.first_rows, row) - 1].draw(row, rng)
-
-
 def store_pseudo_queries(
     queries: Iterable[tuple[str, str, str]],
     folder: Path,

@@ -17,7 +17,6 @@ import queries
 from data import Corpus, check_no_leak, read_pseudo_queries
 from queries import (
     Idf,
-    JoinedSamplers,
     ListedPseudoQueries,
     PseudoQuerySampler,
     draw_pseudo_queries,
@@ -254,8 +253,6 @@ def test_pseudo_queries_of_a_store_are_drawn_evenly_and_by_the_generator(tmp_pat
     assert {second.draw(3, rng) for _ in range(20)} == {"three"}
     one, same = (draw_pseudo_queries(first, range(2), 8, "seed") for _ in range(2))
     assert one == same
-    joined = JoinedSamplers([first, second], [0, 2])
-    assert [joined.draw(row, rng) for row in (1, 2, 3)] == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize("row", [1, 4])
