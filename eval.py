@@ -107,9 +107,7 @@ def average_performance(p: list[list[float]]) -> float:
 
 
 def forgetting(p: list[list[float]]) -> float:
-    """BWT_T = 1/T sum_{i<T} max_{i <= i' < T} (P[i', i] - P[T, i]); positive means forgotten, lower is
-    better.
-    """
+    """BWT_T = 1/T sum_{i<T} max_{i <= i' < T} (P[i', i] - P[T, i]); positive means forgotten, lower is better."""
     last = len(p) - 1
     if last == 0:
         return 0.0
@@ -149,9 +147,7 @@ def summarise(evaluations: list[Evaluation], seed: int) -> dict[str, dict]:
 
 
 def trec_lines(rankings: dict[str, list[tuple[str, float]]], tag: str) -> list[str]:
-    """Lines of a TREC run. trec_eval sorts by score alone, so equal scores are told apart by the least
-    float32 step.
-    """
+    """Lines of a TREC run. trec_eval sorts by score alone, so equal scores are told apart by the least float32 step."""
     lines = []
     for query_id, ranking in rankings.items():
         previous = np.float32(np.inf)

@@ -19,11 +19,10 @@ from t5 import T5, segment_logits
 def docid_cross_entropy(
     model: T5, hidden: Tensor, codes: Tensor, mask: str, logits: Tensor | None = None
 ) -> Tensor:  # fmt: skip
-    """Cross-entropy of docids (B, M) given hidden states (B, M, D), mean over all B * M tokens. Paper Eq.
-    4-5.
+    """Cross-entropy of docids (B, M) given hidden states (B, M, D), mean over all B * M tokens. Paper Eq. 4-5.
 
-    `segment` normalises over the K codes of a position, `docid_vocab` over all M * K, `full_vocab` over the
-    words too. `logits` (B, M, K) are t5.segment_logits, where they are at hand.
+    `segment` normalises over the K codes of a position, `docid_vocab` over all M * K, `full_vocab` over the words too.
+    `logits` (B, M, K) are t5.segment_logits, where they are at hand.
     """
     if mask == "segment":
         logits = segment_logits(hidden, model.rq) if logits is None else logits
@@ -37,8 +36,7 @@ def docid_cross_entropy(
 
 
 def kl_to_previous(logits: Tensor, logits_before: Tensor, reduction: str) -> Tensor:
-    """KL(previous model || this one) over the K codes of each position, mean over queries, sum over
-    positions. Eq. 6.
+    """KL(previous model || this one) over the K codes of each position, mean over queries, sum over positions. Eq. 6.
 
     logits (B, M, K) of each model; the paper divides by M (`mean`), the released code does not (`sum`).
     """

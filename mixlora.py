@@ -91,9 +91,7 @@ def mixed_delta(x: Tensor, a: Tensor, b: Tensor, gates: Tensor, onto: Tensor) ->
 
 
 def top_gates(scores: Tensor, active: int) -> Tensor:
-    """Softmax over all E experts, the `active` largest kept and rescaled to sum 1, the others 0: (.., E) ->
-    (.., E).
-    """
+    """Softmax over all E experts, the `active` largest kept and rescaled to sum 1, the others 0: (.., E) -> (.., E)."""
     p = F.softmax(scores.float(), dim=-1)
     top = p.topk(active, dim=-1)
     return torch.zeros_like(p).scatter(-1, top.indices, top.values / top.values.sum(-1, keepdim=True))
@@ -102,8 +100,7 @@ def top_gates(scores: Tensor, active: int) -> Tensor:
 class MixedFeedForward(nn.Module):
     """The plain feed-forward once, plus the gated sum of its experts' deltas.
 
-    Frozen experts and router rows are parameters apart from the trainable ones, so no optimiser ever holds
-    them.
+    Frozen experts and router rows are parameters apart from the trainable ones, so no optimiser ever holds them.
     """
 
     def __init__(self, plain: FeedForward, config: MixConfig, frozen: int, trainable: int):
@@ -170,9 +167,7 @@ class MixedFeedForward(nn.Module):
 
     @torch.no_grad()
     def normalise_rows(self) -> None:
-        """Rescales the trainable router rows to unit length, after an optimiser step: their length has no
-        gradient.
-        """
+        """Rescales the trainable router rows to unit length, after an optimiser step: their length has no gradient."""
         if self.config.router == "cosine":
             self.router_new.copy_(F.normalize(self.router_new, dim=-1))
 
@@ -180,8 +175,7 @@ class MixedFeedForward(nn.Module):
 def add_mixture(
     model: T5, config: MixConfig, frozen: list[int] | None = None, trainable: list[int] | None = None
 ) -> None:
-    """Puts a mixed feed-forward into the first `config.layers` decoder blocks of a plain T5, `config.experts`
-    in each.
+    """Puts a mixed feed-forward into the first `config.layers` decoder blocks of a plain T5, `config.experts` in each.
 
     The counts of frozen and trainable experts per layer are given when a checkpoint is to be loaded.
     Raises ValueError where the decoder has fewer blocks.
@@ -222,8 +216,7 @@ def routes_of(model: T5, source: Tensor, padding: Tensor, codes: Tensor) -> list
 def align_loss(route: Route, experts: int | None = None) -> Tensor:
     """mean over tokens of 1 - cos(R_N, x): pulls the newest row towards its tokens. First term of Eq. 3.
 
-    `experts` rows from the end take part; by default the newest alone or, of two, both, as the released code
-    does.
+    `experts` rows from the end take part; by default the newest alone or, of two, both, as the released code does.
     """
     experts = experts or (1 if len(route.router) > 2 else len(route.router))
     cosine = F.normalize(route.x.float(), dim=-1) @ F.normalize(route.router[-experts:], dim=-1).T
@@ -241,9 +234,7 @@ def repel_loss(route: Route, reduction: str = "mean") -> Tensor:
 
 
 def balance_loss(route: Route) -> Tensor:
-    """N^2 mean_{b,e} f_{b,e} P_{b,e}: f share of a sequence's tokens whose first choice is e, P its mean
-    probability.
-    """
+    """N^2 mean_{b,e} f_{b,e} P_{b,e}: f share of a sequence's tokens whose first choice is e, P its mean probability."""
     experts = route.scores.shape[-1]
     chosen = F.one_hot(route.scores.argmax(-1), experts).float().mean(1)  # (B, E)
     probability = F.softmax(route.scores, dim=-1).mean(1)  # (B, E)
@@ -262,7 +253,5 @@ def first_choice_share(scores: Tensor) -> Tensor:
 
 
 def expert_parameters(width: int, feed_forward: int, rank: int) -> int:
-    """Parameters of one expert: r * (D + F) for each of its two adapters. 61,440 at T5-base's shape and r =
-    8.
-    """
+    """Parameters of one expert: r * (D + F) for each of its two adapters. 61,440 at T5-base's shape and r = 8."""
     return 2 * rank * (width + feed_forward)

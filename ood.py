@@ -24,9 +24,7 @@ MERGE = 0.5  # calibrated: weight of the newest corpus in the statistics
 
 
 def energy(scores: Tensor) -> Tensor:
-    """E = -logsumexp_e(scores), at temperature 1: (.., E) -> (..,). Higher is more out-of-distribution. Paper
-    Eq. 2.
-    """
+    """E = -logsumexp_e(scores), at temperature 1: (.., E) -> (..,). Higher is more out-of-distribution. Paper Eq. 2."""
     return -scores.float().logsumexp(-1)
 
 
@@ -78,8 +76,7 @@ def query_score(e: Tensor, stats: Stats) -> Tensor:
 
 
 def calibrate(e: Tensor, experts: int, epsilon: float) -> Stats:
-    """Statistics of energies (Q, M) that count as in-distribution; a share `epsilon` of them lies beyond the
-    threshold.
+    """Statistics of energies (Q, M) that count as in-distribution; a share `epsilon` of them lies beyond the threshold.
     """
     stats = Stats("calibrated", experts, e.mean(0), e.var(0))
     stats.threshold = float(torch.quantile(query_score(e, stats), 1 - epsilon, interpolation="higher"))
@@ -177,9 +174,7 @@ def settle(stats: list[Stats], scores: list[Tensor], epsilon: float, first_mixtu
 
 
 def grow(stats: Stats) -> None:
-    """One expert more, in place: one of average score lowers every energy by ln((N + 1) / N), and so do the
-    means.
-    """
+    """One expert more, in place: one of average score lowers every energy by ln((N + 1) / N), and so do the means."""
     shift = math.log(stats.experts) - math.log(stats.experts + 1)
     stats.experts += 1
     stats.mean = stats.mean + shift
@@ -193,8 +188,7 @@ def grow(stats: Stats) -> None:
 def is_ood(e: Tensor, stats: Stats, sigmas: float = 0.0) -> Tensor:
     """Which queries are out-of-distribution for a layer: energies (Q, M) -> (Q,) bool.
 
-    `sigmas` raises paper_code's thresholds to mean + sigmas * standard deviation; it is 0 in every published
-    run.
+    `sigmas` raises paper_code's thresholds to mean + sigmas * standard deviation; it is 0 in every published run.
     """
     if stats.mode == "calibrated":
         return query_score(e, stats) > stats.threshold

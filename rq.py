@@ -30,8 +30,7 @@ BEAM = 5  # partial docids kept while encoding, as in faiss
 
 
 def fit(embeddings: Tensor, codebooks: int, centroids: int, seed: int, beam: int = BEAM) -> Tensor:
-    """Codebooks (M, K, D) of a residual quantiser: level m is k-means on what levels 1..m-1 leave of each
-    point (N, D).
+    """Codebooks (M, K, D) of a residual quantiser: level m is k-means on what levels 1..m-1 leave of each point (N, D).
 
     As in faiss, level m sees the residuals of all `beam` partial encodings of a point, not of the best alone.
     Raises ValueError where there are fewer points than centroids.
@@ -74,12 +73,11 @@ def require_points(n: int, centroids: int) -> None:
 
 
 def fit_to_docids(embeddings: Tensor, codes: Tensor, centroids: int, sweeps: int = 6) -> Tensor:
-    """Codebooks (M, K, D) of docids (N, M) that came from elsewhere, for the least squared error on embeddings
-    (N, D).
+    """Codebooks (M, K, D) of docids (N, M) that came from elsewhere, for the least squared error on embeddings (N, D).
 
     Codebook by codebook, each centroid becomes the mean, over the documents that have its code, of what the other
-    codebooks leave of them; the sweeps after the first correct the earlier codebooks by the later ones. A code
-    without documents is 0.
+    codebooks leave of them; the sweeps after the first correct the earlier codebooks by the later ones. A code without
+    documents is 0.
     """
     books = torch.zeros(codes.shape[1], centroids, embeddings.shape[1])
     residual = embeddings.clone()
@@ -112,8 +110,8 @@ def cross_products(books: Tensor) -> list[Tensor]:
 def _beam_encode(x: Tensor, books: Tensor, crossed: list[Tensor], beam: int) -> Tensor:
     """(N, D) -> the `beam` best partial encodings of each row, (N, beam or fewer, m), best first.
 
-    The residuals themselves are never formed. One more centroid c changes the squared error of a partial encoding by
-    || c ||^2 - 2 <x, c> + 2 sum_j <c_j, c>: one product with x, which all of the beam share, and rows of a table.
+    The residuals themselves are never formed. One more centroid c changes the squared error of a partial encoding by ||
+    c ||^2 - 2 <x, c> + 2 sum_j <c_j, c>: one product with x, which all of the beam share, and rows of a table.
     """
     n, (_, centroids, _) = len(x), books.shape
     codes, error = torch.empty(n, 1, 0, dtype=torch.long, device=x.device), x.new_zeros(n, 1)
@@ -149,9 +147,9 @@ def fit_product(embeddings: Tensor, codebooks: int, centroids: int, seed: int) -
     """Codebooks (M, K, D) of product quantisation (Jegou et al., 2011): number m is k-means on the m-th run of D / M
     columns of D_0's embeddings (N, D).
 
-    A centroid is 0 outside its own columns, so that a document is approximated by the sum of its centroids and
-    `encode` with beam 1 takes the nearest centroid of each sub-space. Raises ValueError where M does not divide D, or
-    D_0 has fewer documents than K.
+    A centroid is 0 outside its own columns, so that a document is approximated by the sum of its centroids and `encode`
+    with beam 1 takes the nearest centroid of each sub-space. Raises ValueError where M does not divide D, or D_0 has
+    fewer documents than K.
     """
     n, width = embeddings.shape
     if width % codebooks:
@@ -217,8 +215,7 @@ def report(embeddings: Tensor, books: Tensor, codes: Tensor) -> Report:
 
 
 def suggest(n: int) -> tuple[int, int]:
-    """M and K for n documents: K a power of two with some 16 documents a centroid, and at least twice log2 n
-    bits.
+    """M and K for n documents: K a power of two with some 16 documents a centroid, and at least twice log2 n bits.
 
     >>> suggest(1551)
     (4, 64)

@@ -63,9 +63,7 @@ def beam_search(model: T5, trie: Trie, ids: Tensor, beam: int) -> tuple[Tensor, 
 
 @torch.no_grad()
 def exact_scores(model: T5, ids: Tensor, codes: Tensor, chunk: int = 4096) -> Tensor:
-    """Score of every docid for every query by teacher forcing: ids (B, S), codes (N, M) -> (B, N). For small
-    corpora.
-    """
+    """Score of every docid for every query by teacher forcing: ids (B, S), codes (N, M) -> (B, N). For small corpora."""
     scores = []
     for query in ids:
         source, padding = model.encode(query[None, : max(1, int((query != 0).sum()))])
@@ -80,9 +78,7 @@ def exact_scores(model: T5, ids: Tensor, codes: Tensor, chunk: int = 4096) -> Te
 
 
 def documents(trie: Trie, leaves: Tensor, scores: Tensor, doc_ids: list[str], k: int) -> list[Ranking]:
-    """Docids -> documents: all that share a docid have its score; ranked by (score descending, document id
-    ascending).
-    """
+    """Docids -> documents: all that share a docid have its score; ranked by (score descending, document id ascending)."""
     rankings = []
     for row, row_scores in zip(leaves.tolist(), scores.tolist()):
         scored = [(doc, s) for leaf, s in zip(row, row_scores) for doc in trie.documents_at(leaf)]

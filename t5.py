@@ -62,8 +62,8 @@ class T5Config:
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """F.dropout: zeroes a share p of x and scales the rest by 1 / (1 - p), where `training`.
 
-    On a CPU most of F.dropout's time goes into one random number for each entry and half of a layer's memory into
-    its mask. Here 64 random bits serve four entries (p is met to 2^-17), and the mask takes a byte an entry.
+    On a CPU most of F.dropout's time goes into one random number for each entry and half of a layer's memory into its
+    mask. Here 64 random bits serve four entries (p is met to 2^-17), and the mask takes a byte an entry.
     """
     if not (training and p) or x.device.type != "cpu":
         return F.dropout(x, p, training)
@@ -287,8 +287,8 @@ class DecoderBlock(nn.Module):
 
 
 class T5(nn.Module):
-    """Encoder, decoder, word table (V, D), and docid table rq (M, K, D), tied between decoder input and
-    output. `head` (V, D) scores words where the config is untied, and is None otherwise.
+    """Encoder, decoder, word table (V, D), and docid table rq (M, K, D), tied between decoder input and output. `head`
+    (V, D) scores words where the config is untied, and is None otherwise.
     """
 
     def __init__(self, config: T5Config):
@@ -381,7 +381,8 @@ class T5(nn.Module):
         """Hidden states (B, M, D) that predict each code of the docids (B, M), and the mixed layers' routes.
 
         `cross` is the source, or `cross_keys_values` of it, which cost less where they need no gradient and x does.
-        There may be several docids of each query (B * R, M), those of the first query first. `past` is that of the source.
+        There may be several docids of each query (B * R, M), those of the first query first. `past` is that of the
+        source.
         """
         hidden, _, routes = self.decode(self.docid_inputs(codes), cross, padding, past)
         return hidden, routes
