@@ -8,15 +8,24 @@ Differs  the defaults are the paper's for NQ320k; what a preset or method change
 """
 
 import argparse
-import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import torch
+import numpy as np
 
 import published
+from command import Parser, check_device, default_device
 from mixlora import MixConfig
 from store import read_json
+
+LARGEST = 2**31 - 2**16  # of an integer: seeds count up from it in 32 bits
+LARGEST_K = 2**15  # codes are int16 in docids.npy and the trie
+AT_LEAST_1 = (
+    "vocab width heads feed_forward encoder_blocks decoder_blocks dense_batch negatives M layers lora_rank "
+    "pseudo_per_document d0_batch batch epochs ewc_samples beam"
+)
+AT_LEAST_2 = "K query_length dense_length document_length"  # a text of one token is its </s>
+SHARES = "dropout lora_dropout d0_warmup warmup epsilon"
 
 
 def flag(default, group: str, text: str, choices: str = ""):
@@ -199,10 +208,9 @@ def parse(argv: list[str], checked: bool = True) -> Command:
 
     Raises ValueError that names an unknown preset or method and those that exist.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Index a growing corpus in a T5 and retrieve from it. In brackets: the default, which is the paper's "
         "for NQ320k; the preset and the method override it.",
-        allow_abbrev=False,
     )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for item in fields(Config):
@@ -238,7 +246,7 @@ def settle(given: dict, checked: bool) -> Config:
     config = Config(**(recipe | given | {"data": source, "method": method, "preset": preset}))
     config.t5 = "" if config.t5 == "none" else config.t5
     config.d0_mask = config.d0_mask or config.mask
-    config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config.device = config.device or default_device()
     config.precision = config.precision or ("bf16" if config.device.startswith("cuda") else "float32")
     config.run = config.run or f"runs/{Path(source).name}"
     if source in published.BENCHMARKS:
@@ -270,13 +278,25 @@ def check(config: Config) -> None:
         value, choices = getattr(config, item.name), item.metadata["choices"]
         if choices and value not in choices:
             raise ValueError(f"found --{item.name} {value}, wanted one of {', '.join(choices)}")
-        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"found --{item.name} {value}, wanted a finite number of 0 or more")
+        if isinstance(value, (int, float)):
+            low, high = bounds(item.name, value)
+            if not low <= value <= high:
+                raise ValueError(f"--{item.name} {value}: wanted a number from {low} to {high:g}")
+    check_device(config.device)
     for holds, message in rules(config):
         if not holds:
             raise ValueError(message)
     if config.mixture:
         mix_config(config)
+
+
+def bounds(name: str, value: float) -> tuple[float, float]:
+    """The least and the largest value of a number's flag."""
+    if name in SHARES.split():
+        return 0, 1
+    low = 2 if name in AT_LEAST_2.split() else int(name in AT_LEAST_1.split())
+    largest = LARGEST_K if name == "K" else LARGEST
+    return low, float(np.finfo(np.float32).max) if isinstance(value, float) else largest
 
 
 def rules(c: Config) -> list[tuple[bool, str]]:
@@ -290,6 +310,7 @@ def rules(c: Config) -> list[tuple[bool, str]]:
         (not (pq and from_scratch and c.width % c.M), f"--docid_kind pq wants an --M that divides --width {c.width}"),
         (c.t5 or c.layers <= c.decoder_blocks, f"--layers {c.layers}: wanted at most --decoder_blocks {c.decoder_blocks}"),
         (0 < c.epsilon < 1, "--epsilon is a share: wanted more than 0 and less than 1"),
+        (max(c.dropout, c.lora_dropout) < 1, "--dropout and --lora_dropout must be less than 1"),
         (not (atomic and c.d0_fragments), "fragments have no atomic docid; pass --d0_fragments 0"),
         (not c.docids or c.docid_kind == "rq", f"--docids brings docids of its own, not those of --docid_kind {c.docid_kind}"),
         (not c.insert or atomic, "--insert gives each new document a row of its own; pass --docid_kind atomic"),

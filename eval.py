@@ -8,7 +8,6 @@ Differs  AP divides by the number of corpora and BWT counts D_0, as the paper's 
          not
 """
 
-import argparse
 import json
 import math
 import platform
@@ -24,6 +23,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+import command
 import distributed
 from arrays import Chain
 from data import Corpus
@@ -235,14 +235,18 @@ def report(results: dict) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Evaluate the checkpoints of a run again.")
+    parser = command.Parser(description="Evaluate the checkpoints of a run again.")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--trec", type=Path, help="folder for run and qrels files that trec_eval reads")
     parser.add_argument("--beam", type=int, help="beams kept at each docid position (default: the run's)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--device", default=command.default_device(), help="cpu or cuda (default: cuda if there)"
+    )
     args = parser.parse_args(argv)
-    run = LoadedRun(args.run, args.device)
-    beam = args.beam or run.config["beam"]
+    run = LoadedRun(args.run, command.check_device(args.device))
+    beam = run.config["beam"] if args.beam is None else args.beam
+    if beam < 1:
+        raise ValueError(f"--beam {beam}: wanted a positive number")
     evaluations = []
     for t in run.finished:
         model, trie = run.at(t)
@@ -264,7 +268,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"eval.py: {error}")
+    command.run(main, "eval.py")

@@ -10,14 +10,13 @@ Differs  keys and values are cached and the beams of a query share its source's;
          the trie.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import command
 from data import tokenize
 from rq import Trie
 from store import LoadedRun
@@ -112,22 +111,25 @@ def retrieve(
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Retrieve documents from a finished run.")
+    parser = command.Parser(description="Retrieve documents from a finished run.")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("query", nargs="?", help="without it, an interactive prompt")
     parser.add_argument("-k", type=int, default=10, help="documents to show (default 10)")
-    parser.add_argument("--beam", type=int, default=10, help="beams kept at each docid position (default 10)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--beam", type=int, help="beams kept at each docid position (default: the run's)")
+    parser.add_argument(
+        "--device", default=command.default_device(), help="cpu or cuda (default: cuda if there)"
+    )
     args = parser.parse_args(argv)
-    if args.k < 1 or args.beam < 1:
-        raise ValueError(f"found -k {args.k} and --beam {args.beam}, wanted positive numbers")
-    run = LoadedRun(args.run, args.device)
+    run = LoadedRun(args.run, command.check_device(args.device))
+    chosen = run.config["beam"] if args.beam is None else args.beam
+    if args.k < 1 or chosen < 1:
+        raise ValueError(f"-k {args.k} and --beam {chosen}: wanted positive numbers")
     model, trie = run.at(run.finished[-1])
 
     def answer(query: str) -> None:
         if not query.strip():
             raise ValueError("the query is empty; type some words")
-        length, beam = run.config["query_length"], min(max(args.beam, args.k), len(trie.documents))
+        length, beam = run.config["query_length"], min(max(chosen, args.k), len(trie.documents))
         ranking = retrieve(model, trie, run.tokenizer, [query], run.ids, args.k, beam, max_length=length)[0]
         for place, (row, score) in enumerate(ranking, 1):
             docid = "-".join(map(str, run.docids[row].tolist()))
@@ -145,9 +147,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"search.py: {error}")
-    except KeyboardInterrupt:
-        print()
+    command.run(main, "search.py")

@@ -14,7 +14,6 @@ Differs  plain AdamW in place of 8-bit; the docid mask is on for plain T5 on D_0
 import hashlib
 import math
 import random
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 import baselines
+import command
 import data
 import dense
 import distributed
@@ -369,12 +369,12 @@ def frozen_hashes(model: T5) -> dict[str, str]:
 # --------------------------------------------------------------------------------------------------- the loop
 
 
-def train(command: Command, log: store.Log, last: int | None = None) -> dict:
+def train(asked: Command, log: store.Log, last: int | None = None) -> dict:
     """Runs every stage whose result the run folder does not hold yet; returns what results.json holds.
 
     With `last` it ends after D_last, without results.
     """
-    config, folder = command.config, Path(command.config.run)
+    config, folder = asked.config, Path(asked.config.run)
     done = store.Stages(folder)
     with done.stage("data"):
         run = Run(config, folder, log)
@@ -419,25 +419,25 @@ def train(command: Command, log: store.Log, last: int | None = None) -> dict:
     return results
 
 
-def execute(command: Command, last: int | None = None, quiet: bool = False) -> dict:
-    """Trains in the command's run folder, up to D_last where given; returns what results.json holds."""
+def execute(asked: Command, last: int | None = None, quiet: bool = False) -> dict:
+    """Trains in the run folder that was asked for, up to D_last where given; returns what results.json holds."""
     optim.keep_freed_memory()
-    config = command.config
+    config = asked.config
     config.device = distributed.start(config.device)
     if config.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32, as the paper
     folder, main_process = Path(config.run), distributed.is_main_process()
-    if main_process and not command.resume:
-        store.new_folder(folder, asdict(config), command.overwrite)
+    if main_process and not asked.resume:
+        store.new_folder(folder, asdict(config), asked.overwrite)
     distributed.wait()
     lock = store.lock(folder) if main_process else None
     log = store.Log(folder, quiet, writes=main_process)
     log.line(" ".join(f"{name}={value}" for name, value in asdict(config).items() if value != ""))
-    results = train(command, log, last)
+    results = train(asked, log, last)
     if results:
         for line in scoring.report(results):
             log.line(line)
-        log.line(f'python search.py {folder} "a question"')
+        log.line(command.quoted("python", "search.py", folder, "a question"))
     if lock:
         lock.close()
     distributed.stop()
@@ -449,9 +449,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ntrain.py: stopped; finished stages are kept, go on with --resume RUN")
+    command.run(main, "train.py", "stopped; finished stages are kept, go on with --resume RUN")

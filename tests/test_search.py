@@ -363,7 +363,7 @@ def test_a_run_that_stopped_after_d0_searches_d0_alone(run_folder, capsys):
         (["RUN", ""], "query is empty"),
         (["RUN", "  \t "], "query is empty"),
         (["RUN", "king", "-k", "0"], "-k 0 .* positive"),
-        (["RUN", "king", "--beam", "-3"], "--beam -3, wanted positive"),
+        (["RUN", "king", "--beam", "-3"], "--beam -3: wanted positive"),
         (["RUN/absent", "king"], r"absent.config.json; is .*absent the folder of a finished run\?"),
     ],
 )
