@@ -106,17 +106,21 @@ def average_performance(p: list[list[float]]) -> float:
     return sum(p[-1]) / len(p[-1])
 
 
-def forgetting(p: list[list[float]]) -> float:
-    """BWT_T = 1/T sum_{i<T} max_{i <= i' < T} (P[i', i] - P[T, i]); positive means forgotten, lower is better."""
+def forgetting(p: list[list[float]]) -> float | None:
+    """BWT_T = 1/T sum_{i<T} max_{i <= i' < T} (P[i', i] - P[T, i]); positive means forgotten, lower is better. None
+    where there is no later corpus.
+    """
     last = len(p) - 1
     if last == 0:
-        return 0.0
+        return None
     return sum(max(p[row][i] for row in range(i, last)) - p[last][i] for i in range(last)) / last
 
 
-def learning(p: list[list[float]]) -> float:
-    """FWT_T = 1/T sum_{1<=i<=T} P[i, i]: how well each later corpus is known right after training on it."""
-    return sum(p[i][i] for i in range(1, len(p))) / (len(p) - 1) if len(p) > 1 else math.nan
+def learning(p: list[list[float]]) -> float | None:
+    """FWT_T = 1/T sum_{1<=i<=T} P[i, i]: how well each later corpus is known right after training on it; None where
+    there is no later corpus.
+    """
+    return sum(p[i][i] for i in range(1, len(p))) / (len(p) - 1) if len(p) > 1 else None
 
 
 def bootstrap_interval(values: list[list[float]], seed: int, draws: int = 1000) -> list[float]:
@@ -184,7 +188,7 @@ def table(title: str, rows: dict[str, dict], metrics: tuple[str, ...] = ("recall
         cells = [
             [*summary[m]["P"][-1], summary[m]["AP"], summary[m]["BWT"], summary[m]["FWT"]] for m in metrics
         ]
-        text = ["/".join(f"{100 * value:.1f}" for value in cell) for cell in zip(*cells)]
+        text = ["/".join("-" if v is None else f"{100 * v:.1f}" for v in cell) for cell in zip(*cells)]
         lines.append(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in text))
     return "\n".join(lines)
 
