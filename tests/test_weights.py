@@ -20,7 +20,7 @@ from networks import TINY, V1_1, batch, blank, logits_of, reference, shape
 
 import weights
 from t5 import T5
-from weights import fetch, find_t5, load_published, read_published, require_https, to_published, verify
+from weights import fetch, find_t5, load_published, read_published, to_published, verify
 
 DATA = Path(os.environ.get("MIXLORA_DATA") or Path(weights.__file__).parent.parent / "shared" / "data")
 CONTENT = bytes(range(256)) * 4000  # 1,024,000 bytes
@@ -58,7 +58,6 @@ class Server(http.server.BaseHTTPRequestHandler):
             if begin >= len(content):
                 self.send_response(416)
                 return self.finish_headers(fault)
-        begin -= fault.get("early", 0) if status == 206 else 0
         self.send_response(status)
         if status == 206:
             self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
@@ -128,7 +127,7 @@ def test_a_file_that_is_there_is_checked_and_used_without_the_server(web, tmp_pa
         fetch("https://nowhere.invalid/f", tmp_path / "f", sha256=SHA256, log=quiet).read_bytes() == CONTENT
     )
     (tmp_path / "f").write_bytes(b"other")
-    with pytest.raises(ValueError, match=rf"f: sha256 .*, wanted {SHA256}; delete that file"):
+    with pytest.raises(ValueError, match=rf"f: sha256 .*, wanted {SHA256}; once it is gone, run again"):
         fetch(f"{web.url}/f", tmp_path / "f", sha256=SHA256, log=quiet)
     assert (tmp_path / "f").read_bytes() == b"other" and web.seen == []
 
@@ -146,38 +145,42 @@ def test_a_part_that_no_digest_can_tell_from_another_files_is_not_continued(web,
     assert web.seen == [("/f", None)]
 
 
-@pytest.mark.parametrize("fault", [{"ignores_range": True}, {"early": 10}])
-def test_a_server_that_sends_another_range_is_taken_at_its_word(web, tmp_path, fault):
-    web.faults["/f"] = fault
+def test_a_server_that_sends_the_whole_file_instead_of_the_rest_is_heard(web, tmp_path):
+    web.faults["/f"] = {"ignores_range": True}
     part_of(tmp_path / "f", CONTENT[:1000])
     assert fetch(f"{web.url}/f", tmp_path / "f", sha256=SHA256, log=quiet).read_bytes() == CONTENT
 
 
-def test_a_part_that_is_whole_needs_no_transfer(web, tmp_path):
+def test_a_part_that_is_whole_is_used(web, tmp_path):
     part_of(tmp_path / "f", CONTENT)
-    fetch("https://nowhere.invalid/f", tmp_path / "f", sha256=SHA256, size=len(CONTENT), log=quiet)
-    assert (tmp_path / "f").read_bytes() == CONTENT and web.seen == []
+    assert fetch(f"{web.url}/f", tmp_path / "f", sha256=SHA256, log=quiet).read_bytes() == CONTENT
+    assert web.seen == [("/f", f"bytes={len(CONTENT)}-")] and not (tmp_path / "f.part").exists()
 
 
-@pytest.mark.parametrize("wrong", [b"x" * len(CONTENT), CONTENT, CONTENT + b"more"])
-def test_a_part_that_ends_where_the_file_does_or_later_is_fetched_anew_where_no_size_is_known(
-    web, tmp_path, wrong
-):
+@pytest.mark.parametrize("wrong", [b"x" * len(CONTENT), CONTENT + b"more"])
+def test_a_wrong_part_that_ends_where_the_file_does_or_later_is_deleted(web, tmp_path, wrong):
     part_of(tmp_path / "f", wrong)
+    with pytest.raises(ValueError, match="f.part: sha256 .* run again"):
+        fetch(f"{web.url}/f", tmp_path / "f", sha256=SHA256, log=quiet)
     assert fetch(f"{web.url}/f", tmp_path / "f", sha256=SHA256, log=quiet).read_bytes() == CONTENT
     assert [asked for _, asked in web.seen] == [f"bytes={len(wrong)}-", None]
 
 
-@pytest.mark.parametrize("no_length", [False, True])
-def test_a_transfer_that_breaks_off_is_no_file_and_goes_on_the_next_time(web, tmp_path, no_length):
-    web.faults["/f"] = {"cut": 300_000, "no_length": no_length}
-    known = {"sha256": SHA256} | ({"size": len(CONTENT)} if no_length else {})
-    with pytest.raises(ValueError, match=r"broke off after 300,000 of 1,024,000 bytes\); run again"):
-        fetch(f"{web.url}/f", tmp_path / "f", **known, log=quiet)
+def test_a_transfer_that_breaks_off_is_no_file_and_goes_on_the_next_time(web, tmp_path):
+    web.faults["/f"] = {"cut": 300_000}
+    with pytest.raises(ValueError, match=r"/f: it broke off 724,000 bytes before its end; run again"):
+        fetch(f"{web.url}/f", tmp_path / "f", sha256=SHA256, log=quiet)
     assert not (tmp_path / "f").exists() and (tmp_path / "f.part").read_bytes() == CONTENT[:300_000]
     web.faults.clear()
-    assert fetch(f"{web.url}/f", tmp_path / "f", **known, log=quiet).read_bytes() == CONTENT
+    assert fetch(f"{web.url}/f", tmp_path / "f", sha256=SHA256, log=quiet).read_bytes() == CONTENT
     assert web.seen[-1] == ("/f", "bytes=300000-")
+
+
+def test_a_transfer_without_a_length_that_breaks_off_is_no_file(web, tmp_path):
+    web.faults["/f"] = {"cut": 300_000, "no_length": True}
+    with pytest.raises(ValueError, match="f.part: size 300000, wanted 1024000"):
+        fetch(f"{web.url}/f", tmp_path / "f", size=len(CONTENT), sha256=SHA256, log=quiet)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -189,7 +192,7 @@ def test_a_transfer_that_breaks_off_is_no_file_and_goes_on_the_next_time(web, tm
     ],
 )
 def test_wrong_content_is_deleted_and_told(web, tmp_path, wanted, message):
-    with pytest.raises(ValueError, match=message + ".*deleted it: run again"):
+    with pytest.raises(ValueError, match=message + "; once it is gone, run again"):
         fetch(f"{web.url}/f", tmp_path / "f", **wanted, log=quiet)
     assert list(tmp_path.iterdir()) == []
 
@@ -203,7 +206,7 @@ def test_a_part_of_another_file_is_found_out_and_deleted(web, tmp_path):
 
 
 def test_a_file_of_another_size_is_refused(web, tmp_path):
-    with pytest.raises(ValueError, match="f.part: 1,024,000 bytes, wanted 5,000; deleted it"):
+    with pytest.raises(ValueError, match="f.part: size 1024000, wanted 5000; once it is gone"):
         fetch(f"{web.url}/f", tmp_path / "f", size=5000, sha256=SHA256, log=quiet)
     assert list(tmp_path.iterdir()) == []
 
@@ -216,7 +219,7 @@ def test_no_network_tells_what_to_fetch_and_where_to_place_it(web, tmp_path, sta
         with pytest.raises(ValueError) as error:
             fetch(url, tmp_path / "f", sha256=SHA256, log=quiet)
         assert url in str(error.value) and reason in str(error.value)
-        assert f"place the file by hand at {tmp_path / 'f'}" in str(error.value)
+        assert f"place the file at {tmp_path / 'f'}" in str(error.value)
     assert (tmp_path / "f.part").read_bytes() == CONTENT[:1000]
 
 
@@ -227,7 +230,7 @@ def test_a_full_disk_is_told_and_keeps_the_part(web, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
         ValueError,
-        match=r"/f cannot be fetched .*No space left on device; [\d,]+ bytes are free there, make room.*run again to go on",
+        match=rf"/f: .*No space left on device; run again or place the file at {tmp_path / 'f'}",
     ):
         fetch(f"{web.url}/f", tmp_path / "f", sha256=SHA256, log=quiet)
     assert [path.name for path in tmp_path.iterdir()] == ["f.part"]
@@ -235,20 +238,21 @@ def test_a_full_disk_is_told_and_keeps_the_part(web, tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_is_told_as_such(web, tmp_path):
     (tmp_path / "f.part").mkdir()
-    with pytest.raises(ValueError, match=rf"/f cannot be fetched .*Errno {errno.EISDIR}.*f.part"):
+    with pytest.raises(ValueError, match=rf"/f: .*Errno {errno.EISDIR}.*f.part"):
         fetch(f"{web.url}/f", tmp_path / "f", log=quiet)
 
 
-@pytest.mark.parametrize("url", ["http://example.org/f", "ftp://127.0.0.1/f", "file:///etc/hosts", "f", ""])
+@pytest.mark.parametrize(
+    "url",
+    ["http://example.org/f", "http://127.0.0.1:1@example.org/", "ftp://127.0.0.1/f", "file:///etc/hosts"],
+)
 def test_only_https_is_spoken_but_on_this_machine(url, web, tmp_path):
-    with pytest.raises(ValueError, match="https://"):
+    with pytest.raises(ValueError, match="wanted one that starts with https://"):
         fetch(url, tmp_path / "f", log=quiet)
     web.faults["/f"] = {"redirect": url}
-    if "//" in url:
-        with pytest.raises(ValueError, match="https://|not allowed"):
-            fetch(f"{web.url}/f", tmp_path / "f", log=quiet)
-    require_https("https://example.org/f")
-    require_https("http://localhost:8000/f")
+    with pytest.raises(ValueError, match="https://|not allowed"):
+        fetch(f"{web.url}/f", tmp_path / "f", log=quiet)
+    assert not (tmp_path / "f").exists()
 
 
 def test_a_redirect_is_followed_with_the_range(web, tmp_path):
@@ -258,15 +262,13 @@ def test_a_redirect_is_followed_with_the_range(web, tmp_path):
     assert web.seen == [("/here", "bytes=1000-"), ("/f", "bytes=1000-")]
 
 
-def test_progress_is_told_by_the_clock(web, tmp_path, monkeypatch):
+def test_a_transfer_is_told_once_with_where_it_begins(web, tmp_path):
     lines = []
-    fetch(f"{web.url}/f", tmp_path / "f", log=lines.append)
-    assert lines == [f"fetching {web.url}/f: 1,024,000 bytes"]
-    monkeypatch.setattr(weights, "LOG_EVERY", -1)
-    part_of(tmp_path / "g", CONTENT[:24_000])
-    web.files["/g"] = CONTENT
-    fetch(f"{web.url}/g", tmp_path / "g", sha256=SHA256, log=lines.append)
-    assert "of which 24,000 are here" in lines[1] and lines[-1] == "g: 1,024,000 of 1,024,000 bytes"
+    fetch(f"{web.url}/f", tmp_path / "f", lines.append)
+    (tmp_path / "f").unlink()
+    part_of(tmp_path / "f", CONTENT[:24_000])
+    fetch(f"{web.url}/f", tmp_path / "f", lines.append, sha256=SHA256)
+    assert lines == [f"fetching {web.url}/f from byte {begin} on" for begin in ("0", "24,000")]
 
 
 def test_verify_by_known_digests(tmp_path):
@@ -279,7 +281,6 @@ def test_verify_by_known_digests(tmp_path):
         git_blob="ce013625030ba8dba906f756967f9e9ca394464a",  # what `git hash-object` says
     )
     verify(path, **good)
-    verify(path, sha256=good["sha256"].upper())
     for name in good:
         with pytest.raises(ValueError, match="hello: .*, wanted"):
             verify(path, **good | {name: 7 if name == "size" else "0" * len(good[name])})
@@ -347,14 +348,6 @@ def test_files_placed_by_hand_are_used(tmp_path):
     assert find_t5("some/t5", tmp_path, "https://nowhere.invalid", quiet) == home
 
 
-@pytest.mark.parametrize("name", ["google-t5/t5-base", "google/t5-v1_1-xl"])
-def test_the_pieces_of_a_published_t5_are_known(web, tmp_path, name):
-    hub(web, name, FILES)
-    for _ in range(2):
-        with pytest.raises(ValueError, match=rf"spiece.model: sha256 .*, wanted {weights.T5_PIECES}; delete"):
-            find_t5(name, tmp_path, web.url, quiet)
-
-
 @pytest.mark.parametrize("file, kind", [("config.json", "git_blob"), ("spiece.model", "sha256")])
 def test_content_that_the_hub_did_not_announce_is_refused(web, tmp_path, file, kind):
     hub(web, "some/t5", FILES)
@@ -373,13 +366,13 @@ def test_what_the_hub_lacks_is_named(web, tmp_path):
 
 def test_a_listing_that_is_none_is_told(web, tmp_path):
     web.files["/api/models/some/t5/tree/main"] = b"<html>"
-    with pytest.raises(ValueError, match="/api/models/some/t5/tree/main cannot be fetched"):
+    with pytest.raises(ValueError, match="/api/models/some/t5/tree/main: .*run again"):
         find_t5("some/t5", tmp_path, web.url, quiet)
 
 
 def test_a_folder_that_lacks_a_file_needs_a_network_and_says_where_files_go(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    message = f"http://127.0.0.1:1/.*some/t5.* cannot be fetched .*by hand at {tmp_path / 'some--t5'}"
+    message = f"http://127.0.0.1:1/.*some/t5.*refused.* place the file at {tmp_path / 'some--t5'}"
     with pytest.raises(ValueError, match=message):
         find_t5("some/t5", tmp_path, "http://127.0.0.1:1", quiet)
 
@@ -472,26 +465,22 @@ def test_copies_of_the_word_table_and_the_stray_bias_are_accepted():
 @pytest.mark.parametrize(
     "name, value, message",
     [
-        (
-            "encoder.block.1.layer.1.DenseReluDense.wo.weight",
-            None,
-            "missing .*block.1.layer.1.DenseReluDense.wo",
-        ),
-        ("decoder.final_layer_norm.weight", None, "missing .*decoder.final_layer_norm"),
-        ("decoder.block.3.layer.0.layer_norm.weight", torch.ones(12), "unknown .*decoder.block.3"),
-        ("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", torch.ones(20, 12), "unknown .*wi_0"),
+        ("encoder.block.1.layer.1.DenseReluDense.wo.weight", None, "Missing .*encoder.1.ff.w_out"),
+        ("decoder.final_layer_norm.weight", None, "Missing .*decoder_norm"),
+        ("decoder.block.3.layer.0.layer_norm.weight", torch.ones(12), "Unexpected .*decoder.block.3"),
+        ("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", torch.ones(20, 12), "Unexpected .*wi_0"),
         (
             "decoder.block.0.layer.0.SelfAttention.q.weight",
             torch.ones(12, 15),
-            r"\(12, 15\), wanted \(15, 12\)",
+            r"attention.q: .*\[12, 15\].*\[15, 12\]",
         ),
         (
             "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
             torch.ones(32, 1),
-            r"\(32, 3\)",
+            r"encoder_bias.weight: .*\[32, 3\]",
         ),
-        ("lm_head.weight", torch.ones(30, 12), "lm_head.weight differs from shared.weight"),
-        ("encoder.embed_tokens.weight", torch.ones(30, 12), "encoder.embed_tokens.weight differs"),
+        ("lm_head.weight", torch.ones(30, 12), "a copy of the word table differs from shared.weight"),
+        ("encoder.embed_tokens.weight", torch.ones(29, 12), "a copy of the word table differs"),
     ],
 )
 def test_every_tensor_is_accounted_for(name, value, message):
@@ -506,7 +495,7 @@ def test_every_tensor_is_accounted_for(name, value, message):
 def test_a_word_table_of_another_size_is_refused():
     hf = reference()
     tensors = {name: w for name, w in hf.state_dict().items() if name not in weights.COPIES}
-    with pytest.raises(ValueError, match=r"shared.weight has shape \(29, 12\), wanted \(30, 12\)"):
+    with pytest.raises(ValueError, match=r"mismatch for word: .*\[29, 12\].*\[30, 12\]"):
         load_published(blank(), tensors | {"shared.weight": tensors["shared.weight"][:29]})
 
 
@@ -571,7 +560,7 @@ def test_a_shared_table_without_the_scale_becomes_a_head_equal_to_it(tmp_path):
 
     config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="missing .*lm_head.weight"):
+    with pytest.raises(ValueError, match='Missing .*"head"'):
         read_published(tmp_path, 4, 6)
 
 
@@ -580,17 +569,14 @@ def test_only_a_table_of_32128_rows_loses_its_padding(rows, kept):
     assert weights.our_rows(rows) == kept
 
 
-def test_padding_rows_are_cut_from_both_tables_and_come_back_as_zeros():
+def test_padding_rows_are_cut_from_both_tables():
     sizes = (32_128, *TINY[1:])
     hf = reference(sizes, **V1_1)
     ours = blank(sizes, **V1_1)
     load_published(ours, hf.state_dict())
-    back = to_published(ours)
     for table, name in ((ours.word, "shared.weight"), (ours.head, "lm_head.weight")):
         assert torch.equal(table, hf.state_dict()[name][:32_100])
-        assert torch.equal(back[name][:32_100], table) and back[name].shape == (32_128, 12)
-        assert not back[name][32_100:].any()
-    hf.load_state_dict(back, strict=False)
+        assert torch.equal(to_published(ours)[name], table)
     ids, words = batch(32_100, [5, 3]), batch(32_100, [4, 4], seed=1)
     with torch.no_grad():
         source, padding = ours.eval().encode(ids)
@@ -617,11 +603,11 @@ def test_safetensors_are_mapped_and_writes_stay_out_of_the_file(tmp_path):
 
 
 def test_a_missing_config_or_weight_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"found no .*config"):
+    with pytest.raises(ValueError, match=r"config.json: not the config of a T5 .*No such file"):
         read_published(tmp_path, 2, 3)
     reference().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"neither model.safetensors nor pytorch_model.bin"):
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: not a whole file .*No such file"):
         read_published(tmp_path, 2, 3)
 
 
@@ -633,7 +619,7 @@ def test_a_safetensors_file_cut_anywhere_is_refused(tmp_path):
     for size in (0, 1, 8, 9, header // 2, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(
-            ValueError, match=r"model.safetensors: not a whole file of float tensors .*fetch it again"
+            ValueError, match=r"model.safetensors: not a whole file of tensors .*fetch it again"
         ):
             read_published(tmp_path, 2, 3)
 
@@ -655,7 +641,7 @@ def test_safetensors_of_integers_are_refused(tmp_path):
     reference().save_pretrained(tmp_path)
     save_file = pytest.importorskip("safetensors.torch").save_file
     save_file({"shared.weight": torch.ones(2, 2).long()}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="model.safetensors: not a whole file of float tensors .*I64"):
+    with pytest.raises(ValueError, match="model.safetensors: not a whole file of tensors .*I64"):
         read_published(tmp_path, 2, 3)
 
 
