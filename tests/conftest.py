@@ -14,6 +14,7 @@ import pytest  # noqa: E402
 from toy import TOY, toy_folder  # noqa: E402
 
 import train  # noqa: E402
+from config import parse  # noqa: E402
 
 train.CALIBRATION_QUERIES, train.CONTROL_QUERIES = 500, 50  # enough for made-up corpora
 
@@ -49,6 +50,24 @@ def finished(once, toy) -> Path:
     """A run through every stage on the toy; every layer grows at every corpus. Not to be changed: see `copied`."""
     flags = ["--data", str(toy), "--expand", "always", "--save_negatives", *TOY]
     return once("finished", lambda folder: train.main([*flags, "--run", str(folder)]))
+
+
+@pytest.fixture(scope="session")
+def begun(once, toy) -> Callable[[bool], Path]:
+    """begun(mixture): a run of three corpora that ended after D_0, with experts or without. `begun.flags`: its flags."""
+    flags = ["--data", str(toy), "--splits", "60,20,20", *TOY, "--no-baselines"]
+
+    def begun(mixture: bool) -> Path:
+        start = "--d0_mixture" if mixture else "--no-d0_mixture"
+        mode = ["--method", "base"] if not mixture else []
+
+        def make(folder: Path) -> None:
+            train.execute(parse([*flags, *mode, "--run", str(folder)]), last=0, quiet=True)
+
+        return once(f"begun{start}", make)
+
+    begun.flags = flags
+    return begun
 
 
 @pytest.fixture

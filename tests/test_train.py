@@ -27,6 +27,7 @@ import store
 import train
 from config import parse
 from t5 import T5, T5Config, segment_logits
+from tools.experiments import inherit
 from weights import to_published
 
 SHARED = Path(os.environ.get("MIXLORA_DATA") or Path(__file__).parents[1] / "../shared/data")
@@ -106,9 +107,20 @@ def test_search_and_eval_work_from_the_run_folder_alone(finished, capsys, tmp_pa
     assert (tmp_path / "trec" / "after_D4.run").exists() and (tmp_path / "trec" / "D0.qrels").exists()
 
 
-def experts_after(toy, folder, *flags) -> dict:
-    train.main(["--data", str(toy), "--run", str(folder), "--splits", "60,20,20", *TOY, *flags])
-    return store.read_json(folder / "results.json")
+def follow(begun, folder: Path, *flags: str, after: str = "D0", last: int | None = None) -> dict:
+    """What a run with these flags leaves, that goes on from `begun` after a stage; of results.json, unless `last`."""
+    asked = parse([*begun.flags, "--run", str(folder), *flags])
+    inherit(begun(asked.config.d0_mixture), folder, after, asked.config)
+    asked.resume = True
+    return train.execute(asked, last, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def base(begun, tmp_path_factory) -> Path:
+    """A finished run of BASE."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    follow(begun, folder, "--method", "base")
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -118,16 +130,23 @@ def experts_after(toy, folder, *flags) -> dict:
         ("naive-expansion", {"D0": [], "D1": [2, 2], "D2": [3, 3]}),
         ("never-expand", {"D0": [2, 2], "D1": [2, 2], "D2": [2, 2]}),
         ("always-expand", {"D0": [2, 2], "D1": [3, 3], "D2": [4, 4]}),
-        ("base", {"D0": [], "D1": [], "D2": []}),
     ],
 )
-def test_each_method_runs_through_and_grows_as_the_paper_says(toy, tmp_path, method, experts):
-    results = experts_after(toy, tmp_path / method, "--method", method)
+def test_each_method_grows_as_the_paper_says_and_trains_what_is_newest(begun, tmp_path, method, experts):
+    results = follow(begun, tmp_path / "run", "--method", method)
     assert results["experts"] | experts == results["experts"]
-    model = store.load_model(tmp_path / method / "D2.pt")[0]
-    whole = sum(p.numel() for name, p in model.named_parameters())
-    trained = results["trainable_parameters"]["D2"]
-    assert trained == whole if method == "base" else 0 < trained < whole
+    model = store.load_model(tmp_path / "run" / "D1.pt")[0]
+    newest = [p for layer in mixlora.mixed_layers(model) for p in (*layer.new.parameters(), layer.router_new)]
+    trained = model.rq.numel() + sum(p.numel() for p in newest)
+    assert results["trainable_parameters"]["D1"] == trained
+    assert (trained > model.rq.numel()) == (method != "never-expand")
+
+
+def test_base_trains_every_parameter(base):
+    results, model = store.read_json(base / "results.json"), store.load_model(base / "D2.pt")[0]
+    assert results["experts"] == {"D0": [], "D1": [], "D2": []}
+    assert results["trainable_parameters"]["D2"] == sum(p.numel() for p in model.parameters())
+    assert parameters_that_moved(base, 2) == {name for name, _ in model.named_parameters()}
 
 
 def parameters_that_moved(folder: Path, t: int) -> set[str]:
@@ -136,28 +155,26 @@ def parameters_that_moved(folder: Path, t: int) -> set[str]:
     return {name for name in new if name in old and not torch.equal(old[name], new[name])}
 
 
-def test_promptdsi_trains_its_prompts_and_the_docid_table_alone(toy, tmp_path):
-    experts_after(toy, tmp_path / "run", "--method", "promptdsi", "--prompts", "3")
+def test_promptdsi_trains_its_prompts_and_the_docid_table_alone(begun, tmp_path):
+    follow(begun, tmp_path / "run", "--method", "promptdsi", "--prompts", "3")
     assert parameters_that_moved(tmp_path / "run", 1) == {"rq"}
     assert parameters_that_moved(tmp_path / "run", 2) == {"rq", "prefix.keys_values"}
     assert store.load_model(tmp_path / "run" / "D1.pt")[0].prefix.topics.shape == (3, 32)
 
 
-def test_corpusbrain_trains_its_adapters_and_the_shared_table_alone(toy, tmp_path):
-    results = experts_after(toy, tmp_path / "run", "--method", "corpusbrain++")
+def test_corpusbrain_trains_its_adapters_and_the_shared_table_alone(begun, tmp_path):
+    results = follow(begun, tmp_path / "run", "--method", "corpusbrain++")
     assert parameters_that_moved(tmp_path / "run", 1) == {"rq", "word"}
     model, moved = store.load_model(tmp_path / "run" / "D2.pt")[0], parameters_that_moved(tmp_path / "run", 2)
     adapters = {name for name, _ in model.named_parameters() if ".after." in name}
-    assert (
-        moved == {"rq", "word", *adapters} and len(adapters) == 2 * 2 + 2 * 3 * 2
-    )  # 1 encoder and 2 decoder blocks
+    assert len(adapters) == 2 * 2 + 2 * 3 * 2  # of 1 encoder and 2 decoder blocks
+    assert moved == {"rq", "word", *adapters}
     assert results["trainable_parameters"]["D1"] == model.rq.numel() + model.word.numel() + len(adapters) * 32
 
 
-def test_incdsi_appends_rows_and_moves_nothing_else(toy, tmp_path):
-    results = experts_after(
-        toy, tmp_path / "run", "--method", "incdsi", "--d0_fragments", "0", "--d0_steps", "60"
-    )
+def test_incdsi_appends_rows_and_moves_nothing_else(begun, tmp_path):
+    flags = ["--d0_fragments", "0", "--d0_steps", "60"]
+    results = follow(begun, tmp_path / "run", "--method", "incdsi", *flags, after="dense")
     for t, (before, after) in enumerate(((30, 40), (40, 50)), 1):
         assert parameters_that_moved(tmp_path / "run", t) == {"rq"}
         old, new = (store.load_model(tmp_path / "run" / f"D{i}.pt")[0].rq for i in (t - 1, t))
@@ -166,14 +183,15 @@ def test_incdsi_appends_rows_and_moves_nothing_else(toy, tmp_path):
     assert results["trainable_parameters"] == {"D1": 320, "D2": 320} and p[2][0] > 0.9 and p[2][2] > 0.8
 
 
-def test_joint_retraining_sees_every_corpus_and_knows_the_last_ones_better(toy, tmp_path):
-    flags = ["--d0_steps", "40", "--steps", "5", "--d0_fragments", "1"]
-    joint = experts_after(toy, tmp_path / "joint", "--method", "joint", *flags)
-    base = experts_after(toy, tmp_path / "base", "--method", "base", *flags)
+def test_joint_retraining_sees_every_corpus_and_knows_them_better(begun, base, tmp_path):
+    joint = follow(begun, tmp_path / "joint", "--method", "joint")
     metrics = map(json.loads, (tmp_path / "joint" / "metrics.jsonl").read_text().splitlines())
     last = {line["stage"]: line["step"] for line in metrics}
-    assert (last["D0"], last["D1"], last["D2"]) == (40, 45, 50)
-    assert joint["metrics"]["recall@10"]["AP"] > base["metrics"]["recall@10"]["AP"]
+    assert (last["D1"], last["D2"]) == (36, 42)  # 30 as on D_0, and 6 of each later corpus
+    found = [
+        results["metrics"]["recall@10"]["AP"] for results in (joint, store.read_json(base / "results.json"))
+    ]
+    assert found[0] > found[1]
 
 
 def logged(folder: Path, stage: str, term: str) -> list[float]:
@@ -181,99 +199,132 @@ def logged(folder: Path, stage: str, term: str) -> list[float]:
     return [line[term] for line in lines if line["stage"] == stage and term in line]
 
 
-def test_clever_protects_earlier_corpora_but_d0_only_where_asked(toy, tmp_path):
-    experts_after(toy, tmp_path / "released", "--method", "clever", "--ewc_samples", "20")
-    experts_after(toy, tmp_path / "fair", "--method", "clever", "--ewc_samples", "20", "--ewc_protect_d0")
+def test_clever_protects_earlier_corpora_but_d0_only_where_asked(begun, tmp_path):
+    flags = ["--method", "clever", "--ewc_samples", "20"]
+    follow(begun, tmp_path / "released", *flags)
+    follow(begun, tmp_path / "fair", *flags, "--ewc_protect_d0", last=1)
     assert logged(tmp_path / "released", "D1", "ewc") == []
     assert logged(tmp_path / "released", "D2", "ewc")[-1] > 0 == logged(tmp_path / "released", "D2", "ewc")[0]
     assert logged(tmp_path / "fair", "D1", "ewc")[-1] > 0
 
 
-def test_dsi_plus_plus_steps_by_the_gradient_at_the_climbed_point(toy, tmp_path):
+def test_dsi_plus_plus_steps_by_the_gradient_at_the_climbed_point(begun, base, tmp_path):
     """Its first logged loss is BASE's, at the same weights; its gradient is not."""
-    for method in ("base", "dsi++"):
-        experts_after(toy, tmp_path / method, "--method", method)
-    one, other = (logged(tmp_path / method, "D1", "loss")[0] for method in ("base", "dsi++"))
-    assert one == other
-    one, other = (logged(tmp_path / method, "D1", "gradient_norm")[0] for method in ("base", "dsi++"))
-    assert one != other
+    follow(begun, tmp_path / "run", "--method", "dsi++", last=1)
+    for term, same in (("loss", True), ("gradient_norm", False)):
+        one, other = (logged(folder, "D1", term)[0] for folder in (base, tmp_path / "run"))
+        assert (one == other) == same
 
 
-def test_a_fixed_set_of_experts_goes_on_training_without_growing(toy, tmp_path):
-    results = experts_after(toy, tmp_path / "run", "--expand", "fixed")
+def test_a_fixed_set_of_experts_goes_on_training_without_growing(begun, tmp_path):
+    results = follow(begun, tmp_path / "run", "--expand", "fixed")
     assert results["experts"] == {f"D{t}": [2, 2] for t in range(3)}
     moved = parameters_that_moved(tmp_path / "run", 2)
     assert {"rq", "decoder.0.ff.new.in_b", "decoder.1.ff.router_new"} <= moved
-    assert not [
-        name for name in moved if ".ff.new." not in name and "router_new" not in name and name != "rq"
-    ]
+    assert all(".ff.new." in name or "router_new" in name or name == "rq" for name in moved)
 
 
-@pytest.mark.parametrize("kind", ["pq", "atomic"])
-def test_a_mixture_is_trained_on_docids_of_every_kind(toy, tmp_path, kind):
-    flags = ["--docid_kind", kind, "--d0_fragments", "0", "--splits", "60,40", "--width", "36", "--K", "24"]
-    results = experts_after(toy, tmp_path / "run", *flags)
-    assert results["metrics"]["recall@10"]["P"][1][0] > 0.5
+@pytest.mark.parametrize("kind, codes, centroids", [("pq", 4, (16, 16)), ("atomic", 1, (30, 40))])
+def test_a_mixture_is_trained_on_docids_of_every_kind(begun, tmp_path, kind, codes, centroids):
+    flags = ["--docid_kind", kind, "--M", "4", "--d0_fragments", "0"]
+    follow(begun, tmp_path / "run", *flags, after="dense", last=1)
     run = store.LoadedRun(tmp_path / "run")
-    assert run.docids.shape == (50, 1 if kind == "atomic" else 3)
-    assert run.at(0)[0].config.centroids == {"atomic": 30}.get(kind, 24)
-    assert run.at(1)[0].config.centroids == {"atomic": 50}.get(kind, 24)
+    assert run.docids.shape == (50, codes)
+    assert tuple(run.at(t)[0].config.centroids for t in (0, 1)) == centroids
+    recall = np.mean(store.read_json(tmp_path / "run" / "evaluation_D1.json")["values"][0]["recall@10"])
+    assert recall > 0.5  # chance is 10 of 40
 
 
 def test_ood_json_counts_every_query_in_the_histogram_of_its_scores(finished):
     for stage, layers in store.read_json(finished / "ood.json").items():
         for layer in layers if stage != "D0" else []:
             found = layer["histogram"]
-            assert len(found["edges"]) == 61 and sum(found["queries"]) == 20 and sum(found["control"]) >= 10
-            beyond = [n for n, left in zip(found["queries"], found["edges"]) if left >= found["threshold"]]
-            assert abs(100 * sum(beyond) / 20 - layer["ood_percent"]) <= 100 * max(found["queries"]) / 20
+            counts, edges, threshold = found["queries"], found["edges"], found["threshold"]
+            assert len(edges) == 61 and sum(counts) == 20 and sum(found["control"]) >= 10
+            beyond = sum(n for n, left in zip(counts, edges) if left >= threshold)
+            around = sum(n for n, left, right in zip(counts, edges, edges[1:]) if left < threshold < right)
+            assert beyond <= layer["ood_percent"] * 20 / 100 <= beyond + around
+
+
+def first_losses(run: Path) -> list[float]:
+    return [logged(run, stage, "loss")[0] for stage in ("D0", "D1")]
 
 
 @pytest.mark.parametrize(
-    "flags",
+    "flags, same",  # whether they leave the loss of D_0's first step alone
     [
-        ["--mask", "full_vocab"],
-        ["--mask", "docid_vocab", "--slow", "grad", "--kl_reduction", "mean"],
-        ["--ood_mode", "paper_code", "--router_row", "random", "--lora_in_site", "pre_act"],
-        ["--kl_coef", "0", "--slow", "none", "--no-d0_mixture", "--aux_layers", "expanded"],
-        ["--router", "linear", "--balance_coef", "0.01", "--z_coef", "0.001", "--d0_fragments", "0"],
-        ["--precision", "bf16", "--recompute", "--micro_batch", "7", "--save_negatives", "--no-baselines"],
+        (["--mask", "full_vocab"], False),
+        (["--mask", "docid_vocab", "--slow", "lr", "--kl_reduction", "mean"], False),
+        (["--ood_mode", "paper_code", "--router_row", "random", "--lora_in_site", "pre_act"], True),
+        (
+            ["--router", "linear", "--balance_coef", "0.01", "--z_coef", "0.001", "--repel_reduction", "sum"],
+            False,
+        ),
     ],
 )
-def test_every_part_can_be_switched_on_its_own(toy, tmp_path, flags):
-    results = experts_after(toy, tmp_path / "run", *flags)
-    p = results["metrics"]["recall@10"]["P"]
-    assert p[0][0] > 0.35 and results["trainable_parameters"]["D1"] > 0, p  # chance is 10 of 30
+def test_every_part_can_be_switched_on_its_own(begun, tmp_path, flags, same):
+    follow(begun, tmp_path / "run", *flags, after="rq", last=1)
+    losses = [logged(folder, "D0", "loss")[0] for folder in (begun(True), tmp_path / "run")]
+    assert (losses[0] == losses[1]) == same
+    recall = store.read_json(tmp_path / "run" / "evaluation_D1.json")["values"][0]["recall@10"]
+    assert np.mean(recall) > 0.6  # chance is 10 of 40
+
+
+def test_a_plain_start_may_go_on_without_slow_learner_and_kl(begun, tmp_path):
+    flags = [
+        "--no-d0_mixture",
+        "--kl_coef",
+        "0",
+        "--kl_old_coef",
+        "0",
+        "--slow",
+        "none",
+        "--aux_layers",
+        "expanded",
+    ]
+    follow(begun, tmp_path / "run", *flags, last=1)
+    assert logged(tmp_path / "run", "D1", "kl") == [] and store.load_model(tmp_path / "run" / "D1.pt")[1]
+
+
+def test_bfloat16_in_micro_batches_with_recomputation_starts_as_float32_does(begun, tmp_path):
+    firsts = []
+    for name, flags in (("float32", ""), ("bf16", "--precision bf16 --recompute --micro_batch 11")):
+        asked = [*"--lora_dropout 0 --d0_steps 2 --steps 2".split(), *flags.split()]
+        follow(begun, tmp_path / name, *asked, after="rq", last=1)
+        firsts.append([logged(tmp_path / name, stage, "loss")[0] for stage in ("D0", "D1")])
+    assert firsts[1] == pytest.approx(firsts[0], rel=0.005)
+
+
+EXACT = ["--lora_dropout", "0", "--dense_warmup_steps", "0", "--dense_contrastive", "0", "--dense_margin", "1",
+         "--dense_pseudo", "0", "--splits", "60,40", "--d0_steps", "6", "--no-baselines"]  # fmt: skip
 
 
 def losses_of(run: Path, stages=("dense round 1", "D0", "D1")) -> list[float]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if line["stage"] in stages]
-
-
-EXACT = [
-    "--lora_dropout",
-    "0",
-    "--dense_warmup_steps",
-    "0",
-    "--dense_contrastive",
-    "0",
-    "--dense_margin",
-    "1",
-]
+    return [loss for stage in stages for loss in logged(run, stage, "loss")]
 
 
 @pytest.fixture(scope="module")
-def exact(toy, tmp_path_factory) -> list[float]:
-    """The losses of a run in which no chance depends on how a batch is cut."""
-    experts_after(toy, tmp_path_factory.mktemp("exact") / "run", *EXACT)
-    return losses_of(next(tmp_path_factory.getbasetemp().glob("exact*/run")))
+def exact(toy, tmp_path_factory) -> Path:
+    """A run in which no chance depends on how a batch is cut."""
+    folder = tmp_path_factory.mktemp("exact") / "run"
+    train.main(["--data", str(toy), "--run", str(folder), *TOY, *EXACT, "--save_negatives"])
+    return folder
 
 
-@pytest.mark.parametrize("flags", [["--micro_batch", "5"], ["--recompute"]])
-def test_micro_batches_and_recomputation_train_the_same(toy, tmp_path, exact, flags):
-    experts_after(toy, tmp_path / "run", *EXACT, *flags)
-    assert len(exact) >= 6 and losses_of(tmp_path / "run") == pytest.approx(exact, rel=1e-5, abs=1e-5)
+def test_micro_batches_and_recomputation_train_the_same(toy, tmp_path, exact):
+    flags = ["--micro_batch", "11", "--recompute"]
+    train.main(["--data", str(toy), "--run", str(tmp_path / "run"), *TOY, *EXACT, *flags])
+    wanted = losses_of(exact)
+    assert len(wanted) >= 6 and losses_of(tmp_path / "run") == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
+def test_negatives_that_a_run_saved_teach_the_next_one(toy, tmp_path, exact):
+    """The file has --teacher's format; with BM25's own scores in it the first round is the same."""
+    files = ",".join(str(exact / f"negatives_{number}.jsonl") for number in (1, 2))
+    flags = ["--data", str(toy), "--run", str(tmp_path / "run"), *TOY, *EXACT, "--teacher", files]
+    train.execute(parse(flags), last=-1)  # no corpus
+    rounds = ("dense round 1", "dense round 2")
+    assert losses_of(tmp_path / "run", rounds) == pytest.approx(losses_of(exact, rounds), rel=1e-3)
 
 
 def test_bfloat16_keeps_router_norms_softmax_and_losses_in_float32():
@@ -316,6 +367,18 @@ def test_bfloat16_keeps_router_norms_softmax_and_losses_in_float32():
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+def test_blocks_are_compiled_where_asked(begun, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **given: compiled.append((block, given)))
+    model = T5(T5Config(60, 16, 8, 2, 32, 1, 2, codebooks=2, centroids=4))
+    for asked in (False, True):
+        config = types.SimpleNamespace(recompute=False, compile=asked)
+        prepare.Run.ready(types.SimpleNamespace(device=torch.device("cpu"), config=config), model)
+        blocks = [*model.encoder, *model.decoder] if asked else []
+        assert compiled == [(block, {"dynamic": True}) for block in blocks]
+
+
+@pytest.mark.soak  # capturing takes half a minute
 def test_compiled_blocks_give_the_same_gradients(monkeypatch):
     config = types.SimpleNamespace(recompute=False, compile=True)
     run = types.SimpleNamespace(device=torch.device("cpu"), config=config)
@@ -347,33 +410,25 @@ def test_compiled_blocks_give_the_same_gradients(monkeypatch):
         torch.testing.assert_close(compiled[name], plain[name], rtol=1e-4, atol=1e-5)
 
 
-def test_negatives_that_a_run_saved_teach_the_next_one(toy, tmp_path, exact):
-    """The file has --teacher's format; with BM25's own scores in it the first round is the same."""
-    experts_after(toy, tmp_path / "a", *EXACT, "--dense_pseudo", "0", "--save_negatives")
-    files = ",".join(str(tmp_path / "a" / f"negatives_{number}.jsonl") for number in (1, 2))
-    experts_after(toy, tmp_path / "b", *EXACT, "--dense_pseudo", "0", "--teacher", files)
-    rounds = ("dense round 1", "dense round 2")
-    assert losses_of(tmp_path / "b", rounds) == pytest.approx(losses_of(tmp_path / "a", rounds), rel=1e-3)
-
-
 @pytest.mark.skipif(
     not (SAMPLE.is_dir() and SPIECE.is_file()), reason=f"no {SAMPLE} or {SPIECE}; set MIXLORA_DATA"
 )
-def test_the_sample_of_nq320k_runs_through_every_stage_with_t5_s_own_tokenizer(tmp_path, capsys):
-    train.main([
+@pytest.mark.parametrize("last", [0, pytest.param(None, marks=pytest.mark.soak)])
+def test_the_sample_of_nq320k_is_trained_on_with_t5_s_own_tokenizer(tmp_path, capsys, last):
+    """D_0 alone, and as a soak every corpus."""
+    asked = parse([
         "--data", "nq320k", "--data-dir", str(SAMPLE), "--preset", "beir", "--splits", "paper", "--tokenizer", str(SPIECE),
         "--run", str(tmp_path / "nq"), *TOY[2:], "--M", "4", "--K", "64", "--d0_fragments", "1",
     ])  # fmt: skip
+    train.execute(asked, last)
     manifest = store.read_json(tmp_path / "nq" / "corpus.json")["manifest"]
-    assert (
-        manifest["found"]["documents"] == [537, 15, 15, 15, 15]
-        and sum(manifest["found"]["test queries"]) == 300
-    )
+    assert manifest["found"]["documents"] == [537, 15, 15, 15, 15]
+    assert sum(manifest["found"]["test queries"]) == 300
     assert manifest["paper"]["documents"] == [98_743, 2_743, 2_743, 2_743, 2_743]
     assert "sample" in manifest["difference"]
     assert np.load(tmp_path / "nq" / "docids.npy").shape == (597, 4)
     printed = capsys.readouterr().out
-    assert printed.count("ids sha256") == 5 and "after D4" in printed
+    assert printed.count("ids sha256") == 5 and ("after D4" in printed) == (last is None)
     search.main([str(tmp_path / "nq"), "who sings this song", "-k", "2"])
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 2 and all(len(line.split()) > 6 for line in lines)  # first words in place of a title
@@ -393,25 +448,12 @@ def test_weights_from_a_folder_bring_their_tokenizer_and_are_checked_against_it(
     torch.save(to_published(model), tmp_path / "t5" / "pytorch_model.bin")
     (tmp_path / "t5" / "spiece.model").write_bytes(tokenizer)
     flags = ["--data", str(toy), "--splits", "60,40", *TOY[2:], "--t5", str(tmp_path / "t5")]
-    train.main([*flags, "--run", str(tmp_path / "run")])
+    train.execute(parse([*flags, "--run", str(tmp_path / "run")]), last=-1)  # no corpus
     assert (tmp_path / "run" / "tokenizer.model").read_bytes() == tokenizer
+    assert store.load_model(tmp_path / "run" / "dense.pt")[0].config.vocab == rows
     (tmp_path / "t5" / "spiece.model").write_bytes(data.train_tokenizer(passages, 60))
     with pytest.raises(ValueError, match="the tokenizer has .* pieces, .* word rows"):
         train.main([*flags, "--run", str(tmp_path / "other")])
-
-
-def test_a_full_disk_is_told_and_what_is_half_written_does_not_count(toy, tmp_path):
-    """/dev/full takes no byte, as a full disk does."""
-    run = tmp_path / "run"
-    (run / "documents").mkdir(parents=True)
-    job = ["--data", str(toy), "--run", str(run), *TOY]
-    (run / "doc_ids.txt.part").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left"):
-        train.main(job)
-    assert not (run / "corpus.json").exists() and not (run / "doc_ids.txt").exists()
-    (run / "doc_ids.txt.part").unlink()
-    train.main(job)  # nothing that the first attempt left behind is in the way or believed
-    assert len(store.LoadedRun(run).ids) == 50
 
 
 def test_pseudo_queries_from_a_file_are_used_and_test_queries_among_them_left_out(toy, tmp_path):
@@ -430,9 +472,16 @@ def test_pseudo_queries_from_a_file_are_used_and_test_queries_among_them_left_ou
         "--d0_fragments",
         "0",
     ]
-    experts_after(toy, tmp_path / "run", *flags)
+    flags += ["--splits", "60,40", "--d0_steps", "2", "--steps", "2", "--no-baselines"]
+    train.main(["--data", str(toy), "--run", str(tmp_path / "run"), *TOY, *flags])
     manifest = store.read_json(tmp_path / "run" / "corpus.json")["manifest"]
     assert manifest["pseudo-queries"] == {"kept": 50, "left out as test queries": 1}
+    pairs = prepare.Run(
+        parse(["--resume", str(tmp_path / "run")]).config, tmp_path / "run", None
+    ).training_queries(1)
+    assert (
+        dict(pairs) == dict(enumerate(store.load_corpora(tmp_path / "run")[1].texts, 30)) and len(pairs) == 20
+    )
 
 
 def test_32_documents_are_learnt_by_heart():
@@ -569,7 +618,7 @@ def test_dense_baseline_ranks_by_inner_product():
     assert rows.tolist() == [[1, 0]] and scores.tolist() == [[2.0, 0.5]]
 
 
-def test_a_frozen_tensor_that_moves_stops_the_stage_by_name(toy, tmp_path, monkeypatch):
+def test_a_frozen_tensor_that_moves_stops_the_stage_by_name(begun, tmp_path, monkeypatch):
     normalise = mixlora.MixedFeedForward.normalise_rows
 
     def stray(layer):
@@ -579,14 +628,14 @@ def test_a_frozen_tensor_that_moves_stops_the_stage_by_name(toy, tmp_path, monke
 
     monkeypatch.setattr(mixlora.MixedFeedForward, "normalise_rows", stray)
     with pytest.raises(ValueError, match=r"D1: frozen tensors moved \(decoder\.0\.ff\.plain\.w_out"):
-        experts_after(toy, tmp_path / "run")
-    assert not (tmp_path / "run" / "D1.pt").exists() and (tmp_path / "run" / "D0.pt").exists()
+        follow(begun, tmp_path / "run")
+    assert not (tmp_path / "run" / "D1.pt").exists() and store.load_model(tmp_path / "run" / "D0.pt")
 
 
 def test_a_run_that_cannot_fit_into_memory_says_so_before_it_trains(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(train.prepare.memory, "free_memory", lambda device: 1_000_000)
     with pytest.raises(ValueError, match="needs about .* --no-check_memory"):
-        experts_after(toy, tmp_path / "run")
+        train.main(["--data", str(toy), "--run", str(tmp_path / "run"), *TOY])
     assert not (tmp_path / "run" / "dense.pt").exists()
 
 
