@@ -12,13 +12,11 @@ Differs  cross-entropy before docid training is judged at its best scale: here i
 Limits are wide. They tell a broken run from a weak one: recall counts beyond chance, which is 10 / N.
 """
 
-import argparse
 import json
 import math
 import random
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -29,15 +27,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import baselines
+import command
 import data
 import dense
 import mixlora
 import optim
+import prepare
+import queries
 import rq
 import store
-from arrays import Lookup, open_array
+from arrays import Chain
+from config import saved_config
 from mixlora import MixedFeedForward, mixed_layers
-from queries import Idf, ListedPseudoQueries, PseudoQuerySampler, draw_pseudo_queries
 from search import beam_search, exact_scores, retrieve
 from t5 import T5, segment_logits
 
@@ -69,50 +70,42 @@ def beyond_chance(recall: float, documents: int) -> float:
     return (recall - chance) / (1 - chance)
 
 
+def some(n: int, most: int) -> Tensor:
+    """Numbers below n, at most so many, the same at every call."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most]
+
+
 class Patient:
-    """A run with what several checks use; what is costly or may be broken is made when it is first asked for."""
+    """A run with what several checks use; a model, which may be broken, is loaded when it is first asked for."""
 
     def __init__(self, folder: Path, queries: int, device: str):
-        self.run, self.folder, self.count = store.LoadedRun(folder, device), folder, queries
-        self.config, self.device, self.ids = self.run.config, device, self.run.ids
-        needed = "beam docid_kind docids document_length expand insert pseudo_per_document query_length seed"
-        if missing := [name for name in needed.split() if name not in self.config]:
-            path = folder / "config.json"
-            raise ValueError(f"{path}: lacks {missing}; written by another version of this program")
-        self.t = self.run.finished[-1]  # the last corpus that was trained on
-        self.corpora = self.run.corpora[: self.t + 1]
-        self.codes = self.run.docids  # (N, M)
+        self.trained, self.folder, self.count = store.LoadedRun(folder, device), folder, queries
+        # The folder is whole, so that Run reads no source, and no published weights.
+        self.config = replace(saved_config(folder), device=device, t5="", check_memory=False)
+        self.run = prepare.Run(self.config, folder, store.Log(folder, writes=False))
+        self.t = self.trained.finished[-1]  # the last corpus that was trained on
+        self.corpora, self.ids = self.run.corpora[: self.t + 1], self.run.ids
+        self.codes = self.trained.docids  # (N, M)
         self.books = store.read_tensors(folder / "rq.pt")  # (M, K, D)
-        parts = [open_array(folder / "embeddings" / f"D{t}.npy") for t in range(len(self.run.corpora))]
-        self.embeddings = torch.cat(parts)  # (N, D)
-        self.row_of = Lookup(self.ids)
-        self.listed = (folder / "pseudo_queries").exists()
-        if self.listed:
-            self.samplers = [
-                ListedPseudoQueries(folder / "pseudo_queries" / f"D{t}", corpus.first_row)
-                for t, corpus in enumerate(self.corpora)
-            ]
-        else:
-            idf, excluded = Idf.load(folder / "idf.json"), store.load_excluded(folder)
-            self.samplers = [
-                PseudoQuerySampler(corpus.titles, corpus.texts, idf, excluded, corpus.first_row)
-                for corpus in self.corpora
-            ]
+        self.embeddings = Chain(prepare.open_embeddings(self.run))  # N of (D,), on disk
+        self.d0_embeddings = self.embeddings.parts[0]  # (N_0, D)
+        self.d0_codes = self.codes[: len(self.d0_embeddings)]  # (N_0, M)
+        self.row_of = {doc_id: row for row, doc_id in enumerate(self.ids)}
 
     @cached_property
     def start(self) -> T5:
         """What D_0 starts from: the bi-encoder, with the centroids as its docid table."""
         model = self.checkpoint("dense.pt")
-        model.rq = nn.Parameter(self.books.to(self.device))
+        model.rq = nn.Parameter(self.books.to(self.run.device))
         return model
 
     @cached_property
     def last(self) -> tuple[T5, rq.Trie]:
         """The model after the last corpus, and the trie of all documents up to there."""
-        return self.run.at(self.t)
+        return self.trained.at(self.t)
 
     def checkpoint(self, name: str) -> T5:
-        return store.load_model(self.folder / name, self.device)[0]
+        return store.load_model(self.folder / name, self.run.device)[0]
 
     def logged(self, name: str) -> dict[str, list[float]]:
         """stage -> the values of one number in metrics.jsonl."""
@@ -126,46 +119,47 @@ class Patient:
             raise ValueError(f"{path}: not JSON lines ({error})") from None
         return values
 
-    @staticmethod
-    def some(n: int, most: int) -> Tensor:
-        """Numbers below n, at most so many, the same at every call."""
-        return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most]
-
-    def tokens(self, queries: list[str]) -> Tensor:
-        return data.tokenize(self.run.tokenizer, queries, self.config["query_length"]).to(self.device)
+    def stored(self, rows: Tensor) -> Tensor:
+        """Embeddings (R, D) of the documents in these rows of the stream."""
+        return torch.stack([self.embeddings[row] for row in rows.tolist()])
 
     def training_queries(self, t: int) -> list[tuple[set[int], str]]:
         """Some of what D_t was trained on: for t >= 1, or from a file, its very queries; for D_0 others so drawn."""
-        rows, rng, config = self.corpora[t].rows, random.Random(f"doctor {t}"), self.config
-        if t == 0 or self.listed:
-            return [({row}, self.samplers[t].draw(row, rng)) for row in rng.choices(rows, k=self.count)]
-        # The run's list is drawn document by document, so that a part of it is cheap: its beginning.
-        each, seed = config["pseudo_per_document"], f"{config['seed']} training {t}"
-        pairs = draw_pseudo_queries(self.samplers[t], rows[: self.count], each, seed)
-        return [({row}, query) for row, query in rng.sample(pairs, min(self.count, len(pairs)))]
+        if t == 0 or self.run.listed:
+            pairs = self.run.sample(t, self.count, "doctor")
+        else:  # the run's list is drawn document by document, so that its beginning is cheap
+            rows, seed = self.corpora[t].rows[: self.count], f"{self.config.seed} training {t}"
+            drawn = self.run.sampler(t), rows, self.config.pseudo_per_document, seed
+            pairs = queries.draw_pseudo_queries(*drawn)
+            pairs = random.Random(f"doctor {t}").sample(pairs, min(self.count, len(pairs)))
+        return [({row}, query) for row, query in pairs]
 
-    def asked(self, count: int, *corpora: int) -> list[tuple[set[int], str]]:
+    def test_queries(self, count: int, *corpora: int) -> list[tuple[set[int], str]]:
         """Test queries with their documents' rows, equally many of each corpus (default: of all) where it has them."""
         corpora, pairs = corpora or range(len(self.corpora)), []
         for t in corpora:
             corpus, most = self.corpora[t], math.ceil(count / len(corpora))
             chosen = random.Random(f"doctor {t}").sample(list(corpus.test), min(most, len(corpus.test)))
-            pairs += [({self.row_of(doc_id) for doc_id in corpus.qrels[q]}, corpus.test[q]) for q in chosen]
+            pairs += [({self.row_of[doc_id] for doc_id in corpus.qrels[q]}, corpus.test[q]) for q in chosen]
         return pairs
 
-    def hidden(self, model: T5, queries: list[tuple[set[int], str]]) -> tuple[Tensor, Tensor, list]:
-        """Docids (Q, M) of the queries' documents, and the model's hidden states and routes along them."""
-        codes = self.codes[[min(rows) for rows, _ in queries]].to(self.device)
-        source = model.encode(self.tokens([query for _, query in queries]))
-        return codes, *model.docid_hidden(*source, codes)
+    def tokens(self, pairs: list[tuple[set[int], str]]) -> Tensor:
+        return self.run.tokens(pairs).to(self.run.device)
 
-    def recall(self, model: T5, trie: rq.Trie, queries: list[tuple[set[int], str]]) -> float:
+    def hidden(self, model: T5, pairs: list[tuple[set[int], str]]) -> tuple[Tensor, Tensor, list]:
+        """Docids (Q, M) of the queries' documents, and the model's hidden states and routes along them."""
+        codes = self.codes[[min(rows) for rows, _ in pairs]].to(self.run.device)
+        return codes, *model.docid_hidden(*model.encode(self.tokens(pairs)), codes)
+
+    def recall(self, model: T5, trie: rq.Trie, pairs: list[tuple[set[int], str]]) -> float:
         """Recall@10 of docid search, beyond chance."""
-        found = retrieve(
-            model, trie, self.run.tokenizer, [query for _, query in queries], self.ids, 10,
-            max(10, self.config["beam"]), max_length=self.config["query_length"],
-        )  # fmt: skip
-        shares = [len(rows & {row for row, _ in top}) / len(rows) for (rows, _), top in zip(queries, found)]
+        texts, beam, length = (
+            [query for _, query in pairs],
+            max(10, self.config.beam),
+            self.config.query_length,
+        )
+        rankings = retrieve(model, trie, self.run.tokenizer, texts, self.ids, 10, beam, max_length=length)
+        shares = [len(rows & {row for row, _ in top}) / len(rows) for (rows, _), top in zip(pairs, rankings)]
         return beyond_chance(float(np.mean(shares)), len(trie.documents))
 
 
@@ -175,15 +169,15 @@ class Patient:
 def counts(patient: Patient) -> Finding:
     """corpus.json, documents/, doc_ids.txt, docids.npy and embeddings/ speak of the same documents."""
     corpora, n = patient.run.corpora, len(patient.ids)
-    found = {"docids.npy": len(patient.codes), "embeddings": len(patient.embeddings)}
+    sizes = {"docids.npy": len(patient.codes), "embeddings": len(patient.embeddings)}
     with (patient.folder / "doc_ids.txt").open(encoding="utf-8") as file:
         lines = (line.removesuffix("\n") for line in file)
         moved = sum(line != doc_id for line, doc_id in zip_longest(lines, patient.ids))
     hashes = [item["ids_sha256"] for item in store.read_json(patient.folder / "corpus.json")["corpora"]]
     changed = [f"D{t}" for t, corpus in enumerate(corpora) if store.ids_sha256(corpus) != hashes[t]]
     return Finding(
-        verdict(moved > 0 or bool(changed) or set(found.values()) != {n}),
-        f"{n} documents, {found}, {moved} other lines in doc_ids.txt, other hashes {changed}",
+        verdict(moved > 0 or bool(changed) or set(sizes.values()) != {n}),
+        f"{n} documents, {sizes}, {moved} other lines in doc_ids.txt, other hashes {changed}",
         "equal numbers, ids and hashes",
         "files of different runs were mixed: take all of them from one run, or start anew",
     )  # fmt: skip
@@ -196,7 +190,7 @@ def round_trip(patient: Patient) -> Finding:
     fits = fits and bool(((codes >= 0) & (codes < k)).all())
     lost = patient.corpora[-1].rows.stop - len(trie.documents)
     if fits:
-        rows = patient.some(len(trie.documents), patient.count)
+        rows = some(len(trie.documents), patient.count)
         nodes = trie.root(len(rows))
         for depth in range(m):
             nodes = trie.child(depth, nodes, codes[rows, depth])
@@ -212,15 +206,11 @@ def round_trip(patient: Patient) -> Finding:
 
 def fresh_embeddings(patient: Patient) -> Finding:
     """Embeds some documents again."""
-    n = min(len(patient.embeddings), len(patient.ids))
-    rows = patient.some(n, EMBEDDED).tolist()
-    passages = []
-    for row in rows:
-        corpus = next(corpus for corpus in patient.run.corpora if row in corpus.rows)
-        one = slice(row - corpus.first_row, row - corpus.first_row + 1)
-        passages += data.Corpus(row, corpus.ids[one], corpus.titles[one], corpus.texts[one]).passages()
-    ids = data.tokenize(patient.run.tokenizer, passages, patient.config["document_length"])
-    again, stored = dense.embed(patient.start, ids), patient.embeddings[rows]
+    rows, corpora = some(min(len(patient.embeddings), len(patient.ids)), EMBEDDED), patient.run.corpora
+    titles, texts = (Chain([getattr(corpus, name) for corpus in corpora]) for name in ("titles", "texts"))
+    passages = list(queries.passages(*([part[row] for row in rows.tolist()] for part in (titles, texts))))
+    ids = data.tokenize(patient.run.tokenizer, passages, patient.config.document_length)
+    again, stored = dense.embed(patient.start, ids), patient.stored(rows)
     difference = float((again - stored).norm() / stored.norm())
     return Finding(
         verdict(not difference < 0.05, difference > 0.01),
@@ -231,12 +221,10 @@ def fresh_embeddings(patient: Patient) -> Finding:
 
 def fresh_docids(patient: Patient) -> Finding:
     """Encodes some embeddings again."""
-    if made := patient.config["docids"]:
+    if made := patient.config.docids:
         return Finding("skip", f"docids come from {made}")
-    n = min(len(patient.embeddings), len(patient.codes))
-    rows = patient.some(n, 10 * patient.count)
-    beam, embeddings = rq.BEAM, patient.embeddings[rows]
-    again = rq.encode(embeddings, patient.books, beam, device=patient.device)
+    rows = some(min(len(patient.embeddings), len(patient.codes)), 10 * patient.count)
+    again = rq.encode(patient.stored(rows), patient.books, device=patient.run.device)
     same = float((again == patient.codes[rows]).all(1).float().mean())
     return Finding(
         verdict(same < 0.99), f"{percent(same)} of {len(rows)} docids the same when encoded again", "at least 99%",
@@ -246,13 +234,12 @@ def fresh_docids(patient: Patient) -> Finding:
 
 def distinct_docids(patient: Patient) -> Finding:
     """Tells docids that many documents share, and codebooks that tell little."""
-    n0, k = len(patient.corpora[0].ids), patient.books.shape[1]
-    d0 = rq.report(patient.embeddings[:n0], patient.books, patient.codes[:n0])
-    every = rq.report(patient.embeddings, patient.books, patient.codes)
-    full = math.log2(min(k, n0))
+    d0 = rq.report(patient.d0_embeddings, patient.books, patient.d0_codes)
+    distinct = len(patient.codes.unique(dim=0)) / len(patient.codes)
+    full = math.log2(min(patient.books.shape[1], d0.documents))
     return Finding(
-        verdict(d0.distinct < 0.95, every.distinct < 0.9 or min(d0.entropy) < full / 2),
-        f"{percent(d0.distinct)} of D_0's, {percent(every.distinct)} of all; bits per codebook "
+        verdict(d0.distinct < 0.95, distinct < 0.9 or min(d0.entropy) < full / 2),
+        f"{percent(d0.distinct)} of D_0's, {percent(distinct)} of all; bits per codebook "
         + " ".join(f"{bits:.1f}" for bits in d0.entropy),
         f"over 95% and 90%; over {full / 2:.1f} of {full:.1f} bits",
         "take more codebooks (--M) or centroids (--K), and look for copies among the documents",
@@ -264,26 +251,22 @@ def distinct_docids(patient: Patient) -> Finding:
 
 def dense_recall(patient: Patient) -> Finding:
     """The bi-encoder on D_0, by its embeddings and by what their docids keep of them."""
-    n0 = len(patient.corpora[0].ids)
-    queries = [pair for pair in patient.asked(patient.count, 0) if max(pair[0]) < n0]
-    embedded = dense.embed(patient.start, patient.tokens([query for _, query in queries]).cpu())
-    d0, codes = patient.embeddings[:n0], patient.codes[:n0]
-    quantised = (rq.decode(patient.books, part) for part in codes.split(dense.CHUNK))
-    rows = [rows for rows, _ in queries]
-    before, after = (
-        dense.recall(embedded, rows, documents, device=patient.device) for documents in (d0, quantised)
-    )
-    b, a = beyond_chance(before, n0), beyond_chance(after, n0)
+    n0 = len(patient.d0_embeddings)
+    pairs = [pair for pair in patient.test_queries(patient.count, 0) if max(pair[0]) < n0]
+    embedded, relevant = dense.embed(patient.start, patient.run.tokens(pairs)), [rows for rows, _ in pairs]
+    both = patient.d0_embeddings, prepare.decoded(patient.books, patient.d0_codes)
+    recalls = [dense.recall(embedded, relevant, documents, device=patient.run.device) for documents in both]
+    exact, quantised = (beyond_chance(recall, n0) for recall in recalls)
     return Finding(
-        verdict(b < 0.2 or a < 0.25 * b, b < 0.5 or a < 0.5 * b),
-        f"Recall@10 {percent(before)}, {percent(after)} quantised",
+        verdict(exact < 0.2 or quantised < 0.25 * exact, exact < 0.5 or quantised < 0.5 * exact),
+        f"Recall@10 {percent(recalls[0])}, {percent(recalls[1])} quantised",
         "beyond chance half of all, and half of that quantised",
         "docids can be no better than the bi-encoder: train it longer; where only the quantised one is low, raise --M or --K",
     )  # fmt: skip
 
 
 @torch.no_grad()
-def first_cross_entropy(patient: Patient) -> Finding:
+def initial_cross_entropy(patient: Patient) -> Finding:
     """Cross-entropy of D_0's pseudo-queries before the first step: codes must be likelier than by chance."""
     codes, hidden, _ = patient.hidden(patient.start, patient.training_queries(0))
     logits = segment_logits(hidden, patient.start.rq)  # (Q, M, K)
@@ -303,17 +286,17 @@ def first_cross_entropy(patient: Patient) -> Finding:
 def docid_table(patient: Patient) -> Finding:
     """D_0's docid table is still near the centroids that it starts from."""
     table, books = patient.checkpoint("D0.pt").rq.detach().cpu(), patient.books
-    if patient.config["docid_kind"] == "atomic":
+    if patient.config.docid_kind == "atomic":
         books = books[:, : patient.run.corpora[0].rows.stop]
     if table.shape != books.shape:
-        found, near, length = f"shape {tuple(table.shape)}", 0.0, torch.zeros(1)
+        measured, near, length = f"shape {tuple(table.shape)}", 0.0, torch.zeros(1)
     else:
         near = float(F.cosine_similarity(table, books, dim=-1).mean(1).min())
         length = table.norm(dim=-1).mean(1) / books.norm(dim=-1).mean(1)
-        found = f"cosine {near:.2f}, length {length.min():.2f} to {length.max():.2f} times"
+        measured = f"cosine {near:.2f}, length {length.min():.2f} to {length.max():.2f} times"
     return Finding(
         verdict(not (near > 0.3 and length.min() > 0.4 and length.max() < 2.5), near < 0.6),
-        f"{found} the centroids of rq.pt, of the worst codebook", "cosine over 0.6, length 0.4 to 2.5",
+        f"{measured} the centroids of rq.pt, of the worst codebook", "cosine over 0.6, length 0.4 to 2.5",
         "start the docid table from the centroids, unscaled and codebook by codebook",
     )  # fmt: skip
 
@@ -367,48 +350,50 @@ def groups(model: T5) -> dict[str, list[Tensor]]:
     }
 
 
+def frozen_groups(t: int, model: T5, config) -> set[str]:
+    """Names of the groups that no step on D_t may move."""
+    adapters, mixture = bool(baselines.adapters(model)), bool(mixed_layers(model))
+    if t == 0:
+        return {"word table"} if mixture else set()
+    if not (mixture or model.prefix or adapters or config.insert):
+        return set()
+    frozen = {"encoder", "decoder"} | ({"docid table"} if config.insert else set())  # IncDSI: its old rows
+    frozen |= set() if adapters else {"word table"}
+    return frozen | (set() if config.expand == "fixed" else {"experts", "routers"})
+
+
+def moved_by(before: list[Tensor], after: list[Tensor]) -> float:
+    """||after - before|| / ||before||; rows that one has more are no change."""
+    change = 0.0
+    for a, b in zip(before, after):
+        both = tuple(slice(min(sizes)) for sizes in zip(a.shape, b.shape))
+        change += (b[both] - a[both]).double().pow(2).sum()
+    return float((change / sum(a.double().pow(2).sum() for a in before)) ** 0.5)
+
+
 @torch.no_grad()
 def updates(patient: Patient) -> Finding:
-    """||after - before|| / ||before|| of every group and stage: what trains must move, what is frozen must not."""
-    before, said, still, moved, large = patient.start, [], [], [], []
-    rates = patient.logged("lr")
+    """How far each stage moved every group: what trains must move, what is frozen must not."""
+    before, stages, rates = patient.start, [], patient.logged("lr")
+    faults = {"did not train": [], "frozen but moved": [], "large": []}
     for t in range(patient.t + 1):
         after = patient.checkpoint(f"D{t}.pt")
-        mixture, frozen = bool(mixed_layers(after)), set()
-        if t and (mixture or after.prefix or baselines.adapters(after) or patient.config["insert"]):
-            frozen = {"word table", "encoder", "decoder", "experts", "routers"}
-        if baselines.adapters(after):
-            frozen -= {"word table"}
-        if t and patient.config["insert"]:
-            frozen |= {"docid table"}  # its old rows
-        if t and patient.config["expand"] == "fixed":
-            frozen -= {"experts", "routers"}
-        if t == 0 and mixture:
-            frozen = {"word table"}
-        shown, frozen_moved, now = [], 0.0, groups(after)
-        for name, tensors in groups(before).items():
-            if not tensors:  # the mixture was not there yet
-                continue
-            change = 0.0
-            for a, b in zip(tensors, now[name]):  # rows that one has more are no change
-                both = tuple(slice(min(sizes)) for sizes in zip(a.shape, b.shape))
-                change += (b[both] - a[both]).double().pow(2).sum()
-            change **= 0.5
-            ratio = float(change / sum(a.double().pow(2).sum() for a in tensors) ** 0.5)
-            if name in frozen:
-                frozen_moved = max(frozen_moved, ratio)
-                moved += [f"D{t} {name}"] * (ratio != 0)  # NaN too
-            else:
-                shown.append(f"{name} {ratio:.3g}")
-                still += [f"D{t} {name}"] * (not ratio > 0)
-                large += [f"D{t} {name}"] * (ratio > 1)
+        frozen, tensors = frozen_groups(t, after, patient.config), groups(after)
+        ratios = {
+            n: moved_by(old, tensors[n]) for n, old in groups(before).items() if old
+        }  # old: there already
+        for name, ratio in ratios.items():
+            faults["frozen but moved"] += [f"D{t} {name}"] * (name in frozen and ratio != 0)  # NaN too
+            faults["did not train"] += [f"D{t} {name}"] * (name not in frozen and not ratio > 0)
+            faults["large"] += [f"D{t} {name}"] * (name not in frozen and ratio > 1)
         rate = f"lr {max(rates[f'D{t}']):.0e} " if f"D{t}" in rates else ""
-        said.append(f"D{t} {rate}" + ", ".join(shown) + (f", frozen {frozen_moved:.3g}" if frozen else ""))
+        shown = [f"{name} {ratio:.3g}" for name, ratio in ratios.items() if name not in frozen]
+        shown += [f"frozen {max(ratios[name] for name in frozen & set(ratios)):.3g}"] if frozen else []
+        stages.append(f"D{t} {rate}" + ", ".join(shown))
         before = after
-    faults = {"did not train": still, "frozen but moved": moved, "large": large}
     return Finding(
-        verdict(bool(still or moved), bool(large)),
-        "; ".join(said + [f"{what}: {names}" for what, names in faults.items() if names]),
+        verdict(bool(faults["did not train"] or faults["frozen but moved"]), bool(faults["large"])),
+        "; ".join(stages + [f"{fault}: {names}" for fault, names in faults.items() if names]),
         "over 0 and at most 1 where a group trains, 0 where it is frozen",
         "what did not train was frozen or not given to the optimiser; what moved though frozen was given to it (weight decay "
         "moves it too), or files of two runs are mixed; what is large wants a lower learning rate",
@@ -419,48 +404,43 @@ def updates(patient: Patient) -> Finding:
 
 
 def learnt(patient: Patient) -> Finding:
-    """Recall on queries as trained on against test queries: neither, both, or the former alone (by heart)."""
-    said, found, before = [], [("ok", "")], {}
-    last = patient.t
-    for t, i in dict.fromkeys([(0, 0), (last, last), (last, 0)]):  # corpus D_i by the model after D_t
-        model, trie = patient.last if t == last else patient.run.at(t)
+    """Recall on queries as trained on against test queries: neither, both, or the former alone (memorised)."""
+    recalls, verdicts, at_first = [], [("ok", "")], 0.0
+    for t, i in dict.fromkeys([(0, 0), (patient.t, patient.t), (patient.t, 0)]):  # D_i by the model after D_t
+        model, trie = patient.last if t == patient.t else patient.trained.at(t)
         trained = patient.recall(model, trie, patient.training_queries(i))
-        tested = patient.recall(model, trie, patient.asked(patient.count, i))
-        said.append(f"D_{i} after D{t} {percent(trained)} trained on, {percent(tested)} test")
-        before[t, i] = tested
+        tested = patient.recall(model, trie, patient.test_queries(patient.count, i))
+        recalls.append(f"D_{i} after D{t} {percent(trained)} trained on, {percent(tested)} test")
+        at_first = tested if t == 0 else at_first
         if i < t:
-            forgot = verdict(False, tested < 0.5 * before[0, 0])
-            found.append((forgot, f"D{t}.pt forgot D_0: freeze more, raise --kl_coef, or lower --lr"))
+            advice = f"D{t}.pt forgot D_0: freeze more, raise --kl_coef, or lower --lr"
+            verdicts.append((verdict(False, tested < 0.5 * at_first), advice))
         elif not trained >= 0.3:
-            failed = verdict(not trained >= 0.1, True)
-            found.append((failed, f"D{t}.pt has not learnt D_{t}: see the checks above"))
+            advice = f"D{t}.pt has not learnt D_{t}: see the checks above"
+            verdicts.append((verdict(not trained >= 0.1, True), advice))
         elif tested < 0.5 * trained:
-            advice = "knows its training queries by heart: take more, and more varied, pseudo-queries"
-            found.append((verdict(tested < 0.25 * trained, True), f"D{t}.pt {advice}"))
-    worst, advice = max(found, key=lambda one: ("ok", "warn", "FAIL").index(one[0]))
+            advice = f"D{t}.pt has memorised its training queries: take more, and more varied, pseudo-queries"
+            verdicts.append((verdict(tested < 0.25 * trained, True), advice))
+    worst, advice = max(verdicts, key=lambda pair: ("ok", "warn", "FAIL").index(pair[0]))
     wanted = "30% trained on, half of that in test, half of D_0 kept"
-    return Finding(worst, "Recall@10 beyond chance: " + "; ".join(said), wanted, advice)
+    return Finding(worst, "Recall@10 beyond chance: " + "; ".join(recalls), wanted, advice)
 
 
 def reachable(patient: Patient) -> Finding:
     """Every document that a test query asks for is in the trie and has a query to train on."""
-    trie, rng = patient.last[1], random.Random("doctor")
-    labels = [found for corpus in patient.corpora for found in corpus.qrels.values()]
-    asked = {doc_id for found in labels for doc_id in found}
-    rows = {doc_id: patient.row_of(doc_id) for doc_id in asked}
-    indexed = set(trie.documents.tolist())
+    indexed, rng = set(patient.last[1].documents.tolist()), random.Random("doctor")
+    relevant = {d for corpus in patient.corpora for labels in corpus.qrels.values() for d in labels}
+    rows = {doc_id: patient.row_of.get(doc_id) for doc_id in relevant}
     unknown = sorted(doc_id for doc_id, row in rows.items() if row not in indexed)
-    silent = []
-    known = sorted(row for row in rows.values() if row in indexed)
+    known, silent = sorted(row for row in rows.values() if row in indexed), []
     for row in rng.sample(known, min(len(known), 10 * patient.count)):
-        t = next(t for t, corpus in enumerate(patient.corpora) if row in corpus.rows)
         try:
-            patient.samplers[t].draw(row, rng)
-        except ValueError:  # too short a text, or none listed
+            patient.run.draw(row, rng)
+        except (ValueError, IndexError):  # too short a text, or none listed
             silent.append(patient.ids[row])
     return Finding(
         verdict(bool(unknown or silent)),
-        f"{len(asked)} asked for, {len(unknown)} not indexed {unknown[:3]}, {len(silent)} without a query {silent[:3]}",
+        f"{len(rows)} asked for, {len(unknown)} not indexed {unknown[:3]}, {len(silent)} without a query {silent[:3]}",
         "0 not indexed, 0 without a query to train on",
         "the docid table is cut, or labels name documents that the corpora lack; a document without a query stays unknown",
     )  # fmt: skip
@@ -470,12 +450,11 @@ def reachable(patient: Patient) -> Finding:
 def scores_agree(patient: Patient) -> Finding:
     """The beam's scores are those of teacher forcing: cache, positions and tables of the two agree."""
     (model, trie), differences = patient.last, []
-    for _, query in patient.asked(min(FORCED, patient.count)):
-        ids = patient.tokens([query])
-        leaves, scores = beam_search(model, trie, ids, patient.config["beam"])
-        first, end = leaves[0].T
-        codes = trie.rows[first[first < end]].long()
-        forced = exact_scores(model, ids, codes.to(patient.device))[0]
+    for ids in patient.tokens(patient.test_queries(min(FORCED, patient.count))).split(1):
+        leaves, scores = beam_search(model, trie, ids, patient.config.beam)
+        begin, end = leaves[0].T
+        codes = trie.rows[begin[begin < end]].long()
+        forced = exact_scores(model, ids, codes.to(ids.device))[0]
         differences.append((scores[0, : len(forced)] - forced).abs().max())
     worst = float(torch.stack(differences).max())  # NaN where one is
     return Finding(
@@ -488,20 +467,18 @@ def scores_agree(patient: Patient) -> Finding:
 @torch.no_grad()
 def beam_reaches_best(patient: Patient) -> Finding:
     """How often the best docid of all survives the beam."""
-    model, trie = patient.last
+    (model, trie), hits = patient.last, []
     docids = trie.rows.unique(dim=0).long()
-    docids = docids[patient.some(len(docids), EXACT_DOCIDS)]
-    hits = []
-    for _, query in patient.asked(min(EXACT, patient.count)):
-        ids = patient.tokens([query])
-        found = beam_search(model, trie, ids, patient.config["beam"])[1].max()
-        hits.append(bool(found >= exact_scores(model, ids, docids.to(patient.device)).max() - TOLERANCE))
+    docids = docids[some(len(docids), EXACT_DOCIDS)]
+    for ids in patient.tokens(patient.test_queries(min(EXACT, patient.count))).split(1):
+        best = beam_search(model, trie, ids, patient.config.beam)[1].max()
+        hits.append(bool(best >= exact_scores(model, ids, docids.to(ids.device)).max() - TOLERANCE))
     share = sum(hits) / len(hits)
     return Finding(
         verdict(share < 0.5, share < 0.9),
         f"best of {len(docids)} docids in the beam for {percent(share)} of {len(hits)} queries",
         "at least 90%",
-        f"good docids are pruned early: pass --beam above {patient.config['beam']} to eval.py or search.py",
+        f"good docids are pruned early: pass --beam above {patient.config.beam} to eval.py or search.py",
     )  # fmt: skip
 
 
@@ -515,17 +492,17 @@ def expert_load(patient: Patient) -> Finding:
     layers = mixed_layers(model)
     if not layers:
         return Finding("skip", f"D{patient.t}.pt has no mixture")
-    routes, said, idle, zero = patient.hidden(model, patient.asked(patient.count))[2], [], [], []
+    routes, loads, idle, zero = patient.hidden(model, patient.test_queries(patient.count))[2], [], [], []
     for number, (layer, route) in enumerate(zip(layers, routes)):
         choices, mass = mixlora.first_choice_share(route.scores).tolist(), route.gates.mean((0, 1)).tolist()
         shares = " ".join(f"{100 * a:.0f}/{100 * b:.0f}" for a, b in zip(choices, mass))
-        said.append(f"layer {number} {shares}")
+        loads.append(f"layer {number} {shares}")
         b = torch.cat([layer.stacked(name).flatten(1) for name in ("in_b", "out_b")], dim=1)  # (E, all of B)
         zero += [f"layer {number} expert {e}" for e in range(len(layer)) if not b[e].any()]
         idle += [f"layer {number} expert {e}" for e, share in enumerate(mass) if not share >= 0.01]
     faults = f", idle: {idle}" * bool(idle) + f", B = 0: {zero}" * bool(zero)
     return Finding(
-        verdict(bool(zero), bool(idle)), "percent of first choices/gates: " + "; ".join(said) + faults,
+        verdict(bool(zero), bool(idle)), "percent of first choices/gates: " + "; ".join(loads) + faults,
         "each 1% of gates or more, none with B = 0",
         "an expert without tokens learns nothing, and of an older one what it knew is lost: --router_row ood_mean for a new "
         "row, a smaller --align_coef where new rows outbid the old ones",
@@ -561,9 +538,9 @@ def ood_statistics(patient: Patient) -> Finding:
 CHECKS = {
     counts: "document counts and ids", round_trip: "docid round trip", fresh_embeddings: "embeddings of these documents",
     fresh_docids: "docids of these embeddings", distinct_docids: "distinct docids", dense_recall: "bi-encoder on D_0",
-    first_cross_entropy: "cross-entropy at step 0", docid_table: "docid table of D0.pt",
+    initial_cross_entropy: "cross-entropy at step 0", docid_table: "docid table of D0.pt",
     log_of_d0: "cross-entropy of D_0's log", gradient_norms: "gradient norm", updates: "relative updates",
-    reachable: "test documents", learnt: "learnt, not by heart", scores_agree: "search score against forced",
+    reachable: "test documents", learnt: "learnt, not memorised", scores_agree: "search score against forced",
     beam_reaches_best: "beam against exact search", expert_load: "experts", ood_statistics: "OOD statistics",
 }  # fmt: skip
 
@@ -581,28 +558,23 @@ def examine(patient: Patient) -> Iterator[tuple[str, Finding]]:
 
 def main(argv: list[str]) -> int:
     """Prints the findings; 1 where one of them FAILs, else 0."""
-    parser = argparse.ArgumentParser(description="Find out why a run does not retrieve.")
+    parser = command.Parser(description="Find out why a run does not retrieve.")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--queries", type=int, default=200, help="most queries of a check (default 200)")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     if args.queries < 1:
-        raise ValueError(f"found --queries {args.queries}, wanted a positive number")
+        raise ValueError(f"--queries {args.queries}: wanted a positive number")
     tally = dict.fromkeys(("ok", "warn", "FAIL", "skip"), 0)
-    for name, found in examine(Patient(args.run, args.queries, args.device)):
-        tally[found.verdict] += 1
-        wanted = f" (wanted: {found.wanted})" * bool(found.wanted)
-        print(f"{found.verdict:4}  {name}: {found.measured}{wanted}", flush=True)
-        if found.verdict in ("warn", "FAIL"):
-            print(f"      -> {found.advice}")
+    for name, finding in examine(Patient(args.run, args.queries, command.check_device(args.device))):
+        tally[finding.verdict] += 1
+        wanted = f" (wanted: {finding.wanted})" * bool(finding.wanted)
+        print(f"{finding.verdict:4}  {name}: {finding.measured}{wanted}", flush=True)
+        if finding.verdict in ("warn", "FAIL"):
+            print(f"      -> {finding.advice}")
     print(", ".join(f"{number} {kind}" for kind, number in tally.items()))
     return int(tally["FAIL"] > 0)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (ValueError, OSError) as error:
-        sys.exit(f"tools.doctor: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command.run(main, "tools.doctor")
