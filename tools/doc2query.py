@@ -21,7 +21,6 @@ import argparse
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -31,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import command
 from data import EOS, PAD, UNK, load_tokenizer, read_jsonl, tokenize
 from published import read_texts, read_tsv
 from queries import words
@@ -46,8 +46,7 @@ SECONDS_BETWEEN_LINES = 10  # of progress on the terminal
 def next_word_probabilities(logits: Tensor, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
     """softmax(logits / temperature) over the top_k words alone: (R, V) -> probabilities and ids, (R, k) each.
 
-    The likeliest word comes first; float32; k = min(top_k, V). Words that tie for the last place are not all
-    kept.
+    The likeliest word comes first; float32; k = min(top_k, V). Words that tie for the last place are not all kept.
     """
     best, ids = (logits.float() / temperature).topk(min(top_k, logits.shape[-1]))
     return F.softmax(best, dim=-1), ids
@@ -162,10 +161,8 @@ def begin(args) -> tuple[int, int, int]:
         write_json(path, settings)
         return 0, 0, 0
     if not path.exists():
-        raise ValueError(
-            f"found {out} without {path.name}, which says how it was sampled; this command would overwrite it, so move "
-            "it away or pass another --out"
-        )
+        missing = f"found {out} without {path.name}, which says how it was sampled"
+        raise ValueError(f"{missing}; this command would overwrite it, so move it away or pass another --out")
     was = read_json(path)
     if was != settings:
         names = [name for name in was | settings if was.get(name) != settings.get(name)]
@@ -199,9 +196,8 @@ def complete_lines(out: Path) -> Iterator[tuple[str, int]]:
                 try:
                     yield json.loads(line)["doc_id"], len(line)
                 except (ValueError, KeyError, TypeError):
-                    raise ValueError(
-                        f"{out}:{number}: not a line of this command; pass another --out"
-                    ) from None
+                    reason = "not a line of this command; pass another --out"
+                    raise ValueError(f"{out}:{number}: {reason}") from None
 
 
 # -------------------------------------------------------------------------------------------------- command
@@ -209,10 +205,8 @@ def complete_lines(out: Path) -> Iterator[tuple[str, int]]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The settings of a command line. Raises ValueError for a number that makes no sense."""
-    parser = argparse.ArgumentParser(
-        description="Sample pseudo-queries for documents; the same command goes on where it was stopped.",
-        allow_abbrev=False,
-    )
+    about = "Sample pseudo-queries for documents; the same command goes on where it was stopped."
+    parser = command.Parser(description=about)
 
     def flag(name: str, default, help: str) -> None:
         names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])  # both spellings
@@ -230,18 +224,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     flag("batch", 16, "documents at a time")
     flag("document_length", 512, "word pieces kept of a document")
     flag("query_length", 64, "word pieces of a query at most")
-    flag("device", "cuda" if torch.cuda.is_available() else "cpu", "where the model runs")
+    flag("device", command.default_device(), "where the model runs")
     args = parser.parse_args(argv)
-    args.t5 = find_t5(args.t5)
-    args.tokenizer = args.tokenizer or args.t5 / "spiece.model"
     for name in ("per_document", "top_k", "batch", "document_length", "query_length"):
         if getattr(args, name) < 1:
-            raise ValueError(f"found --{name} {getattr(args, name)}, wanted a positive number")
+            raise ValueError(f"--{name} {getattr(args, name)}: wanted a positive number")
     if not (math.isfinite(args.temperature) and args.temperature > 0):
-        raise ValueError(
-            f"found --temperature {args.temperature}, wanted a positive number; for the likeliest words alone "
-            "pass --top_k 1"
-        )
+        wanted = "wanted a positive number; for the likeliest words alone pass --top_k 1"
+        raise ValueError(f"--temperature {args.temperature}: {wanted}")
+    command.check_device(args.device)
+    args.t5 = find_t5(args.t5)
+    args.tokenizer = args.tokenizer or args.t5 / "spiece.model"
     return args
 
 
@@ -284,9 +277,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"tools.doc2query: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ntools.doc2query: stopped; whole batches are kept, the same command goes on")
+    command.run(main, "tools.doc2query", "stopped; whole batches are kept, the same command goes on")
