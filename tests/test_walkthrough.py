@@ -6,7 +6,6 @@
 import contextlib
 import importlib
 import io
-import json
 import os
 import re
 import sys
@@ -19,23 +18,36 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "walkthrough.md"
-SHARED = Path(os.environ.get("MIXLORA_DATA") or ROOT / "../shared/data").resolve()
-XQUAD = SHARED / "xquad_en"
 BLOCK = re.compile(r"```python\n(.*?)```\n\n```text\n(.*?)```", re.S)
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?: %)?")
-needs_xquad = pytest.mark.skipif(not XQUAD.is_dir(), reason=f"no folder {XQUAD}; set MIXLORA_DATA")
+
+
+@pytest.fixture(scope="session")
+def boolq(once):
+    """BoolQ's pages, downloaded where they are absent; where that is impossible, the test is skipped."""
+    data = importlib.import_module("data")
+    present = data.CACHE.exists()
+
+    def fetch(folder: Path) -> None:
+        data.fetch_boolq()
+        folder.mkdir()
+
+    try:
+        once("boolq", fetch)
+    except ValueError as error:
+        if present:
+            raise
+        pytest.skip(str(error))
+    return data.read_boolq(seed=42)
 
 
 def outputs(page: str) -> list[str]:
     """What each of the page's python blocks prints, run in order in one namespace and a temporary folder."""
     printed, names = [], {}
     threads, faiss_threads, here = torch.get_num_threads(), faiss.omp_get_max_threads(), Path.cwd()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        pytest.MonkeyPatch.context() as patch,
-        torch.enable_grad(),  # leaving it restores the mode, which the page changes
-    ):
-        patch.setenv("MIXLORA_DATA", str(SHARED))
+    train = importlib.import_module("train")
+    counts = train.CALIBRATION_QUERIES, train.CONTROL_QUERIES
+    with tempfile.TemporaryDirectory() as folder, torch.enable_grad():  # the page turns it off
         try:
             os.chdir(folder)
             for number, (code, _) in enumerate(BLOCK.findall(page), 1):
@@ -44,6 +56,7 @@ def outputs(page: str) -> list[str]:
                 printed.append("".join(line.rstrip() + "\n" for line in out.getvalue().splitlines()))
         finally:
             os.chdir(here)
+            train.CALIBRATION_QUERIES, train.CONTROL_QUERIES = counts
             torch.set_num_threads(threads)
             faiss.omp_set_num_threads(faiss_threads)
     return printed
@@ -69,15 +82,13 @@ def near(found: str, wanted: str) -> bool:
     return abs(float(found.removesuffix(" %")) - float(number)) <= allowed + 1e-6
 
 
-@needs_xquad
-def test_every_block_prints_what_stands_below_it():
+def test_every_block_prints_what_stands_below_it(boolq):
     page = PAGE.read_text()
     blocks = BLOCK.findall(page)
     assert len(blocks) >= 12 and len(blocks) == page.count("```python\n") == page.count("```text\n")
-    found = outputs(page)
     wrong = {
         number: problem
-        for number, (printed, (_, wanted)) in enumerate(zip(found, blocks), 1)
+        for number, (printed, (_, wanted)) in enumerate(zip(outputs(page), blocks), 1)
         if (problem := differs(printed, wanted))
     }
     assert not wrong, "python tests/test_walkthrough.py --write writes the outputs anew"
@@ -109,9 +120,8 @@ def test_outputs_are_compared_as_the_page_says(found, wanted, same):
 def test_every_function_that_the_page_names_exists():
     modules = {path.stem for path in ROOT.glob("*.py")}
     dotted = re.findall(r"`([a-z0-9_]+)\.(\w[\w.]*)`", PAGE.read_text())
-    names = {
-        (module, rest) for module, rest in dotted if module in modules and rest not in ("py", "pt", "json")
-    }
+    of_files = ("py", "pt", "json", "jsonl")
+    names = {(module, rest) for module, rest in dotted if module in modules and rest not in of_files}
     assert len(names) >= 25
     for module, rest in names:
         value = importlib.import_module(module)
@@ -134,26 +144,23 @@ def test_the_page_mentions_every_equation_and_section_of_readme():
         assert section in " ".join(page.split()), section
 
 
-@needs_xquad
-def test_the_page_holds_no_text_of_the_data_set():
-    """No eight words in a row of any passage or question; the licence of the text is not this project's."""
+def test_the_page_holds_no_text_of_the_data_set(boolq):
+    """No eight words in a row of its 300 pages or of any question; the licence of the text is not this project's."""
 
     def windows(text: str) -> set[tuple[str, ...]]:
         words = re.findall(r"\w+", text.lower())
         return {tuple(words[i : i + 8]) for i in range(len(words) - 7)}
 
-    theirs = set()
-    for name in ("corpus.jsonl", "queries.jsonl"):
-        texts = [json.loads(line)["text"] for line in (XQUAD / name).read_text().splitlines()]
-        theirs.update(*map(windows, texts))
-    assert len(theirs) > 10_000
+    questions = [*boolq.test.values(), *(query for _, query, _ in boolq.train)]
+    theirs = set().union(*map(windows, [*boolq.documents.texts[:300], *questions]))
+    assert len(theirs) > 50_000
     assert not theirs & windows(PAGE.read_text())
 
 
 def write() -> None:
     page = PAGE.read_text()
-    found = iter(outputs(page))
-    PAGE.write_text(BLOCK.sub(lambda block: f"```python\n{block[1]}```\n\n```text\n{next(found)}```", page))
+    printed = iter(outputs(page))
+    PAGE.write_text(BLOCK.sub(lambda block: f"```python\n{block[1]}```\n\n```text\n{next(printed)}```", page))
 
 
 if __name__ == "__main__":
