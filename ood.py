@@ -5,7 +5,7 @@ Paper    section 3.2, Eq. 2 and Table 5: energy of the router's scores, a thresh
 In       router scores (Q, M, E) of one layer for all pseudo-queries of D_t; statistics kept from earlier
          corpora
 Out      a Decision: the share of OOD queries, and True if the layer should grow
-Next     train.py acts on it through mixlora.add_expert(), and settles the statistics after each corpus
+Next     train.py acts on it through MixedFeedForward.add_expert(), and settles the statistics after each corpus
 Differs  two modes. `paper_code` follows the released code: moving averages gathered in training, one
          threshold for each (expert, position), a query is OOD if one of its tokens lies above all of them.
          Its mean sits where half of all tokens are, so without any shift it flags from 0 % to 99.6 % of
@@ -201,7 +201,7 @@ def _paper_threshold(stats: Stats, sigmas: float) -> Tensor:
 
 
 def histogram(e: Tensor, control: Tensor, stats: Stats, bins: int = 60) -> dict:
-    """Counts of query scores for plot.py: energies of a corpus (Q, M) and of a control (Q', M), in the same bins.
+    """Counts of query scores for tools/plot.py: energies of a corpus (Q, M) and of a control (Q', M), in the same bins.
 
     Scores beyond the middle 99.8 % are counted in the outermost bins.
     """

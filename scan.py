@@ -32,7 +32,7 @@ class SourceCache:
 
     @torch.no_grad()
     def __init__(self, model: T5, ids: Tensor, batch: int = 512, folder: Path | None = None):
-        """ids (Q, S). With a folder the outputs lie in a nameless file there (see `mapped.scratch`)."""
+        """ids (Q, S). With a folder the outputs lie in a nameless file there (see `arrays.scratch`)."""
         model.eval()
         lengths = (ids != PAD).sum(1)
         self.start, self.lengths, self.folder = lengths.cumsum(0) - lengths, lengths, folder
