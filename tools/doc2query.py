@@ -6,7 +6,8 @@ Paper    section 4 and its appendix: docT5query pseudo-queries, 10 per MS MARCO 
          document
 In       a folder with a published T5 that was trained for this, such as castorini/doc2query-t5-base-msmarco;
          documents as BEIR lines, MS MARCO's collection or NQ320k's list
-Out      JSON lines {"doc_id", "query"}, in document order, and beside them the settings that they were sampled with
+Out      JSON lines {"doc_id", "query"}, in document order, and beside them the settings that they were sampled with and how
+         far whole batches got
 Next     data.read_pseudo_queries reads the file; train.py trains on it (--pseudo_queries)
 Differs  the paper takes published pseudo-queries and does not state how they were drawn; our defaults are top-k
          sampling with k = 10 at temperature 1, as is usual for this checkpoint. Each document has its own random
@@ -21,6 +22,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -148,56 +150,31 @@ def settings_path(out: Path) -> Path:
     return out.with_name(out.name + ".settings.json")
 
 
-def begin(args) -> tuple[int, int, int]:
-    """Documents, queries and bytes of the output that are there already: whole batches, but for the last one.
+def begin(args) -> dict:
+    """What the output's settings file says: the settings, and how far whole batches got.
 
-    Raises ValueError where an output stands without its settings or was sampled with others, and where its documents
-    are not those of --documents.
+    Raises ValueError where an output stands without that file, was sampled with other settings or is cut.
     """
     path, out = settings_path(args.out), args.out
     own = ("out", "batch", "device")  # change no query
     settings = {name: str(value) for name, value in vars(args).items() if name not in own}
-    if not out.exists() or not out.stat().st_size:
-        write_json(path, settings)
-        return 0, 0, 0
-    if not path.exists():
+    with args.documents.open("rb") as file:
+        settings["documents_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    size = out.stat().st_size if out.exists() else 0
+    if not size:
+        write_json(path, {"settings": settings, "documents": 0, "queries": 0, "bytes": 0})
+    elif not path.exists():
         missing = f"found {out} without {path.name}, which says how it was sampled"
         raise ValueError(f"{missing}; this command would overwrite it, so move it away or pass another --out")
-    was = read_json(path)
-    if was != settings:
-        names = [name for name in was | settings if was.get(name) != settings.get(name)]
+    progress = read_json(path)
+    was, anew = progress.get("settings", {}), f"remove {out.name} and {path.name} to begin anew"
+    if names := [name for name in was | settings if was.get(name) != settings.get(name)]:
         then, now = (", ".join(f"{name}={of.get(name)}" for name in names) for of in (was, settings))
-        raise ValueError(
-            f"{out}: found queries sampled with {then}; this command says {now}. Give the settings of then, or pass "
-            f"another --out, or remove {out.name} and {path.name} to begin anew"
-        )
-    done, queries, size = (0, 0, 0), 0, 0
-    lines = complete_lines(out)
-    doc_id, length = next(lines, (None, 0))
-    for number, (document, _) in enumerate(documents(args)):
-        if number % args.batch == 0:
-            done = number, queries, size
-        while doc_id == document:
-            queries, size = queries + 1, size + length
-            doc_id, length = next(lines, (None, 0))
-        if doc_id is None:
-            return done
-    raise ValueError(
-        f"{args.documents}: found no document {doc_id} where {out} has its queries; put the documents back as they "
-        "were, or pass another --out"
-    )
-
-
-def complete_lines(out: Path) -> Iterator[tuple[str, int]]:
-    """(document id, bytes) of each line that ends; a stopped run may have left a part of one."""
-    with out.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.endswith(b"\n"):
-                try:
-                    yield json.loads(line)["doc_id"], len(line)
-                except (ValueError, KeyError, TypeError):
-                    reason = "not a line of this command; pass another --out"
-                    raise ValueError(f"{out}:{number}: {reason}") from None
+        to_do = f"Give the settings of then, or pass another --out, or {anew}"
+        raise ValueError(f"{out}: found queries sampled with {then}; this command says {now}. {to_do}")
+    if size < progress["bytes"]:
+        raise ValueError(f"{out}: {size} of {progress['bytes']} bytes are left; {anew}")
+    return progress
 
 
 # -------------------------------------------------------------------------------------------------- command
@@ -255,25 +232,31 @@ def main(argv: list[str]) -> None:
     if next(documents(args), None) is None:
         raise ValueError(f"{args.documents}: found no document with a title or a text")
     model, tokenizer = load(args)
-    done, earlier, size = begin(args)
-    if done:
-        print(f"goes on after {done} documents")
-    stream, written, start, last = islice(documents(args), done, None), earlier, time.monotonic(), 0.0
+    progress = begin(args)
+    stream = islice(documents(args), progress["documents"], None)
+    earlier, start, last = progress["queries"], time.monotonic(), 0.0
+    if progress["documents"]:
+        print(f"goes on after {progress['documents']} documents")
     with args.out.open("ab") as file:
-        file.truncate(size)
+        file.truncate(progress["bytes"])
         while batch := list(islice(stream, args.batch)):
             for (doc_id, _), texts in zip(batch, queries(model, tokenizer, batch, args)):
                 kept = [{"doc_id": doc_id, "query": text} for text in texts if words(text)]
                 file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept).encode())
-                written += len(kept)
+                progress["queries"] += len(kept)
             file.flush()
-            done += len(batch)
+            os.fsync(file.fileno())
+            progress["documents"] += len(batch)
+            progress["bytes"] = file.tell()
+            write_json(settings_path(args.out), progress)
             seconds = time.monotonic() - start
             if seconds >= last + SECONDS_BETWEEN_LINES:
-                last, rate = seconds, (written - earlier) / seconds
-                print(f"{done} documents | {written} queries | {rate:.1f} q/s", flush=True)
-    left_out = args.per_document * done - written
-    print(f"{written} queries of {done} documents; left out {left_out} samples without a word")
+                last, rate = seconds, (progress["queries"] - earlier) / seconds
+                counts = "{documents} documents | {queries} queries".format(**progress)
+                print(f"{counts} | {rate:.1f} q/s", flush=True)
+    left_out = args.per_document * progress["documents"] - progress["queries"]
+    counts = "{queries} queries of {documents} documents".format(**progress)
+    print(f"{counts}; left out {left_out} samples without a word")
 
 
 if __name__ == "__main__":
