@@ -11,11 +11,9 @@ Differs  the paper prints one run of each system; here seeds vary the split, all
          layer grows on the default stream. Flags that are numbers are meant for the small presets
 """
 
-import argparse
 import multiprocessing
 import os
 import shutil
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,9 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import command
 import store
 import train
 from config import Config, parse
+from tools.plot import mean_and_error
 
 METRICS = ("recall@10", "mrr@10")
 NOT_RUN = ("bm25", "dense")  # rows that the run mixlora-dsi evaluates beside itself
@@ -120,7 +120,6 @@ RUNS |= {
     f"paper_code, delta {delta}": Run("paper-code", f"--ood_mode paper_code --delta {delta}")
     for delta in ("0.1", "5", "10")
 }
-ALPHAS = [(align, kl) for align in ("0.1", "0.5", "1.0") for kl in ("0.05", "0.1", "0.5")]
 PAPER_ALPHAS = {  # tables 11-12, whose labels of alpha_1 are off by one row
     ("0.1", "0.05"): ("65.2/50.8", "15.3/21.0", ""), ("0.1", "0.1"): ("66.7/52.3", "13.3/20.6", ""),
     ("0.1", "0.5"): ("59.5/40.6", "12.9/15.2", ""), ("0.5", "0.05"): ("64.9/50.2", "18.3/26.2", ""),
@@ -129,9 +128,8 @@ PAPER_ALPHAS = {  # tables 11-12, whose labels of alpha_1 are off by one row
     ("1.0", "0.5"): ("61.9/45.3", "9.9/7.2", ""),
 }
 RUNS |= {
-    f"alpha {align}, {kl}": Run("mixture", f"--method always-expand --align_coef {align} --kl_coef {kl} --kl_old_coef 0",
-                                PAPER_ALPHAS[align, kl])
-    for align, kl in ALPHAS
+    f"alpha {align}, {kl}": Run("mixture", f"--method always-expand --align_coef {align} --kl_coef {kl} --kl_old_coef 0", paper)
+    for (align, kl), paper in PAPER_ALPHAS.items()
 }
 
 # Experiment: its rows, and the one that the others are tested against.
@@ -144,7 +142,7 @@ EXPERIMENTS = {
                 "always-expand", "mixlora-dsi", "no mask"], "mixlora-dsi"),
     "topic": (["topic/never-expand", "topic/always-expand", "topic/mixlora-dsi"], "topic/mixlora-dsi"),
     "losses": (["no align", "no repel", "no KL", "no KL along earlier docids", "always-expand"], "always-expand"),
-    "alpha": ([f"alpha {align}, {kl}" for align, kl in ALPHAS], "alpha 1.0, 0.1"),
+    "alpha": ([f"alpha {align}, {kl}" for align, kl in PAPER_ALPHAS], "alpha 1.0, 0.1"),
     "delta": (["paper_code, delta 0.1", "paper_code", "paper_code, delta 5", "paper_code, delta 10"], "paper_code"),
     "slow": (["slow none", "mixlora-dsi", "slow lr"], "mixlora-dsi"),
     "detector": (["mixlora-dsi", "paper_code"], "mixlora-dsi"),
@@ -159,7 +157,7 @@ EXPERIMENTS = {
 FILES = {  # of a run folder, by the last stage that they are needed for
     "dense": (
         "corpus.json", "documents", "queries", "doc_ids.txt", "tokenizer.model", "pseudo_queries", "idf.json",
-        "excluded.npy", "dense.pt", "embeddings", "embeddings.npy",
+        "excluded.npy", "dense.pt", "embeddings",
     ),
     "rq": ("rq.pt", "docids.npy"),
     "D0": ("D0.pt", "evaluation_D0.json"),
@@ -198,14 +196,14 @@ class Task:
 
     def is_done(self) -> bool:
         """Whether the folder holds all that it is to hold, by the file that is written last."""
-        stages = self.folder / "stages.json"
         if self.ends is None:
             return (self.folder / "results.json").exists()
-        return stages.exists() and f"D{self.ends}" in store.read_json(stages)
+        return f"D{self.ends}" in store.Stages(self.folder)
 
 
-def file_name(label: str) -> str:
-    return label.replace("/", "-").replace(" ", "_")
+def run_name(label: str) -> str:
+    """The folder of a row's run."""
+    return "mixlora-dsi" if label in NOT_RUN else label.replace("/", "-").replace(" ", "_")
 
 
 def tasks_of(labels: list[str], seed: int, out: Path, flags: list[str]) -> list[list[Task]]:
@@ -217,35 +215,37 @@ def tasks_of(labels: list[str], seed: int, out: Path, flags: list[str]) -> list[
         every = (*flags, *own.split(), "--seed", str(seed), "--run", str(path), beside)
         return Task(path, every, folder / f"start-{source}" if source else None, last, ends)
 
-    runs = [(label, RUNS[label]) for label in labels]
-    starts = list(dict.fromkeys(run.start for _, run in runs))
-    whole = [name for name in starts if not STARTS[name].stages]
-    parts = [name for name in starts if STARTS[name].stages]
-    if parts and "mixture" not in whole:
-        whole.append("mixture")
-    return [
-        [task(f"start-{name}", STARTS[name].flags, "", "", 0) for name in whole],
-        [task(f"start-{name}", STARTS[name].flags, "mixture", STARTS[name].stages, 0) for name in parts],
-        [task(file_name(label), run.flags, run.start, "D0") for label, run in runs if label not in NOT_RUN],
+    starts = dict.fromkeys(RUNS[label].start for label in labels)
+    if any(STARTS[name].stages for name in starts):
+        starts["mixture"] = None
+    groups = [
+        [],
+        [],
+        [task(run_name(x), RUNS[x].flags, RUNS[x].start, "D0") for x in labels if x not in NOT_RUN],
     ]
+    for name in starts:
+        start = STARTS[name]
+        source = "mixture" if start.stages else ""
+        groups[bool(source)].append(task(f"start-{name}", start.flags, source, start.stages, 0))
+    return groups
 
 
 def perform(task: Task, threads: int) -> str:
     """Makes or finishes one run folder, in a process of its own. Raises ValueError where it holds another run."""
     torch.set_num_threads(threads)
-    command, folder = parse(list(task.flags)), task.folder
+    asked, folder = parse(list(task.flags)), task.folder
     if task.source and not (folder / "corpus.json").exists():
-        inherit(task.source, folder, task.last, command.config)
+        inherit(task.source, folder, task.last, asked.config)
     if (folder / "corpus.json").exists():
-        was, wanted = store.read_json(folder / "config.json"), asdict(command.config)
+        was, wanted = store.read_json(folder / "config.json"), asdict(asked.config)
         if differing := ", ".join(name for name in wanted if was.get(name) != wanted[name]):
             raise ValueError(
                 f"{folder} holds a run with other settings ({differing}); move it, or pass --out"
             )
         if task.is_done():
             return f"{folder}: done already"
-        command.resume = True
-    train.execute(command, task.ends, quiet=True)
+        asked.resume = True
+    train.execute(asked, task.ends, quiet=True)
     return f"{folder}: done"
 
 
@@ -263,7 +263,7 @@ def run_all(tasks: list[Task], jobs: int) -> None:
 
 def values_of(label: str, seed: int, out: Path) -> tuple[dict, list[dict[str, list[float]]]]:
     """results.json of a row, and per corpus each metric's value for every query after the last one."""
-    path = out / str(seed) / file_name("mixlora-dsi" if label in NOT_RUN else label)
+    path = out / str(seed) / run_name(label)
     results = store.read_json(path / "results.json")
     last = f"D{len(results['experts']) - 1}"
     if label in NOT_RUN:
@@ -303,32 +303,25 @@ def summarise(name: str, seeds: list[int], out: Path) -> dict:
     and the p-value against the reference.
     """
     labels, reference = EXPERIMENTS[name]
-    found = {label: [values_of(label, seed, out) for seed in seeds] for label in labels}
-    rows = []
+    evaluated, rows = {label: [values_of(label, seed, out) for seed in seeds] for label in labels}, []
     for label in labels:
-        results = [r for r, _ in found[label]]
-        metrics = {
-            m: {key: [r["metrics"][m][key] for r in results] for key in ("AP", "BWT", "FWT")}
-            | {"P": [r["metrics"][m]["P"][-1] for r in results]}
-            for m in METRICS
-        }
-        row = {"label": label, "metrics": metrics, "paper": RUNS[label].paper}
-        if label not in NOT_RUN:
-            later = list(results[0]["trainable_parameters"])
-            row |= {
-                "trainable_parameters": float(np.mean([list(r["trainable_parameters"].values()) for r in results])),
-                "seconds_per_corpus": float(np.mean([[r["seconds"][stage] for stage in later] for r in results])),
-                "peak_memory_bytes": int(np.mean([r["peak_memory_bytes"] for r in results])),
-                "experts": [r["experts"] for r in results],
-                "ood_percent": [r["ood_percent"] for r in results],
-                "first_choice": [r["first_choice"] for r in results],
-            }  # fmt: skip
+        results, metrics = [r for r, _ in evaluated[label]], {}
         for m in METRICS:
+            metrics[m] = {key: [r["metrics"][m][key] for r in results] for key in ("AP", "BWT", "FWT")}
+            metrics[m]["P"] = [r["metrics"][m]["P"][-1] for r in results]
             differences = [
                 [np.subtract(a[m], b[m]) for a, b in zip(ours, theirs)]
-                for (_, ours), (_, theirs) in zip(found[label], found[reference])
+                for (_, ours), (_, theirs) in zip(evaluated[label], evaluated[reference])
             ]
             metrics[m]["p_value"] = None if label == reference else paired_p(differences)
+        row = {"label": label, "metrics": metrics, "paper": RUNS[label].paper}
+        if label not in NOT_RUN:
+            trained = [r["trainable_parameters"] for r in results]  # by corpus, from D_1 on
+            seconds = [[r["seconds"][stage] for stage in corpora] for r, corpora in zip(results, trained)]
+            row["trainable_parameters"] = float(np.mean([list(corpora.values()) for corpora in trained]))
+            row["seconds_per_corpus"] = float(np.mean(seconds))
+            row["peak_memory_bytes"] = int(np.mean([r["peak_memory_bytes"] for r in results]))
+            row |= {key: [r[key] for r in results] for key in ("experts", "ood_percent", "first_choice")}
         rows.append(row | {"p_value": metrics["recall@10"]["p_value"]})
     return {"name": name, "seeds": seeds, "reference": reference, "rows": rows}
 
@@ -336,48 +329,45 @@ def summarise(name: str, seeds: list[int], out: Path) -> dict:
 # --------------------------------------------------------------------------------------------------- tables
 
 
-def mean_and_error(values: list[float]) -> str:
-    """Mean and standard error over seeds, in percent."""
-    mean = f"{100 * np.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * np.std(values, ddof=1) / len(values) ** 0.5:.1f}"
-
-
 def figures(name: str, summary: dict) -> str:
     """The experiment's tables in Markdown: one for each metric, then what grew and what it cost."""
     reference, seeds, rows = summary["reference"], summary["seeds"], summary["rows"]
-    corpora = [f"D{i}" for i in range(len(rows[0]["metrics"]["recall@10"]["P"][0]))]
-    lines = []
+    corpora, tables = [f"D{i}" for i in range(len(rows[0]["metrics"]["recall@10"]["P"][0]))], []
     for place, m in enumerate(METRICS):
-        lines += [
-            f"**{name}, {m}** in percent, mean ± standard error over seeds {', '.join(map(str, seeds))}; "
-            f"p: paired bootstrap of AP against {reference} over queries{' and seeds' * (len(seeds) > 1)}; "
-            "last column: the paper's AP, BWT, FWT on NQ320k",
-            "", *header(*corpora, "AP", "BWT", "FWT", "p", "paper"),
-        ]  # fmt: skip
-        for row in rows:
-            of = row["metrics"][m]
-            cells = [mean_and_error(values) for values in (*zip(*of["P"]), of["AP"], of["BWT"], of["FWT"])]
-            cells.append("" if of["p_value"] is None else f"{of['p_value']:.3f}")
-            cells.append(", ".join(pair.split("/")[place] for pair in row["paper"] or () if pair))
-            lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
-        lines.append("")
-    lines += [
+        about = (
+            f"**{name}, {m}** in percent, mean ± standard error over seeds {', '.join(map(str, seeds))}; p: paired "
+            f"bootstrap of AP against {reference} over queries{' and seeds' * (len(seeds) > 1)}; last column: the "
+            "paper's AP, BWT, FWT on NQ320k"
+        )
+        cells = {row["label"]: accuracy(row, m, place) for row in rows}
+        tables.append(table(about, [*corpora, "AP", "BWT", "FWT", "p", "paper"], cells))
+    about = (
         f"**{name}, growth and cost**: mean over corpora D_1.. and seeds, seconds with evaluation (of a resumed corpus, "
         "since it was resumed); layers stand between slashes; experts and newest of the first seed; newest: share of "
-        "tokens whose first choice is the newest expert, after the last corpus",
-        "", *header("trained parameters", "s per corpus", "peak MiB", "OOD queries, percent per layer",
-                    "experts per layer at the end", "newest"),
-    ]  # fmt: skip
-    lines += [f"| {row['label']} | " + " | ".join(growth(row)) + " |" for row in rows if "experts" in row]
-    return "\n".join(lines) + "\n"
+        "tokens whose first choice is the newest expert, after the last corpus"
+    )
+    names = "trained parameters|s per corpus|peak MiB|OOD queries, percent per layer|experts per layer at the end|newest"
+    cells = {row["label"]: growth(row) for row in rows if "experts" in row}
+    return "\n".join([*tables, table(about, names.split("|"), cells)])
 
 
-def header(*names: str) -> list[str]:
-    return ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+def table(about: str, names: list[str], cells: dict[str, list[str]]) -> str:
+    lines = [["", *names], ["---"] * (len(names) + 1), *([label, *row] for label, row in cells.items())]
+    return "\n".join([about, "", *(f"| {' | '.join(line)} |" for line in lines), ""])
+
+
+def accuracy(row: dict, metric: str, place: int) -> list[str]:
+    """Cells of one row of a metric's table, which is the first or second of the paper's pairs."""
+    of, cells = row["metrics"][metric], []
+    for values in (*zip(*of["P"]), of["AP"], of["BWT"], of["FWT"]):
+        mean, error = mean_and_error(values)
+        cells.append(f"{100 * mean:.1f}" + f" ± {100 * error:.1f}" * (len(values) > 1))
+    cells.append("" if of["p_value"] is None else f"{of['p_value']:.3f}")
+    return [*cells, ", ".join(pair.split("/")[place] for pair in row["paper"] or () if pair)]
 
 
 def growth(row: dict) -> list[str]:
-    """Growth and cost of one row, for `figures`."""
+    """Cells of one row of the table of growth and cost."""
     shares = [list(r.values()) for r in row["ood_percent"]]  # [seed][corpus][layer]
     shares = ["/".join(f"{v:.1f}" for v in np.mean(layers, axis=0)) or "–" for layers in zip(*shares)]
     experts, choices = (list(row[key][0].values())[-1] for key in ("experts", "first_choice"))
@@ -390,7 +380,7 @@ def growth(row: dict) -> list[str]:
 
 def main(argv: list[str]) -> None:
     argv, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = argparse.ArgumentParser(description="Run one of the paper's experiments and print its tables.")
+    parser = command.Parser(description="Run one of the paper's experiments and print its tables.")
     parser.add_argument("name", choices=list(EXPERIMENTS))
     parser.add_argument("--seeds", type=int, default=1, help="how many, from 42 on [1]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores [1]")
@@ -398,11 +388,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("experiments"), help="folder [experiments]")
     args = parser.parse_args(argv)
     if args.seeds < 1 or args.jobs < 1:
-        raise ValueError(f"found --seeds {args.seeds} and --jobs {args.jobs}, wanted positive numbers")
+        raise ValueError(f"--seeds {args.seeds} and --jobs {args.jobs}: wanted positive numbers")
     labels = EXPERIMENTS[args.name][0]
     chosen = args.only.split(";") if args.only else labels
     if unknown := [label for label in chosen if label not in labels]:
-        raise ValueError(f"found --only {'; '.join(unknown)}, wanted some of {'; '.join(labels)}")
+        raise ValueError(f"--only {'; '.join(unknown)}: wanted some of {'; '.join(labels)}")
     seeds = [42 + i for i in range(args.seeds)]
     for groups in zip(*(tasks_of(chosen, seed, args.out, flags) for seed in seeds)):
         run_all(sum(groups, []), args.jobs)
@@ -415,9 +405,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"tools.experiments: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\ntools.experiments: stopped; finished runs are kept, the same command goes on")
+    command.run(main, "tools.experiments", "stopped; finished runs are kept, the same command goes on")

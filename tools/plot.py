@@ -9,16 +9,15 @@ Differs  the paper's Figure 3 has one layer and the last model; here every mixed
          corpus. matplotlib is a development requirement, imported only where something is drawn
 """
 
-import argparse
 import io
 import math
 import re
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+import command
 from store import read_json, write
 
 TITLES = {"recall@10": "Recall@10", "mrr@10": "MRR@10"}
@@ -42,8 +41,8 @@ def style():
     try:
         import matplotlib
     except ImportError:
-        wanted = "pip install -r requirements-dev.txt"
-        raise ImportError(f"found no matplotlib, which draws the pictures; {wanted}") from None
+        to_do = "pip install -r requirements-dev.txt"
+        raise ValueError(f"found no matplotlib, which draws the pictures; {to_do}") from None
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(RC)
@@ -258,7 +257,7 @@ def tradeoff(rows: list[dict], metric: str = "recall@10", title: str = ""):
             raise ValueError(
                 f"{row['label']}: found {metric} of AP or BWT that is not finite, wanted numbers"
             )
-    values = [[_mean_and_error(row["metrics"][metric][key]) for key in ("BWT", "AP")] for row in rows]
+    values = [[mean_and_error(row["metrics"][metric][key]) for key in ("BWT", "AP")] for row in rows]
     centres, errors = np.moveaxis(100 * np.array(values), 2, 0)  # (rows, BWT and AP) each
     parameters = [row.get("trainable_parameters") for row in rows]
     areas, near = _areas(parameters), crowd(centres)
@@ -303,7 +302,7 @@ def crowd(centres: np.ndarray, share: float = 0.06, least: int = 4) -> np.ndarra
     return best & (least <= best.sum() < len(centres))
 
 
-def _mean_and_error(values: list[float]) -> tuple[float, float]:
+def mean_and_error(values: list[float]) -> tuple[float, float]:
     """The mean over seeds and its standard error, 0 where there is one seed."""
     n = len(values)
     return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else 0.0
@@ -354,7 +353,7 @@ def save(figure, path: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Draw the pictures of a run, or of an experiment.")
+    parser = command.Parser(description="Draw the pictures of a run, or of an experiment.")
     parser.add_argument("run", type=Path, help="run folder, or an experiment's JSON file")
     path, left_out = parser.parse_args(argv).run, ""
     folder = (path.parent if path.is_file() else path) / "plots"
@@ -364,10 +363,8 @@ def main(argv: list[str]) -> None:
         else:
             figures, left_out = run_pictures(path)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"{path}: not of the form that train.py or tools.experiments write ({reason})"
-        ) from error
+        form = f"not of the form that train.py or tools.experiments write ({type(error).__name__}: {error})"
+        raise ValueError(f"{path}: {form}") from error
     folder.mkdir(exist_ok=True)
     for name, figure in figures.items():
         save(figure, folder / name)
@@ -377,7 +374,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"tools.plot: {error}")
+    command.run(main, "tools.plot")
