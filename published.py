@@ -206,7 +206,7 @@ def read_tsv(path: Path) -> Iterator[tuple[str, str, str]]:
 def read_labels(path: Path, documents: Documents) -> Iterator[tuple[str, str, int]]:
     """(query id, document id, label > 0) of lines `qid 0 docid label`, or of a JSON object {qid: {docid: label}}."""
     for place, qid, doc_id, label in (json_labels if path.suffix == ".json" else tsv_labels)(path):
-        if documents.row(doc_id) is None:
+        if doc_id not in documents.row_of:
             raise ValueError(f"{place}: points to document {doc_id!r}, which the collection does not hold")
         if label > 0:
             yield qid, doc_id, label

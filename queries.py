@@ -9,8 +9,10 @@ Differs  in place of docT5query the default draws from the document's own words;
 It takes texts, not corpora: what a stage may see is what it is handed.
 """
 
+import hashlib
 import random
 import re
+import shutil
 from array import array
 from bisect import bisect_right
 from collections import Counter
@@ -22,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 import arrays
-from arrays import Chain, Lookup, Strings, StringsWriter, digest
+from arrays import Chain, ItemsWriter, Strings
 
 QUESTION_WORDS = (
     "is are was were do does did can could has have will would should who what when where which how".split()
@@ -40,7 +42,7 @@ def normalise(query: str) -> str:
 
 def query_digest(query: str) -> int:
     """64 bits that two queries share where they count as the same."""
-    return digest(normalise(query))
+    return int.from_bytes(hashlib.blake2b(normalise(query).encode(), digest_size=8).digest())
 
 
 def passages(titles: Iterable[str], texts: Iterable[str]) -> Iterator[str]:
@@ -68,12 +70,10 @@ class Idf:
     def load(cls, path: Path) -> "Idf":
         """What `save` wrote. Raises ValueError where the file is missing or holds something else."""
         value, idf = arrays.read_json(path), cls()
-        try:
+        with arrays.reading(path):
             idf.n_documents, idf.counts = value["documents"], Counter(value["counts"])
             if not all(type(n) is int and n > 0 for n in (idf.n_documents, *idf.counts.values())):
-                raise TypeError("a count is no number above 0")
-        except (KeyError, TypeError) as error:
-            raise arrays.damaged(path, f"holds no counts of words ({error})") from None
+                raise ValueError("a count is no number above 0")
         return idf
 
 
@@ -88,9 +88,7 @@ class PseudoQuerySampler:
     question word. A query whose digest is `excluded`, as those of test queries are, is never returned.
     """
 
-    def __init__(
-        self, titles: Sequence[str], texts: Sequence[str], idf: Idf, excluded=frozenset(), first_row=0
-    ):
+    def __init__(self, titles: Sequence, texts: Sequence, idf: Idf, excluded=frozenset(), first_row: int = 0):
         self.titles, self.texts, self.idf, self.excluded = titles, texts, idf, excluded
         self.rows = range(first_row, first_row + len(titles))
         self._document = lru_cache(maxsize=32_768)(self._document)
@@ -104,12 +102,8 @@ class PseudoQuerySampler:
         return title, document, [self.idf(word) for word in document], sentences
 
     def draw(self, row: int, rng: random.Random) -> str:
-        """One pseudo-query of the document in this row of the stream. Raises ValueError where it is not held here, or
-        has too few words for a query that is not excluded.
-        """
-        if row not in self.rows:
-            first, last = self.rows.start, self.rows.stop - 1
-            raise ValueError(f"document row {row} is outside this corpus, {first}..{last}")
+        """One pseudo-query of the document in this row of the stream. Raises ValueError where all are excluded."""
+        assert row in self.rows, f"row {row} is of another corpus than {self.rows}"
         title, document, weights, sentences = self._document(row)
         for _ in range(20 if document else 0):
             if rng.random() < 0.25:
@@ -149,19 +143,17 @@ def draw_pseudo_queries(sampler, rows: range, per_document: int, seed: str) -> l
     return [(row, sampler.draw(row, rng)) for row in rows for _ in range(per_document)]
 
 
-def fragments(
-    titles: Iterable[str], texts: Iterable[str], per_document: int, rng: random.Random
-) -> tuple[list[str], list[str]]:
+def fragments(titles: Iterable, texts: Iterable, per_document: int, rng: random.Random) -> tuple[list, list]:
     """Titles and texts of spans of 25 to 100 words of the documents; half of them keep the title. Ours."""
-    spans = []
+    kept, spans = [], []
     for title, text in zip(titles, texts):
         document = text.split() or title.split()
         for _ in range(per_document):
             length = rng.randint(25, 100)
             start = rng.randint(0, max(0, len(document) - length))
-            kept = title if rng.random() < 0.5 else ""
-            spans.append((kept, " ".join(document[start : start + length])))
-    return [title for title, _ in spans], [text for _, text in spans]
+            kept.append(title if rng.random() < 0.5 else "")
+            spans.append(" ".join(document[start : start + length]))
+    return kept, spans
 
 
 # ------------------------------------------------------------------------------------------------ listed in a file
@@ -191,7 +183,7 @@ class ListedPseudoQueries:
 def store_pseudo_queries(
     queries: Iterable[tuple[str, str, str]],
     folder: Path,
-    documents: list[tuple[Sequence[str], Sequence[str], Sequence[str]]],
+    documents: list[tuple],
     excluded: frozenset[int],
     strict: bool,
 ) -> Counter:
@@ -207,39 +199,37 @@ def store_pseudo_queries(
         counts of what was kept, left out and made up.
     Raises ValueError (strict) with the place of a bad line, or with the number of documents without a query.
     """
+    shutil.rmtree(folder, ignore_errors=True)
     ids, titles, texts = map(Chain, zip(*documents))
     folders = [folder / f"D{t}" for t in range(len(documents))]
-    for part in folders:  # written last: without it the store does not count
-        (part / "starts.npy").unlink(missing_ok=True)
-    writers = [StringsWriter(part / "queries.bin") for part in folders]
-    rows, counts, row_of = [array("q") for _ in documents], Counter(), Lookup(ids)
+    writers = [ItemsWriter(part / "queries.bin") for part in folders]
+    rows, counts = [array("q") for _ in documents], Counter()
+    row_of = {doc_id: row for row, doc_id in enumerate(ids)}
+    asked = np.zeros(len(ids), bool)
 
     def keep(row: int, query: str, reason: str) -> None:
         t = bisect_right(ids.ends, row)
-        writers[t].add(query)
+        writers[t].add(query.encode())
         rows[t].append(row)
+        asked[row] = True
         counts[reason] += 1
 
-    last, row, place = None, None, "pseudo-queries"
+    place = "pseudo-queries"
     for place, doc_id, query in queries:
-        if doc_id != last:
-            last, row = doc_id, row_of(doc_id)
-        if row is None and strict:
-            raise ValueError(f"{place}: pseudo-query of the unknown document {doc_id!r}")
-        if not words(query) and strict:
-            raise ValueError(f"{place}: the pseudo-query has no word; remove the line")
+        row = row_of.get(doc_id)
         if row is None or not words(query):
+            if strict:
+                reason = f"unknown document {doc_id!r}" if row is None else "the pseudo-query has no word"
+                raise ValueError(f"{place}: {reason}; remove the line")
             counts["left out: without a word, or of documents left out"] += 1
         elif query_digest(query) in excluded:
             counts["left out as test queries"] += 1
         else:
             keep(row, query, "kept")
-    missing = np.flatnonzero(np.bincount(np.concatenate(rows).astype(int), minlength=len(ids)) == 0).tolist()
+    missing = np.flatnonzero(~asked).tolist()
     if missing and strict:
-        raise ValueError(
-            f"{place.rpartition(':')[0] or place}: {len(missing)} documents have no pseudo-query, first "
-            f"{ids[missing[0]]!r}; a document that no query trains can hardly be retrieved, so add at least one for each"
-        )
+        first = f"{len(missing)} documents have no pseudo-query, first {ids[missing[0]]!r}"
+        raise ValueError(f"{place.rpartition(':')[0] or place}: {first}; add at least one for each")
     for row in missing:
         beginning = words(f"{titles[row]} {texts[row]}")[:12]
         while beginning and query_digest(" ".join(beginning)) in excluded:

@@ -23,7 +23,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,7 +33,17 @@ from torch import Tensor
 
 import arrays
 import distributed
-from arrays import Chain, Documents, StreamedFile, read_json, read_tensors, write, write_json, write_tensors
+from arrays import (
+    Chain,
+    Documents,
+    Strings,
+    damaged,
+    read_json,
+    read_tensors,
+    write,
+    write_json,
+    write_tensors,
+)
 from baselines import adapters, add_adapters, add_prompts
 from data import Corpus, excluded_queries, load_tokenizer
 from mixlora import MixConfig, add_mixture, mixed_layers
@@ -43,6 +53,7 @@ from rq import Trie
 from t5 import T5, T5Config
 
 FORMAT = 2  # of the run folder and its checkpoints
+QUERIES = ("train", "train_ids", "test", "qrels")  # of a corpus, in one file
 
 
 def check_format(path: Path, number) -> None:
@@ -56,22 +67,19 @@ def check_format(path: Path, number) -> None:
 
 def ids_sha256(corpus: Corpus) -> str:
     """Names the split: sha256 of the corpus's document ids, each followed by a line feed."""
-    digest = hashlib.sha256()
-    for doc_id in corpus.ids:
-        digest.update(f"{doc_id}\n".encode())
-    return digest.hexdigest()
+    return hashlib.sha256("".join(f"{doc_id}\n" for doc_id in corpus.ids).encode()).hexdigest()
 
 
 def save_corpora(folder: Path, source: str, corpora: list[Corpus], left_out: dict, manifest: dict) -> None:
     """The documents and queries of each corpus, D_0's IDF, the digests of all test queries; corpus.json is last."""
-    with StreamedFile(folder / "doc_ids.txt") as file:
+    with arrays.writing(folder / "doc_ids.txt") as file:
         for t, corpus in enumerate(corpora):
             documents = Documents(folder / "documents" / f"D{t}")
             for doc_id, title, text in zip(corpus.ids, corpus.titles, corpus.texts):
                 documents.add(doc_id, title, text)
                 file.write(f"{doc_id}\n".encode())
             documents.close()
-            queries = {name: getattr(corpus, name) for name in StoredCorpus.QUERIES}
+            queries = {name: getattr(corpus, name) for name in QUERIES}
             write_json(folder / "queries" / f"D{t}.json", queries)
     Idf(corpora[0].passages()).save(folder / "idf.json")
     arrays.write_array(folder / "excluded.npy", np.array(sorted(excluded_queries(corpora)), np.uint64))
@@ -83,49 +91,44 @@ def save_corpora(folder: Path, source: str, corpora: list[Corpus], left_out: dic
 class StoredCorpus(Corpus):
     """A corpus of a run folder: its documents and its queries are opened when they are first asked for."""
 
-    DOCUMENTS, QUERIES = ("ids", "titles", "texts"), ("train", "train_ids", "test", "qrels")
+    rows = range(0)  # in place of Corpus's, which would open the ids
 
-    def __init__(self, folder: Path, t: int, first_row: int, size: int):
-        self.folder, self.name, self.first_row, self.size = folder, f"D{t}", first_row, size
-
-    @property
-    def rows(self) -> range:
-        return range(self.first_row, self.first_row + self.size)
+    def __init__(self, folder: Path, t: int, rows: range):
+        self.folder, self.name, self.first_row, self.rows = folder, f"D{t}", rows.start, rows
 
     def __getattr__(self, name: str):  # of what is not there yet
-        if name in self.DOCUMENTS:
-            documents = Documents.open(self.folder / "documents" / self.name)
-            if len(documents) != self.size:
-                counts = f"found {len(documents)} documents, corpus.json says {self.size}"
-                raise ValueError(f"{documents.folder}: {counts}; they are of different runs, start anew")
-            vars(self).update({name: getattr(documents, name) for name in self.DOCUMENTS})
-        elif name in self.QUERIES:
+        if name in ("ids", "titles", "texts"):
+            path = self.folder / "documents" / self.name / f"{name}.bin"
+            strings = Strings.open(path)
+            if (n := len(self.rows)) != len(strings):
+                counts = f"found {len(strings)} {name}, corpus.json says {n}"
+                raise ValueError(f"{path}: {counts}; they are of different runs, start anew")
+            vars(self)[name] = strings
+        elif name in QUERIES:
             path = self.folder / "queries" / f"{self.name}.json"
             queries = read_json(path)
             try:
                 queries["train"] = [(row, query) for row, query in queries["train"]]
-                vars(self).update({name: queries[name] for name in self.QUERIES})
+                vars(self).update({name: queries[name] for name in QUERIES})
             except (KeyError, TypeError, ValueError) as error:
-                raise arrays.damaged(path, f"not the queries of a corpus ({error!r})") from None
+                raise damaged(path, f"not the queries of a corpus ({error!r})") from None
         else:
             raise AttributeError(name)
         return vars(self)[name]
 
 
 def load_corpora(folder: Path) -> list[Corpus]:
-    """The corpora of a run; none of their files is opened yet. Raises ValueError where corpus.json is not of a run, or
-    of one of another format.
-    """
+    """The corpora of a run; none of their files is opened yet. Raises ValueError where corpus.json is of no such run."""
     path, corpora, row = folder / "corpus.json", [], 0
     about = read_json(path)
     try:
         check_format(path, about.get("format", 1))
         for t, item in enumerate(about["corpora"]):
-            size = item["documents"]
-            if item["first_row"] != row or type(size) is not int or size < 0:
+            rows = range(row, row + item["documents"])
+            if item["first_row"] != row or not rows:
                 raise TypeError("rows do not follow each other")
-            corpora.append(StoredCorpus(folder, t, row, size))
-            row += size
+            corpora.append(StoredCorpus(folder, t, rows))
+            row = rows.stop
         if not corpora:
             raise TypeError("it lists none")
     except (KeyError, TypeError, AttributeError) as error:
@@ -146,8 +149,8 @@ def load_docids(folder: Path) -> Tensor:
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def made_for(folder: Path, docids: bool) -> str:
-    """Names what a checkpoint belongs to: sha256 over a run's split, tokenizer and, from D_0 on, docids."""
+def stamp(folder: Path, docids: bool) -> dict:
+    """What a checkpoint says of itself: its format, and sha256 over the run's split, tokenizer and, once made, docids."""
     digest = hashlib.sha256()
     if (folder / "corpus.json").exists():
         for item in read_json(folder / "corpus.json")["corpora"]:
@@ -155,27 +158,22 @@ def made_for(folder: Path, docids: bool) -> str:
     for name in ("tokenizer.model", "docids.npy") if docids else ("tokenizer.model",):
         if (folder / name).exists():
             digest.update((folder / name).read_bytes())
-    return digest.hexdigest()
-
-
-def stamp(folder: Path) -> dict:
-    """What every checkpoint says of itself, for `check_stamp`."""
-    docids = (folder / "docids.npy").exists()
-    return {"format": FORMAT, "docids": docids, "made_for": made_for(folder, docids)}
+    return {"format": FORMAT, "docids": docids, "made_for": digest.hexdigest()}
 
 
 def check_stamp(path: Path, value: dict) -> None:
     """Raises ValueError where a checkpoint is of another format or belongs to another run."""
     check_format(path, value.get("format") if isinstance(value, dict) else type(value).__name__)
-    if value["made_for"] != made_for(path.parent, value["docids"]):
-        run = f"made for other documents, another tokenizer or other docids than {path.parent} holds"
-        raise arrays.damaged(path, f"{run}; it is of another run")
+    if value["made_for"] != stamp(path.parent, value["docids"])["made_for"]:
+        raise damaged(
+            path, f"made for other documents, another tokenizer or other docids than {path.parent} holds"
+        )
 
 
 def save_model(path: Path, model: T5, stats: list[Stats]) -> None:
     """A model with its shape, its experts, adapters or prompts, and the OOD statistics of its layers."""
     layers, bottlenecks, prompts = mixed_layers(model), adapters(model), model.prefix
-    value = stamp(path.parent) | {
+    value = stamp(path.parent, (path.parent / "docids.npy").exists()) | {
         "t5": asdict(model.config),
         "mix": asdict(layers[0].config) if layers else None,
         "frozen": [len(layer.old) for layer in layers],
@@ -261,13 +259,10 @@ class Stages:
 
 def new_folder(folder: Path, config: dict, overwrite: bool) -> None:
     """Makes a run's folder with its config; one that holds another run is moved aside, or refused by ValueError."""
-    if (
-        folder / "corpus.json"
-    ).exists():  # a run that got no further than a wrong --data left nothing to keep
+    if (folder / "corpus.json").exists():  # without it there is nothing to keep
         if not overwrite:
-            raise ValueError(
-                f"{folder} holds a run already: pass --resume {folder}, --overwrite, or another --run"
-            )
+            wanted = f"pass --resume {folder}, --overwrite, or another --run"
+            raise ValueError(f"{folder} holds a run already: {wanted}")
         aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(aside)
         print(f"moved the earlier run to {aside}")
@@ -325,38 +320,31 @@ class Log:
 
     def forget(self, stage: str, step: int) -> None:
         """Drops what metrics.jsonl says of a stage after `step`, which is done again, and a line that was cut."""
-        path = self.folder / "metrics.jsonl"
+        path, kept = self.folder / "metrics.jsonl", []
         if not (self.writes and path.exists()):
             return
-
-        def stays(line: bytes) -> bool:
-            try:
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # of a line that was cut
                 values = json.loads(line)
-                return values["stage"] != stage or values["step"] <= step
-            except (ValueError, KeyError, TypeError):
-                return False
-
-        lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and stays(line)]
-        if kept != lines:
-            write(path, b"".join(kept))
+                if values["stage"] != stage or values["step"] <= step:
+                    kept.append(line + b"\n")
+        if (content := b"".join(kept)) != path.read_bytes():
+            write(path, content)
 
     def metrics(self, **values) -> None:
         """One JSON object on a line of metrics.jsonl; tensors become numbers."""
         if not self.writes:
             return
-        plain = {key: value.item() if isinstance(value, Tensor) else value for key, value in values.items()}
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain) + "\n")
+            file.write(json.dumps(values, default=Tensor.item) + "\n")
 
 
 class Resume:
-    """Saves and restores the stage that is being trained, in latest.pt. Without a folder it does neither."""
+    """Saves and restores the stage that is being trained, in latest.pt."""
 
-    def __init__(self, folder: Path | None, seconds: float, log):
+    def __init__(self, folder: Path, seconds: float, log: Log):
         self.folder, self.seconds, self.log = folder, seconds, log
-        self.saved = self._read() if folder else {}
-        self.last = time.monotonic()
+        self.saved, self.last = self._read(), time.monotonic()
 
     @property
     def stage(self) -> str:
@@ -396,13 +384,13 @@ class Resume:
 
     def due(self) -> bool:
         """Has it been long enough since the last save?"""
-        return self.folder is not None and time.monotonic() - self.last >= self.seconds
+        return time.monotonic() - self.last >= self.seconds
 
     def save(self, stage: str, step: int, trained: list[Tensor], optimizer, chance: dict) -> None:
         """Writes latest.pt after `step` steps of a stage; the one before it stays as latest.previous.pt."""
-        if self.folder is None or not distributed.is_main_process():
+        if not distributed.is_main_process():
             return
-        value = stamp(self.folder) | {
+        value = stamp(self.folder, (self.folder / "docids.npy").exists()) | {
             "stage": stage,
             "step": step,
             "trained": [p.detach() for p in trained],
@@ -415,8 +403,7 @@ class Resume:
         write_tensors(path.with_name("latest.new.pt"), value)
         if path.exists():
             os.replace(path, path.with_name("latest.previous.pt"))
-        os.replace(path.with_name("latest.new.pt"), path)
-        arrays.sync_folder(self.folder)
+        arrays.rename(path.with_name("latest.new.pt"), path)
         self.last = time.monotonic()
 
 

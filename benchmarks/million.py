@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import rq
-from arrays import ArrayWriter, Lookup, StringsWriter, open_array
+from arrays import ArrayWriter, ItemsWriter, Strings, open_array
 from search import beam_search, documents
 from t5 import T5, T5Config
 
@@ -63,13 +63,15 @@ def main() -> None:
     print(rq.report(embeddings, books, codes))
     with step("docid table and document ids, written"):
         np.save(args.folder / "docids.npy", codes.numpy().astype(np.int16))
-        writer = StringsWriter(args.folder / "ids.bin")
+        writer = ItemsWriter(args.folder / "ids.bin")
         for i in range(n):
-            writer.add(f"doc-{i}")
-        ids = writer.close()
-    with step("docid table, read; document ids, indexed"):
+            writer.add(f"doc-{i}".encode())
+        writer.close()
+        ids = Strings.open(args.folder / "ids.bin")
+    with step("docid table, read; document ids, as a dict"):
         codes = torch.from_numpy(np.load(args.folder / "docids.npy").astype(np.int64))
-        assert Lookup(ids)(f"doc-{n - 1}") == n - 1
+        row_of = {doc_id: row for row, doc_id in enumerate(ids)}
+        assert row_of[f"doc-{n - 1}"] == n - 1
     with step("trie"):
         trie = rq.Trie(codes)
     print(f"trie: {trie.nbytes() / n:.1f} bytes a document")

@@ -1,4 +1,4 @@
-"""Lists on disk against plain lists and dicts; what a full disk, a cut file or a writer that stopped leaves."""
+"""Lists on disk against plain lists; what a full disk, a cut file or a writer that stopped leaves."""
 
 import errno
 import fcntl
@@ -15,20 +15,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import arrays
 from arrays import (
     ArrayWriter,
     Chain,
     Documents,
-    Lookup,
-    StreamedFile,
+    ItemsWriter,
     Strings,
-    StringsWriter,
     Tokens,
     open_array,
-    reserve,
     scratch,
     write_array,
+    writing,
 )
 
 FUZZ = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -51,10 +48,11 @@ texts = st.lists(st.text(max_size=12), max_size=10)
 
 
 def store(path: Path, strings: list[str], order=None) -> Strings:
-    writer = StringsWriter(path)
+    writer = ItemsWriter(path)
     for text in strings:
-        writer.add(text)
-    return writer.close(order)
+        writer.add(text.encode())
+    writer.close(order)
+    return Strings.open(path)
 
 
 def disk_of(free: int):
@@ -116,14 +114,6 @@ def test_strings_equal_other_sequences_by_content_alone(tmp_path):
         hash(found)
 
 
-def test_digests_tell_strings_apart_and_are_the_same_for_lists_stores_and_views(tmp_path):
-    found = store(tmp_path / "s.bin", TEXTS)
-    numbers = arrays.digests(TEXTS)
-    assert numbers.dtype == np.uint64 and len(set(numbers.tolist())) == len(set(TEXTS))
-    assert (arrays.digests(found) == numbers).all() and (arrays.digests(found[3:]) == numbers[3:]).all()
-    assert numbers.tolist() == [arrays.digest(text) for text in TEXTS]
-
-
 @pytest.mark.parametrize("name", ["s.bin", "s.npy"])
 def test_store_without_one_of_its_files_is_refused_by_name(tmp_path, name):
     store(tmp_path / "s.bin", TEXTS)
@@ -153,8 +143,8 @@ def test_store_whose_offsets_are_cut_is_refused_by_name(tmp_path, kept):
 
 def test_store_whose_writer_was_not_closed_does_not_count_and_neither_does_the_one_before(tmp_path):
     store(tmp_path / "s.bin", ["the first", "run"])
-    writer = StringsWriter(tmp_path / "s.bin")
-    writer.add("the first run")  # as many bytes
+    writer = ItemsWriter(tmp_path / "s.bin")
+    writer.add(b"the first run")  # as many bytes
     writer.file.flush()
     with pytest.raises(ValueError, match="found no whole"):
         Strings.open(tmp_path / "s.bin")
@@ -180,7 +170,7 @@ def test_store_that_meets_a_full_disk_says_so_and_does_not_count(tmp_path, where
 
 
 @pytest.mark.parametrize("before", [None, b"old"])
-def test_streamed_file_is_as_before_until_its_body_ends(tmp_path, before):
+def test_file_being_written_is_as_before_until_its_body_ends(tmp_path, before):
     path = tmp_path / "f"
     if before:
         path.write_bytes(before)
@@ -188,13 +178,13 @@ def test_streamed_file_is_as_before_until_its_body_ends(tmp_path, before):
     def now() -> bytes | None:
         return path.read_bytes() if path.exists() else None
 
-    with pytest.raises(RuntimeError, match="in the body"), StreamedFile(path) as file:
+    with pytest.raises(RuntimeError, match="in the body"), writing(path) as file:
         file.write(b"half")
         file.flush()
         assert now() == before
         raise RuntimeError("in the body")
     assert now() == before
-    with StreamedFile(path) as file:
+    with writing(path) as file:
         file.write(b"a")
         file.write(b"whole")
         assert now() == before
@@ -211,7 +201,7 @@ def test_files_that_meet_a_full_disk_are_absent(tmp_path, write):
 
 
 def stream(path: Path) -> None:
-    with StreamedFile(path) as file:
+    with writing(path) as file:
         file.write(b"content")
 
 
@@ -232,7 +222,7 @@ def test_saved_array_is_whole_or_absent(tmp_path, monkeypatch):
     assert (again == values).all() and again.dtype == values.dtype
 
 
-# --------------------------------------------------------------------------------------------- chain, look-up
+# ----------------------------------------------------------------------------------------------------- chain
 
 
 @FUZZ
@@ -242,10 +232,8 @@ def test_chain_equals_the_lists_one_after_the_other(parts, data):
     assert list(chain) == wanted and len(chain) == len(wanted)
     assert [chain[row] for row in range(len(wanted))] == wanted
     if wanted:
-        assert (arrays.digests(chain) == arrays.digests(wanted)).all()
         text = data.draw(st.sampled_from(wanted))
         assert text in chain and chain.index(text) == wanted.index(text)
-        assert Lookup(chain)(text) == wanted.index(text)
     for row in (len(wanted), len(wanted) + 1, -1):
         with pytest.raises(IndexError):
             chain[row]
@@ -255,35 +243,6 @@ def test_chain_of_stores_and_lists(tmp_path):
     one, other = store(tmp_path / "a.bin", TEXTS), store(tmp_path / "b.bin", ["x", "y"])
     chain = Chain([other, [], one[2:4], ["z"]])
     assert list(chain) == ["x", "y", *TEXTS[2:4], "z"] and chain[np.int64(4)] == "z"
-    assert (arrays.digests(chain) == arrays.digests(list(chain))).all()
-
-
-few_texts = st.lists(st.text("ab", max_size=3), max_size=25)  # many repeat
-
-
-@pytest.mark.parametrize("collide", [False, lambda text: 7, lambda text: 2**64 - 1 - len(text) % 2])
-def test_lookup_equals_a_dict_of_first_rows_also_where_digests_collide(collide, monkeypatch):
-    if collide:
-        monkeypatch.setattr(arrays, "digest", collide)
-
-    @FUZZ
-    @given(few_texts, few_texts)
-    def check(strings, others):
-        lookup, rows = Lookup(strings), {}
-        for row, text in enumerate(strings):
-            rows.setdefault(text, row)
-        for text in [*strings, *others]:
-            assert lookup(text) == rows.get(text)
-
-    check()
-
-
-def test_lookup_in_a_store_and_in_its_view(tmp_path):
-    found = store(tmp_path / "s.bin", TEXTS)
-    assert [Lookup(found)(text) for text in TEXTS] == [TEXTS.index(text) for text in TEXTS]
-    view = Lookup(found[np.array([9, 4, 4])])
-    assert (view("end"), view("äöü"), view("plain"), view("ÄÖÜ")) == (0, 1, None, None)
-    assert type(view("end")) is int
 
 
 # -------------------------------------------------------------------------------------------------- documents
@@ -294,15 +253,13 @@ def test_lookup_in_a_store_and_in_its_view(tmp_path):
 def test_documents_keep_the_first_of_each_id_in_the_order_they_came(rows):
     documents, wanted = Documents(), {}
     for doc_id, title, text in rows:
-        assert (doc_id in documents) == (doc_id in wanted)
+        assert (doc_id in documents.row_of) == (doc_id in wanted)
         assert documents.add(doc_id, title, text) == (doc_id not in wanted)  # a second of equal id is refused
         wanted.setdefault(doc_id, (title, text))
     documents.close()
     assert documents.ids == list(wanted) and len(documents) == len(wanted)
     assert list(zip(documents.titles, documents.texts)) == list(wanted.values())
-    for number, doc_id in enumerate(wanted):
-        assert documents.row(doc_id) == number
-    assert documents.row("never added") is None
+    assert documents.row_of == {doc_id: row for row, doc_id in enumerate(wanted)}
 
 
 def some_documents(folder: Path | None = None) -> Documents:
@@ -312,28 +269,14 @@ def some_documents(folder: Path | None = None) -> Documents:
     return documents
 
 
-def test_documents_of_a_folder_are_opened_again(tmp_path):
-    some_documents(tmp_path / "d").close()
-    found = Documents.open(tmp_path / "d")
-    assert found.texts == TEXTS and found.titles == [f"title {text}" for text in TEXTS]
-    assert [found.row(doc_id) for doc_id in found.ids] == list(range(len(TEXTS))) and found.row("d99") is None
-
-
 def test_documents_that_were_not_closed_do_not_count_nor_do_those_before_them(tmp_path):
     some_documents(tmp_path / "d").close()
     documents = some_documents(tmp_path / "d")
     for writer in documents.writers:
         writer.file.flush()
-    with pytest.raises(ValueError, match="ids.bin"):
-        Documents.open(tmp_path / "d")
-
-
-@pytest.mark.parametrize("name", ["ids", "titles", "texts"])
-def test_documents_without_one_of_their_stores_are_refused_by_name(tmp_path, name):
-    some_documents(tmp_path / "d").close()
-    (tmp_path / "d" / f"{name}.npy").unlink()
-    with pytest.raises(ValueError, match=f"{name}.bin"):
-        Documents.open(tmp_path / "d")
+    for name in ("ids", "titles", "texts"):
+        with pytest.raises(ValueError, match=f"{name}.bin"):
+            Strings.open(tmp_path / "d" / f"{name}.bin")
 
 
 def test_documents_replace_what_lay_in_their_folder(tmp_path):
@@ -342,13 +285,13 @@ def test_documents_replace_what_lay_in_their_folder(tmp_path):
     documents = Documents(tmp_path / "d")
     documents.add("only", "", "one")
     documents.close()
-    assert Documents.open(tmp_path / "d").ids == ["only"]
+    assert documents.ids == Strings.open(tmp_path / "d" / "ids.bin") == ["only"]
     assert len(list((tmp_path / "d").iterdir())) == 6
 
 
 def test_temporary_documents_go_with_their_object_and_views_read_on():
     documents = some_documents().close()
-    folder, view = documents.folder, documents.texts[3:6]
+    folder, view = documents.writers[0].path.parent, documents.texts[3:6]
     assert folder.is_dir()
     del documents
     gc.collect()
@@ -538,17 +481,6 @@ def test_scratch_keeps_its_values_and_leaves_no_file(tmp_path, folder, dtype):
 def test_scratch_of_nothing_is_an_empty_tensor(tmp_path):
     assert scratch(tmp_path, (0, 5), torch.float32).shape == (0, 5)
     assert scratch(None, (3, 0), torch.float32).shape == (3, 0)
-
-
-def test_space_that_a_file_holds_already_counts_as_free_for_it(tmp_path, monkeypatch):
-    path = tmp_path / "f"
-    path.write_bytes(b"x" * 100_000)
-    monkeypatch.setattr(shutil, "disk_usage", disk_of(free=500))
-    with path.open("r+b") as file:
-        reserve(file, path, path.stat().st_blocks * 512 + 500)
-        assert path.read_bytes()[:100_000] == b"x" * 100_000
-        with pytest.raises(OSError, match="No space left"):
-            reserve(file, path, path.stat().st_blocks * 512 + 501)
 
 
 def test_space_is_asked_for_as_file_systems_without_fallocate_need_it(tmp_path, monkeypatch):

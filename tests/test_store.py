@@ -239,7 +239,7 @@ def test_corpus_is_read_without_the_files_of_others(tmp_path):
         part, file = name.split("/")
         (tmp_path / f"away_{part}" / file).rename(tmp_path / name)
     assert plain([second]) == plain(corpora()[1:])
-    with pytest.raises(ValueError, match=r"documents/D0/ids.bin"):
+    with pytest.raises(ValueError, match=r"documents/D0/titles.bin"):
         first.titles  # noqa: B018
     with pytest.raises(ValueError, match=r"queries/D0.json"):
         first.test  # noqa: B018
@@ -267,9 +267,7 @@ def test_documents_of_another_run_are_refused(tmp_path, held):
     for i in range(held):
         documents.add(f"other{i}", "", "text")
     documents.close()
-    with pytest.raises(
-        ValueError, match=f"D0: found {held} documents, corpus.json says 2; .* different runs"
-    ):
+    with pytest.raises(ValueError, match=f"ids.bin: found {held} ids, corpus.json says 2; .* different runs"):
         plain(store.load_corpora(tmp_path))
 
 
@@ -407,7 +405,7 @@ def test_model_whose_experts_are_all_frozen_comes_back(tmp_path):
 def test_statistics_of_both_modes_come_back(tmp_path):
     torch.manual_seed(0)
     calibrated, grown = ood.calibrate(torch.randn(50, 3), 2, 0.02), ood.new_stats("paper_code", 2, 3)
-    ood.move(grown, ood.sums(torch.randn(8, 3, 2), torch.ones(8, 3, 2)))
+    ood.move(grown, ood.routed_energy_moments(torch.randn(8, 3, 2), torch.ones(8, 3, 2)))
     ood.remember_base(grown)
     ood.grow(grown)
     stats = [calibrated, grown, ood.new_stats("calibrated", 2, 3)]
