@@ -3,7 +3,7 @@
 Paper    sections 4.1 and appendix C use BM25 (Pyserini, k1 = 0.9, b = 0.4) for both
 In       passages of the documents indexed so far
 Out      scores (N,) of a query; the ranking of its best documents
-Next     dense.py trains on its negatives; train.py prints it beside the method
+Next     dense.py trains on its negatives, prepare.py ranks with it beside the method; topics.py counts words with it
 Differs  whole lower-case words in place of Pyserini's stemmer and stop list
 """
 
@@ -18,25 +18,30 @@ from queries import words
 K1, B = 0.9, 0.4
 
 
+def count_words(passages: Iterable[str]) -> tuple[int, dict[str, int], np.ndarray, np.ndarray, np.ndarray]:
+    """How many passages; a number for each lower-case word; and of each word in each passage row, number and count."""
+    vocabulary: dict[str, int] = {}
+    distinct, terms, counts = array("i"), array("i"), array("i")
+    for passage in passages:
+        times = Counter(word.lower() for word in words(passage))
+        terms.extend(vocabulary.setdefault(word, len(vocabulary)) for word in times)
+        counts.extend(times.values())
+        distinct.append(len(times))
+    rows = np.repeat(np.arange(len(distinct), dtype=np.int32), distinct)
+    return len(distinct), vocabulary, rows, np.array(terms, np.int32), np.array(counts, np.int32)
+
+
 class BM25:
     """An inverted index: for each word the documents that hold it and its weight in them, in flat arrays."""
 
     def __init__(self, passages: Iterable[str]):
-        self.vocabulary: dict[str, int] = {}
-        terms, counts, distinct, lengths = array("i"), array("i"), array("i"), array("i")
-        for passage in passages:
-            times = Counter(word.lower() for word in words(passage))
-            terms.extend(self.vocabulary.setdefault(word, len(self.vocabulary)) for word in times)
-            counts.extend(times.values())
-            distinct.append(len(times))
-            lengths.append(times.total())
-        self.n_documents = len(lengths)
-        lengths, term = np.array(lengths, float), np.array(terms, np.int32)
+        self.n_documents, self.vocabulary, rows, terms, counts = count_words(passages)
+        lengths = np.bincount(rows, counts, self.n_documents)
         length_norm = K1 * (1 - B + B * lengths / max(lengths.mean() if len(lengths) else 0, 1))
-        order = np.argsort(term, kind="stable")  # postings of one word side by side, rows ascending
-        self.rows = np.repeat(np.arange(self.n_documents, dtype=np.int32), distinct)[order]
-        self.starts = np.searchsorted(term[order], np.arange(len(self.vocabulary) + 1))
-        n, tf = np.diff(self.starts), np.array(counts, float)[order]
+        order = np.argsort(terms, kind="stable")  # postings of one word side by side, rows ascending
+        self.rows = rows[order]
+        self.starts = np.searchsorted(terms[order], np.arange(len(self.vocabulary) + 1))
+        n, tf = np.diff(self.starts), counts[order].astype(float)
         idf = np.log(1 + (self.n_documents - n + 0.5) / (n + 0.5))
         self.weights = np.repeat(idf, n) * tf / (tf + length_norm[self.rows])
 

@@ -1,7 +1,6 @@
 """The stream by topic, on made-up corpora whose topics are known."""
 
 import random
-import re
 from collections import Counter
 
 import pytest
@@ -159,9 +158,8 @@ def test_documents_without_a_counted_word_are_zeros_and_end_in_some_corpus():
     "passages", [["", "", ""], ["a b"] * 10, [f"w{i}" for i in range(20)], ["a", "a", "b"]]
 )
 def test_passages_that_share_no_telling_word_are_refused(passages):
-    with pytest.raises(
-        ValueError, match=rf"--split_by topic: no word .* all {len(passages)} documents.*random"
-    ):
+    message = f"--split_by topic: no word tells topics in {len(passages)} documents; pass --split_by random"
+    with pytest.raises(ValueError, match=message):
         topic_order(passages, [1, 1, 1], 0)
 
 
@@ -225,6 +223,6 @@ def test_split_by_topic_takes_spare_documents_from_d0_and_no_heed_of_an_order():
 
 def test_split_by_topic_passes_its_errors_on():
     held, _ = collection([10, 10])
-    for splits, message in (("100", "found one corpus"), ("50,20", re.escape("--splits 50,20"))):
+    for splits, message in (("100", "found one corpus"), ("50,20", "--splits '?50,20")):
         with pytest.raises(ValueError, match=message):
             split(held, splits, "topic", 0)
