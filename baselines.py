@@ -9,9 +9,9 @@ Differs  DSI++ is without its generative replay, as in the paper. PromptDSI's re
          mean of the decoder's input embeddings, which in training holds the docid that is asked for: here it is
          the mean of the query's encoder outputs, the same in training and search. Topics come from k-means of
          these in place of BERTopic; the word rows, which its frozen encoder reads, do not train, so that the
-         encoder's outputs are computed once. EWC's F is the square of one mean gradient, as released, not Fisher's mean of
-         squares. IncDSI inserts all documents of a corpus at once, by Adam in place of L-BFGS (`insert_rows`), and its
-         old documents' mean queries are computed again from their text (`insert`) instead of stored.
+         encoder's outputs are computed once. EWC's F is the square of one mean gradient, as released, not Fisher's
+         mean of squares. IncDSI inserts all documents of a corpus at once, by Adam in place of L-BFGS, and its old
+         documents' mean queries are computed again from their text instead of stored.
 
 `run` is prepare.Run: config, corpora, and pseudo-queries of each corpus.
 """
@@ -29,8 +29,12 @@ import dense
 from losses import docid_cross_entropy
 from t5 import T5, Attention, DecoderBlock, FeedForward, T5Config
 
+REDUCTION = 96  # of an adapter's bottleneck: 8 at T5-base's width (released code)
 PROMPT_LENGTH = 10  # keys and values of a prompt (paper)
 TOPIC_QUERIES = 20_000  # pseudo-queries of D_0 whose topics PromptDSI finds (ours)
+MARGIN, GUARD = 1.0, 1.0  # of IncDSI's hinges, and the weight of those of old documents
+INSERT_STEPS, INSERT_LR = 200, 0.02  # of Adam; a share of the standard size of the tables' entries (ours)
+CHUNK = 1024  # rows of scores that insertion holds at a time
 
 
 def add_parts(run, model: T5) -> None:
@@ -41,9 +45,9 @@ def add_parts(run, model: T5) -> None:
         with torch.no_grad():
             tokens = run.tokens(run.sample(0, TOPIC_QUERIES, "topics"))
             means = [representation(*model.encode(part.to(run.device))).cpu() for part in tokens.split(128)]
-        add_prompts(model, topic_keys(torch.cat(means), config.prompts, config.seed), PROMPT_LENGTH)
+        add_prompts(model, topic_keys(torch.cat(means), config.prompts, config.seed))
     if config.adapters and not adapters(model):
-        add_adapters(model, inner_width(model.config.width))
+        add_adapters(model, max(1, model.config.width // REDUCTION))
 
 
 def unfreeze_parts(model: T5) -> None:
@@ -70,15 +74,8 @@ class Adapter(nn.Module):
         return y + y @ self.down.T @ self.up.T
 
 
-def inner_width(width: int, reduction: int = 96) -> int:
-    """The bottleneck of the released code: 8 at T5-base's width."""
-    return max(1, width // reduction)
-
-
 def add_adapters(model: T5, inner: int) -> None:
-    """Puts an adapter behind every attention and feed-forward of a plain T5: two in an encoder block, three in a
-    decoder block.
-    """
+    """Puts an adapter behind each attention and feed-forward: two in an encoder block, three in a decoder block."""
     for sub_layer in list(model.modules()):
         if isinstance(sub_layer, (Attention, FeedForward)):
             sub_layer.after = Adapter(model.config.width, inner).to(model.word.device)
@@ -142,26 +139,23 @@ def representation(source: Tensor, padding: Tensor) -> Tensor:
 
 
 def topic_keys(representations: Tensor, topics: int, seed: int) -> Tensor:
-    """Unit centroids (P, D) of spherical k-means over the directions of D_0's query representations (Q, D).
+    """Unit centroids (P, D) of spherical k-means over D_0's query representations (Q, D).
 
     Raises ValueError where there are fewer queries than topics.
     """
     if len(representations) < topics:
-        raise ValueError(
-            f"found {len(representations)} queries, wanted at least one for each of {topics} topics"
-        )
+        raise ValueError(f"found {len(representations)} queries for {topics} topics; pass fewer --prompts")
     points = np.ascontiguousarray(F.normalize(representations.float().cpu(), dim=-1).numpy())
-    kmeans = faiss.Kmeans(
-        points.shape[1], topics, niter=20, seed=seed, spherical=True, min_points_per_centroid=1
-    )
+    options = dict(niter=20, seed=seed, spherical=True, min_points_per_centroid=1)
+    kmeans = faiss.Kmeans(points.shape[1], topics, **options)
     kmeans.train(points)
     return torch.from_numpy(kmeans.centroids.reshape(topics, -1).copy())
 
 
-def add_prompts(model: T5, topics: Tensor, length: int = 10) -> None:
+def add_prompts(model: T5, topics: Tensor, length: int = PROMPT_LENGTH) -> None:
     """Gives a plain T5 a pool of prompts, one of each topic (P, D), in its second decoder block.
 
-    From then on its decoder starts from `model.past(source, padding)`. Raises ValueError where there is no such block.
+    Its decoder then starts from `model.past(source, padding)`. Raises ValueError where there is no such block.
     """
     if len(model.decoder) < 2:
         raise ValueError("prompts go into the second decoder block, this T5 has one; pass --decoder_blocks 2")
@@ -211,24 +205,15 @@ def fisher(model: T5, ids: Tensor, codes: Tensor, batch: int = 64) -> dict[str, 
     return squares
 
 
-def values_of(model: T5, names) -> dict[str, Tensor]:
-    """theta* of the named parameters, kept beside their F."""
-    parameters = dict(model.named_parameters())
-    return {name: parameters[name].detach().clone() for name in names}
-
-
 def ewc_memory(run, t: int, codes: Tensor) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """F and theta* of each corpus that EWC protects on D_t.
-
-    From that corpus's checkpoint and a fixed sample of its queries, and so the same whenever it is computed.
-    """
+    """F and theta* of each corpus that EWC protects on D_t, from its checkpoint and a fixed sample of its queries."""
     memory = []
     for i in range(0 if run.config.ewc_protect_d0 else 1, t):
         model, rng = run.ready(run.after(i)[0]), random.Random(f"{run.config.seed} ewc {i}")
         rows = rng.choices(run.corpora[i].rows, k=run.config.ewc_samples)
         tokens = run.tokens([(row, run.sampler(i).draw(row, rng)) for row in rows])
         weights = fisher(model, tokens, codes[rows].to(run.device))
-        memory.append((weights, values_of(model, weights)))
+        memory.append((weights, {name: p.detach() for name, p in model.named_parameters()}))
     return memory
 
 
@@ -247,24 +232,13 @@ def ewc_penalty(model: T5, memory: list[tuple[dict[str, Tensor], dict[str, Tenso
 
 
 @torch.enable_grad()
-def insert_rows(
-    table: Tensor,
-    represented: Tensor,
-    rows: Tensor,
-    queries: Tensor,
-    owner: Tensor,
-    margin: float = 1.0,
-    guard: float = 1.0,
-    steps: int = 200,
-    lr: float = 0.02,
-    chunk: int = 1024,
-) -> Tensor:
-    """Rows of new documents in a table of one row per document (atomic docids), found without training a model.
+def insert_rows(table: Tensor, represented: Tensor, rows: Tensor, queries: Tensor, owner: Tensor) -> Tensor:
+    """Rows (n, D) of new documents in a table of one row per document (atomic docids), without training a model.
 
     A new row e shall win its own queries q, and must not win those of old documents j, for which their mean z_j
-    stands. As in IncDSI, with margin c and summed over q and j:
+    stands. As in IncDSI, with c = MARGIN and summed over q and j:
 
-        sum_q max(0, c + max_{other} <q, e_other> - <q, e>)^2 + guard * sum_j max(0, c + <z_j, e> - <z_j, e_j>)^2
+        sum_q max(0, c + max_{other} <q, e_other> - <q, e>)^2 + GUARD * sum_j max(0, c + <z_j, e> - <z_j, e_j>)^2
 
     IncDSI inserts one document after another by L-BFGS, and one of its corpus is old for those that follow. Here all n
     move at once by Adam, so `other` runs over the old rows and the other new ones, which give way too.
@@ -275,26 +249,21 @@ def insert_rows(
         rows: (n, D) where the new ones start, e.g. their embeddings.
         queries: (Q, D) hidden states of the new documents' pseudo-queries.
         owner: (Q,) which of the n each belongs to.
-        lr: of Adam, as a share of the standard size of `rows`' and `table`'s entries.
-        chunk: rows of scores held at a time.
-
-    Returns:
-        (n, D)
     """
-    best_old = torch.cat([(part @ table.T).amax(1) for part in queries.split(chunk)])  # (Q,)
+    best_old = torch.cat([(part @ table.T).amax(1) for part in queries.split(CHUNK)])  # (Q,)
     kept = (represented * table).sum(1)  # (N,) what z_j gives its own document
     size = torch.cat([table, rows]).square().mean().sqrt().item()
     rows = rows.detach().clone().requires_grad_()
-    optimiser = torch.optim.Adam([rows], lr * size)
-    for _ in range(steps):
+    optimiser = torch.optim.Adam([rows], INSERT_LR * size)
+    for _ in range(INSERT_STEPS):
         optimiser.zero_grad()
-        for part, mine, best in zip(queries.split(chunk), owner[:, None].split(chunk), best_old.split(chunk)):
+        for part, mine, best in zip(queries.split(CHUNK), owner[:, None].split(CHUNK), best_old.split(CHUNK)):
             scores = part @ rows.T  # (q, n)
             others = torch.maximum(scores.scatter(1, mine, -torch.inf).amax(1), best)
-            short = margin + others - scores.gather(1, mine)[:, 0]
+            short = MARGIN + others - scores.gather(1, mine)[:, 0]
             short.clamp(min=0).square().sum().backward()
-        for part, own in zip(represented.split(chunk), kept[:, None].split(chunk)):
-            (guard * (margin + part @ rows.T - own).clamp(min=0).square().sum()).backward()
+        for part, own in zip(represented.split(CHUNK), kept[:, None].split(CHUNK)):
+            (GUARD * (MARGIN + part @ rows.T - own).clamp(min=0).square().sum()).backward()
         optimiser.step()
     return rows.detach()
 
@@ -302,29 +271,26 @@ def insert_rows(
 def insert(run, t: int, embeddings: Tensor, model: T5) -> Tensor:
     """The docid table of D_0..D_t: the model's own rows and one for each new document, which its queries find.
 
-    embeddings (N, D), where the new rows start. The model stays as D_0 left it. A mean query of every older document
-    is what it was when the document came, since the model is frozen and the draw (four queries each) has a fixed seed,
-    and so is computed again.
+    embeddings (N, D), where the new rows start. The model stays as D_0 left it and the draw of four queries for each
+    older document has a fixed seed, so that their means are what they were when the document came.
     """
     run.ready(model).eval()
-    first, last, pairs = run.corpora[t].first_row, run.corpora[t].rows.stop, run.training_queries(t)
+    new, pairs = run.corpora[t].rows, run.training_queries(t)
     queries = dense.embed(model, run.tokens(pairs))
-    owner = torch.tensor([row for row, _ in pairs]) - first
+    owner = torch.tensor([row for row, _ in pairs]) - new.start
     old = [pair for i in range(t) for pair in run.sample(i, 4 * len(run.corpora[i].rows), "insertion")]
     rows = torch.tensor([row for row, _ in old])
-    means = torch.zeros(first, queries.shape[1]).index_add_(0, rows, dense.embed(model, run.tokens(old)))
-    means /= torch.bincount(rows, minlength=first)[:, None]
+    means = torch.zeros(new.start, queries.shape[1]).index_add_(0, rows, dense.embed(model, run.tokens(old)))
+    means /= torch.bincount(rows, minlength=new.start)[:, None]
     table = model.rq.detach()[0].cpu()
-    return torch.cat([table, insert_rows(table, means, embeddings[first:last], queries, owner)])
+    return torch.cat([table, insert_rows(table, means, embeddings[new.start : new.stop], queries, owner)])
 
 
 # --------------------------------------------------------------------------------- atomic docids: a growing table
 
 
 def table_so_far(run, t: int, books: Tensor) -> Tensor:
-    """What the docid table of D_0..D_t starts from: all codebooks or, of atomic docids, a row for each document that
-    has arrived.
-    """
+    """What the docid table of D_0..D_t starts from: all codebooks or, if atomic, a row for each document so far."""
     return books[:, : run.corpora[t].rows.stop] if run.config.docid_kind == "atomic" else books
 
 

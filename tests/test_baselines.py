@@ -1,12 +1,14 @@
 """The comparison methods against formulas worked out by hand, and what T5, search and checkpoints do with them."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import baselines
 import store
 from baselines import (
     Adapter,
@@ -17,11 +19,9 @@ from baselines import (
     climb,
     ewc_penalty,
     fisher,
-    inner_width,
     insert_rows,
     representation,
     topic_keys,
-    values_of,
 )
 from losses import docid_cross_entropy
 from rq import Trie
@@ -64,6 +64,10 @@ def ids() -> Tensor:
     return ids * (torch.arange(9) < lengths[:, None])
 
 
+def values_of(model: T5, *names: str) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if name in names}
+
+
 def close(a: Tensor, b: Tensor, atol: float = 1e-5) -> None:
     torch.testing.assert_close(a, b, atol=atol, rtol=1e-5)
 
@@ -80,8 +84,12 @@ def test_adapter_by_hand():
     assert adapter(torch.tensor([-3.0, -4.0])).tolist() == [-113.0, 7.0]
 
 
-def test_inner_width_is_the_published_one():
-    assert inner_width(768) == 8 and inner_width(128) == 1 and inner_width(32) == 1
+@pytest.mark.parametrize("width, inner", [(768, 8), (96, 1), (16, 1)])
+def test_adapters_bottleneck_is_the_published_one(width, inner):
+    with torch.device("meta"):
+        model = T5(T5Config(VOCAB, width, 4, 4, 24, 1, 1, codebooks=M, centroids=K))
+        baselines.add_parts(SimpleNamespace(config=SimpleNamespace(prompts=0, adapters=True)), model)
+    assert [adapter.down.shape for adapter in adapters(model)] == [(inner, width)] * 5
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -174,7 +182,7 @@ def test_topic_keys_are_the_mean_directions_of_the_queries_that_choose_them():
     lengths = torch.rand(200, 1, generator=generator) * 50 + 0.1
     close(topic_keys(points * lengths, 4, seed=1), found, atol=1e-4)  # lengths do not count
     assert torch.equal(found, topic_keys(points, 4, seed=1))
-    with pytest.raises(ValueError, match="found 200 queries, wanted at least one for each of 201 topics"):
+    with pytest.raises(ValueError, match="found 200 queries for 201 topics; pass fewer --prompts"):
         topic_keys(points, 201, seed=1)
 
 
@@ -400,10 +408,10 @@ def test_penalty_by_hand_and_its_gradient():
     model = small_model()
     name = "decoder_norm.weight"
     weight = torch.arange(16.0)
-    old = values_of(model, [name])
+    old = values_of(model, name)
     with torch.no_grad():
         model.decoder_norm.weight += 2.0
-    later = values_of(model, [name])
+    later = values_of(model, name)
     with torch.no_grad():
         model.decoder_norm.weight += 1.0
     assert ewc_penalty(model, []).item() == 0
@@ -416,7 +424,7 @@ def test_penalty_by_hand_and_its_gradient():
 def test_penalty_is_zero_where_it_was_taken_and_holds_what_mattered(ids, codes):
     model = small_model()
     found = fisher(model, ids, codes[:6])
-    memory = [(found, values_of(model, found))]
+    memory = [(found, values_of(model, *found))]
     assert ewc_penalty(model, memory).item() == 0
     used, unused = ids[0, 0], next(w for w in range(1, VOCAB) if w not in ids)
     assert (
@@ -449,7 +457,7 @@ def correct(queries: Tensor, rows: Tensor, owner: Tensor) -> float:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_inserted_rows_win_their_queries_and_leave_the_old_ones_theirs(seed):
+def test_inserted_rows_win_their_queries_and_leave_the_old_ones_theirs(seed, monkeypatch):
     table, old_queries, new_queries = geometry(seed=seed)
     old_owner, new_owner = torch.arange(60).repeat_interleave(5), torch.arange(12).repeat_interleave(6)
     represented = old_queries.view(60, 5, -1).mean(1)
@@ -464,7 +472,9 @@ def test_inserted_rows_win_their_queries_and_leave_the_old_ones_theirs(seed):
     assert correct(old_queries, found_table, old_owner) > before - 0.03
     assert correct(new_queries, found_table, 60 + new_owner) > 0.97
     # Without the guard the new rows win their queries too, at the old ones' cost.
-    free = insert_rows(table, represented, start, new_queries, new_owner, guard=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(baselines, "GUARD", 0.0)
+        free = insert_rows(table, represented, start, new_queries, new_owner)
     assert correct(old_queries, torch.cat([table, free]), old_owner) < 0.92
     # Short means lose their own queries instead, and are mended as well.
     assert correct(new_queries, torch.cat([table, start / 3]), 60 + new_owner) < 0.8
@@ -484,36 +494,39 @@ def test_new_documents_compete_with_each_other():
     assert rows[0, 1] < 6 and rows[1, 1] > 3
 
 
-def test_inserted_rows_do_not_depend_on_the_chunk_or_a_grad_mode():
+def test_inserted_rows_do_not_depend_on_the_chunk_or_a_grad_mode(monkeypatch):
     table, old_queries, new_queries = geometry()
     owner, represented = torch.arange(12).repeat_interleave(6), old_queries.view(60, 5, -1).mean(1)
     start = new_queries.view(12, 6, -1).mean(1)
+    monkeypatch.setattr(baselines, "INSERT_STEPS", 20)
+    whole = insert_rows(table, represented, start, new_queries, owner)
+    monkeypatch.setattr(baselines, "CHUNK", 7)
     with torch.no_grad():
-        parts = [
-            insert_rows(table, represented, start, new_queries, owner, steps=20, chunk=c) for c in (7, 999)
-        ]
-    close(*parts, atol=1e-4)
+        close(insert_rows(table, represented, start, new_queries, owner), whole, atol=1e-4)
 
 
-def test_satisfied_rows_stay_where_they_are():
+def test_satisfied_rows_stay_where_they_are(monkeypatch):
     """Everything is already won by more than the margin: no term of the loss is left."""
     table, represented = 10 * torch.eye(4)[:2], torch.eye(4)[:2]
     start, queries = 10 * torch.eye(4)[2:], torch.eye(4)[2:]
     assert torch.equal(insert_rows(table, represented, start, queries, torch.arange(2)), start)
     one = insert_rows(table, represented, start[:1], queries[:1], torch.zeros(1, dtype=torch.long))
     assert torch.equal(one, start[:1])  # no other new document
-    wide = insert_rows(table, represented, start, queries, torch.arange(2), margin=11.0)
-    assert not torch.equal(wide, start)
+    monkeypatch.setattr(baselines, "MARGIN", 11.0)
+    assert not torch.equal(insert_rows(table, represented, start, queries, torch.arange(2)), start)
 
 
-def test_first_step_of_insertion_follows_the_gradient_worked_out_by_hand():
+def test_first_step_of_insertion_follows_the_gradient_worked_out_by_hand(monkeypatch):
     """One old row (2, 0) with z (1, 0), one new row (1, 1) with query (0, 1): own hinge 1 + 0 - 1 = 0, guard hinge
     1 + 1 - 2 = 0. With margin 2 both are 1: gradient 2 * (-q + z) = (2, -2), and Adam's first step is lr * its sign.
     """
     table, z, start, q = (torch.tensor([row]) for row in ([2.0, 0], [1.0, 0], [1.0, 1], [0.0, 1]))
     owner = torch.zeros(1, dtype=torch.long)
-    assert torch.equal(insert_rows(table, z, start, q, owner, steps=1), start)
-    found = insert_rows(table, z, start, q, owner, margin=2.0, steps=1, lr=0.1)
+    monkeypatch.setattr(baselines, "INSERT_STEPS", 1)
+    assert torch.equal(insert_rows(table, z, start, q, owner), start)
+    monkeypatch.setattr(baselines, "MARGIN", 2.0)
+    monkeypatch.setattr(baselines, "INSERT_LR", 0.1)
+    found = insert_rows(table, z, start, q, owner)
     step = 0.1 * math.sqrt(6 / 4)  # of the entries' size: squares 4, 0, 1, 1
     close(found, torch.tensor([[1 - step, 1 + step]]))
 
