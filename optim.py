@@ -1,7 +1,6 @@
 """The optimisation loop that every stage shares: schedule, gradient clipping, AdamW, progress.
 
-Paper    appendix E: AdamW, linear warm-up and decay to zero, gradient norm clipped at 1, no decay of RMSNorm
-         weights
+Paper    appendix E: AdamW, linear warm-up and decay to zero, gradient norm clipped at 1, RMSNorm weights undecayed
 In       a Stage: parameters that train, a function that draws a batch, one that gives the loss of a part of it
 Out      the parameters, changed in place
 Next     dense.py and train.py call it
@@ -24,10 +23,6 @@ MOST_SKIPPED = 10  # steps in a row without a finite gradient, after which train
 Batch = Sequence | Tensor  # examples that every process draws alike
 
 
-def nothing() -> None:
-    """The default of a stage's hooks."""
-
-
 @dataclass
 class Stage:
     """What one call of `fit` trains, and on what."""
@@ -37,12 +32,10 @@ class Stage:
     steps: int
     warmup: float  # share of the steps in which the learning rate rises
     next_batch: Callable[[], Batch]
-    loss: Callable[
-        [Batch], tuple[Tensor, dict[str, Tensor]]
-    ]  # of a part of a batch, and its terms as weighted in it
+    loss: Callable[[Batch], tuple[Tensor, dict]]  # of a part of a batch, and its terms by name, as weighted
     chance: dict = field(default_factory=dict)  # by name, what `next_batch` and `loss` draw from or add up
-    before_clip: Callable[[], None] = nothing  # what else touches gradients (slow learner)
-    after_step: Callable[[], None] = nothing  # or parameters (unit router rows)
+    before_clip: Callable[[], None] = lambda: None  # what else touches gradients (slow learner)
+    after_step: Callable[[], None] = lambda: None  # or parameters (unit router rows)
     climb: Callable[[list[Tensor]], list[Tensor]] | None = None  # adaptive SAM; see `fit`
 
 
@@ -53,11 +46,8 @@ def parameter_groups(
     named = [(name, p) for name, p in named if p.requires_grad and p.numel()]
     norms = [p for name, p in named if name.endswith("norm.weight")]
     others = [p for name, p in named if not name.endswith("norm.weight")]
-    groups = [
-        dict(params=others, lr=lr, weight_decay=weight_decay),
-        dict(params=norms, lr=lr, weight_decay=0.0),
-    ]
-    return [group for group in groups if group["params"]]
+    decays = (others, weight_decay), (norms, 0.0)
+    return [dict(params=params, lr=lr, weight_decay=decay) for params, decay in decays if params]
 
 
 def linear_schedule(step: int, steps: int, warmup: int) -> float:
@@ -65,12 +55,6 @@ def linear_schedule(step: int, steps: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return (steps - step) / max(1, steps - warmup)
-
-
-def some(batch: Batch, most: int = 20) -> str:
-    """The first examples of a batch, for the log."""
-    shown = batch[:most].tolist() if isinstance(batch, Tensor) else [str(item)[:80] for item in batch[:most]]
-    return f"{shown}" + (" .." if len(batch) > most else "")
 
 
 def gradients(stage: Stage, batch: Batch, trained: list[Tensor], config) -> dict[str, Tensor]:
@@ -95,7 +79,7 @@ def gradients(stage: Stage, batch: Batch, trained: list[Tensor], config) -> dict
     return sums
 
 
-def fit(stage: Stage, config, log, resume=None) -> float:
+def fit(stage: Stage, config, log, resume=None) -> None:
     """Runs a stage's optimiser steps and reports them.
 
     With `stage.climb` (DSI++) the gradient is taken where the loss is worst nearby: it moves the parameters there and
@@ -106,15 +90,13 @@ def fit(stage: Stage, config, log, resume=None) -> float:
             products are in bfloat16; norms, softmax, router and losses see to their float32 themselves.
         resume: saves where the stage stands, and restores it before the first step (store.Resume).
 
-    Returns:
-        the last step's loss.
     Raises ValueError after 10 steps in a row whose loss or gradient is not finite; each such step is skipped.
     """
     optimizer = torch.optim.AdamW(stage.groups, fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     start = resume.restore(stage.name, trained, optimizer, stage.chance) if resume else 0
-    begin, examples, value, skipped = time.monotonic(), 0, float("nan"), 0
+    begin, examples, skipped = time.monotonic(), 0, 0
     for step in range(start, stage.steps):
         factor = linear_schedule(step, stage.steps, max(1, round(stage.warmup * stage.steps)))
         for group, peak in zip(optimizer.param_groups, peaks):
@@ -134,7 +116,7 @@ def fit(stage: Stage, config, log, resume=None) -> float:
             skipped = 0
         else:
             skipped += 1
-            skip(stage.name, step, norm, batch, skipped, log)
+            skip(stage.name, step + 1, norm, batch, skipped, log)
         stage.after_step()
 
         examples += len(batch)
@@ -142,30 +124,30 @@ def fit(stage: Stage, config, log, resume=None) -> float:
         if step % 10 == 0 or last:
             distributed.add_up(sums.values())
             numbers = {name: float(term) for name, term in sums.items()}
-            value, seconds = numbers.pop("loss"), time.monotonic() - begin
+            loss, seconds = numbers.pop("loss"), time.monotonic() - begin
             terms = " ".join(f"{name} {number:.3f}" for name, number in numbers.items())
             rate, left = examples / seconds, seconds / (step + 1 - start) * (stage.steps - step - 1)
             log.progress(
-                f"{stage.name} step {step + 1}/{stage.steps} | loss {value:.3f} ({terms}) | "
+                f"{stage.name} step {step + 1}/{stage.steps} | loss {loss:.3f} ({terms}) | "
                 f"lr {max(peaks) * factor:.1e} | {rate:.0f} q/s | ETA {left:.0f} s",
                 last,
             )
             log.metrics(
-                stage=stage.name, step=step + 1, loss=value, **numbers, lr=max(peaks) * factor, gradient_norm=norm,
+                stage=stage.name, step=step + 1, loss=loss, **numbers, lr=max(peaks) * factor, gradient_norm=norm,
                 queries_per_second=rate,
             )  # fmt: skip
         if resume and skipped == 0 and (last or resume.due()):
             resume.save(stage.name, step + 1, trained, optimizer, stage.chance)
-    return value
 
 
 def skip(name: str, step: int, norm: Tensor, batch: Batch, skipped: int, log) -> None:
     """Logs a step that is not taken; raises ValueError where too many were skipped in a row."""
-    log.line(f"{name} step {step + 1}: gradient norm {norm:.3g}, step {skipped} skipped; batch {some(batch)}")
+    examples = [str(item)[:80] for item in (batch.tolist() if isinstance(batch, Tensor) else batch)[:20]]
+    log.line(f"{name} step {step}: gradient norm {norm:.3g}, step {skipped} skipped; batch: {examples} ..")
     if skipped == MOST_SKIPPED:
         raise ValueError(
-            f"{name}: {skipped} steps in a row had no finite loss or gradient. The last good checkpoint is "
-            "whole; lower the learning rate (--lr, --d0_lr or --dense_lr), or pass --precision float32"
+            f"{name}: {skipped} steps in a row had no finite loss or gradient (the last checkpoint is whole); "
+            "lower the learning rate (--lr, --d0_lr, --dense_lr) or pass --precision float32"
         )
 
 
