@@ -3,20 +3,16 @@
 Paper    section 4.1 and tables 6-7
 In       --data-dir: GenRet's NQ320k archive or its files, MS MARCO's passage files, or the authors' own folders
 Out      a Collection whose documents lie on disk, and a manifest: what was read beside what the paper counts
-Next     data.split cuts it into D_0..D_T; train.py stores it in the run folder
-Differs  the authors' split of documents is not public: ours is drawn with a seed at the paper's exact sizes, and the
-         ids of each corpus are hashed. Where their folders are there (d0 .. d4), their split is used. A JSON file is
-         read whole; the lines of MS MARCO are not.
+Next     data.split cuts it into D_0..D_T; prepare.py stores it in the run folder
+Differs  the authors' split is not public: without their folders ours is drawn with a seed at the paper's exact sizes
 """
 
 import json
 import os
 import re
 import shutil
-import tarfile
 import tempfile
-import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +64,7 @@ BENCHMARKS = {
 
 
 def read(name: str, folder: Path, log: Callable[[str], None], store: Path | None = None) -> Collection:
-    """A benchmark from its folder, what is missing fetched first; its documents go to `store`, or a temporary folder.
-
-    Raises ValueError that names file and place of what is missing, cut, malformed or of another hash.
-    """
+    """A benchmark from its folder, what is missing fetched first; ValueError names file and place of what is wrong."""
     if folder.is_file():
         raise ValueError(f"--data_dir {folder}: wanted a folder, found a file; pass {folder.parent}")
     if authors_parts(folder):
@@ -81,59 +74,42 @@ def read(name: str, folder: Path, log: Callable[[str], None], store: Path | None
 
 
 def fetch(name: str, folder: Path, log: Callable[[str], None]) -> None:
-    """Downloads what `folder` lacks of a benchmark, checks it, and unpacks archives."""
-    wanted = BENCHMARKS[name]
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, (server, checks) in wanted.archives.items():
-        lacking = {name for name in wanted.files if not (folder / name).is_file()}
-        if file not in lacking and lacking <= set(wanted.archives):
-            continue  # what is lacking is fetched by itself
-        weights.fetch(server + file, folder / file, **checks, log=log)
-        if file not in wanted.files:
-            absent = unpack(folder / file, lacking, folder) - set(wanted.archives)
-            if absent:
-                raise ValueError(f"{folder / file}: found no member {', '.join(sorted(absent))}; delete it")
-
-
-def unpack(archive: Path, members: set[str], folder: Path) -> set[str]:
-    """Takes members out of a .tar.gz or .zip, each whole or not at all; returns those that it does not hold."""
-    try:
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            shutil.unpack_archive(archive, scratch)
-            os.sync()
-            files = {path.name: path for path in Path(scratch).rglob("*") if path.is_file()}
-            for name in members & set(files):
-                files[name].replace(folder / name)
-    except (shutil.ReadError, tarfile.ReadError, zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{archive}: not a whole archive ({error}); delete it to fetch it again") from None
-    return members - set(files)
+    """Downloads what `folder` lacks of a benchmark, checks it, and takes the files out of archives."""
+    benchmark = BENCHMARKS[name]
+    for file, (server, checks) in benchmark.archives.items():
+        lacking = {name for name in benchmark.files if not (folder / name).is_file()}
+        if file in lacking or lacking - set(benchmark.archives):  # else what is lacking is fetched by itself
+            archive = weights.fetch(server + file, folder / file, log, **checks)
+            if file not in benchmark.files:
+                with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                    shutil.unpack_archive(archive, scratch)
+                    os.sync()
+                    for member in Path(scratch).rglob("*"):
+                        if member.is_file() and member.name in lacking:
+                            member.replace(folder / member.name)
 
 
 def unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    value = {}
-    for key, item in pairs:
-        if key in value:
-            raise ValueError(f"key {key!r} is listed twice")
-        value[key] = item
+    if len(value := dict(pairs)) < len(pairs):
+        raise ValueError(f"key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} is listed twice")
     return value
 
 
-def read_json(path: Path, kind: type[list] | type[dict], wanted: str) -> list | dict:
-    """A JSON file that is a list or an object; `wanted` describes it for messages.
-
-    Raises ValueError where it is missing, cut, malformed, of another kind, not UTF-8, or has a key twice in an object or
-    half a surrogate pair.
-    """
-    if not path.is_file():
-        raise ValueError(f"found no {path}; wanted {wanted}")
+def parse(place: str | Path, text: str, kind: type, wanted: str):
+    """A JSON value of a kind (list, dict), which `wanted` describes; ValueError names the place of anything else."""
     try:
-        value = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=unique_keys)
+        value = json.loads(text, object_pairs_hook=unique_keys)
         json.dumps(value, ensure_ascii=False).encode()  # raises for half surrogates
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: malformed or cut JSON ({error}); wanted {wanted}; repair it") from None
+        raise ValueError(f"{place}: malformed or cut JSON ({error}); wanted {wanted}; repair it") from None
     if not isinstance(value, kind):
-        raise ValueError(f"{path}: found {str(value)[:80]}, wanted {wanted}")
+        raise ValueError(f"{place}: found {str(value)[:80]}, wanted {wanted}")
     return value
+
+
+def read_json(path: Path, kind: type, wanted: str):
+    """A JSON file, as `parse`."""
+    return parse(path, "\n".join(line for _, line in read_lines(path)), kind, wanted)
 
 
 def read_texts(path: Path) -> Iterator[tuple[str, str]]:
@@ -148,27 +124,19 @@ def read_texts(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def innermost(value):
-    """The first value of lists in lists, as GenRet's rows have them."""
     while isinstance(value, list) and value:
         value = value[0]
     return value
 
 
-def genret_pairs(folder: Path, name: str, documents: int) -> Iterator[tuple[str, str, str]]:
-    """(place, document id, query) of rows [query, doc_id] in which either may be a nested list.
-
-    Generated queries may be empty, for data.py to leave out; others may not.
-    """
-    path = folder / name
-    for number, item in enumerate(read_json(path, list, "a JSON list of [query, doc_id]")):
+def genret_pairs(path: Path, documents: int) -> Iterator[tuple[str, str, str]]:
+    """(place, document id, query) of rows [query, doc_id], either in nested lists; generated queries may be empty."""
+    for number, pair in enumerate(read_json(path, list, "a JSON list of [query, doc_id]")):
         place = f"{path}: item {number}"
-        if not isinstance(item, list) or len(item) != 2:
-            raise ValueError(f"{place}: wanted [query, doc_id], found {str(item)[:80]}")
-        query, row = map(innermost, item)
-        if not isinstance(query, str) or not (query.strip() or name.endswith(".qg.json")):
-            raise ValueError(f"{place}: wanted a query, found {str(item[0])[:80]}")
-        if type(row) is not int or not 0 <= row < documents:
-            raise ValueError(f"{place}: points to document {row!r}, of {documents} in corpus_lite.json")
+        query, row = map(innermost, pair) if isinstance(pair, list) and len(pair) == 2 else (None, None)
+        named = isinstance(query, str) and (query.strip() or path.name.endswith(".qg.json"))
+        if not named or type(row) is not int or not 0 <= row < documents:
+            raise ValueError(f"{place}: wanted [query, doc_id below {documents}], found {str(pair)[:80]}")
         yield place, str(row), query
 
 
@@ -179,19 +147,17 @@ def read_nq320k(folder: Path, store: Path | None = None) -> Collection:
         empty += not text
         documents.add(doc_id, "", text)
     n = len(documents.close())
-    if not n:
-        raise ValueError(f"{folder / 'corpus_lite.json'}: found no document")
-    annotated = enumerate(genret_pairs(folder, "train.json", n))
+    annotated = enumerate(genret_pairs(folder / "train.json", n))
     train = [(doc_id, query, f"train{i}") for i, (_, doc_id, query) in annotated]
     test, qrels = {}, {}
-    for i, (_, doc_id, query) in enumerate(genret_pairs(folder, "dev.json", n)):
+    for i, (_, doc_id, query) in enumerate(genret_pairs(folder / "dev.json", n)):
         test[f"dev{i}"], qrels[f"dev{i}"] = query, {doc_id: 1}
+    pseudo = genret_pairs(folder / "train.json.qg.json", n)
     notes = {"layout": "GenRet", "documents without text": empty}
-    pseudo = genret_pairs(folder, "train.json.qg.json", n)
     return Collection(documents, train, test, qrels, pseudo=pseudo, notes=notes)
 
 
-# ---------------------------------------------------------------------------------------------------- MS MARCO
+# ------------------------------------------------------------------------- MS MARCO and the authors' folders
 
 
 def read_tsv(path: Path) -> Iterator[tuple[str, str, str]]:
@@ -203,40 +169,32 @@ def read_tsv(path: Path) -> Iterator[tuple[str, str, str]]:
         yield place, name, text
 
 
-def read_labels(path: Path, documents: Documents) -> Iterator[tuple[str, str, int]]:
-    """(query id, document id, label > 0) of lines `qid 0 docid label`, or of a JSON object {qid: {docid: label}}."""
-    for place, qid, doc_id, label in (json_labels if path.suffix == ".json" else tsv_labels)(path):
+def label_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """(place, [qid, 0, docid, label]) of lines `qid 0 docid label`, or of a JSON object {qid: {docid: label}}."""
+    if path.suffix != ".json":
+        yield from ((place, line.split()) for place, line in read_lines(path))
+        return
+    for qid, labels in read_json(path, dict, "a JSON object {qid: {docid: label}}").items():
+        for doc_id, label in labels.items() if isinstance(labels, dict) else [("", labels)]:
+            yield f"{path}: query {qid!r}", [qid, "0", doc_id, json.dumps(label)]
+
+
+def read_labelled(documents: Documents, folder: Path, qrels: str, queries: str = "raw.tsv") -> list[tuple]:
+    """(document id, query, query id, label) of labels above 0; ValueError if one lacks its document or query."""
+    labels = []
+    for place, cells in label_cells(folder / qrels):
+        if len(cells) != 4 or not re.fullmatch(r"-?\d{1,9}", cells[3]):
+            raise ValueError(f"{place}: wanted qid 0 docid label, or {{docid: label}}, found {cells}")
+        qid, _, doc_id, label = cells
         if doc_id not in documents.row_of:
             raise ValueError(f"{place}: points to document {doc_id!r}, which the collection does not hold")
-        if label > 0:
-            yield qid, doc_id, label
-
-
-def tsv_labels(path: Path) -> Iterator[tuple[str, str, str, int]]:
-    for place, line in read_lines(path):
-        cells = line.split()
-        if len(cells) != 4 or not re.fullmatch(r"-?\d{1,9}", cells[3]):
-            raise ValueError(f"{place}: wanted qid 0 pid label, found {line[:80]!r}")
-        yield place, cells[0], cells[2], int(cells[3])
-
-
-def json_labels(path: Path) -> Iterator[tuple[str, str, str, int]]:
-    for qid, labels in read_json(path, dict, "a JSON object {qid: {docid: label}}").items():
-        place = f"{path}: query {qid!r}"
-        if not isinstance(labels, dict) or not all(type(label) is int for label in labels.values()):
-            raise ValueError(f"{place}: wanted {{docid: label}}, found {str(labels)[:80]}")
-        yield from ((place, qid, doc_id, label) for doc_id, label in labels.items())
-
-
-def read_queries(path: Path, wanted: set[str]) -> dict[str, str]:
-    """Texts of the wanted query ids. Raises ValueError where one has none, or two that differ."""
-    texts: dict[str, str] = {}
-    for place, qid, text in read_tsv(path):
-        if qid in wanted and texts.setdefault(qid, text.strip()) != text.strip():
-            raise ValueError(f"{place}: query {qid!r} has another text above; ids must be unique")
-    if missing := sorted(qid for qid in wanted if not texts.get(qid)):
-        raise ValueError(f"{path}: {len(missing)} labelled queries have no text here, first {missing[0]!r}")
-    return texts
+        if int(label) > 0:
+            labels.append((qid, doc_id, int(label)))
+    asked = {qid for qid, _, _ in labels}
+    texts = {qid: text.strip() for _, qid, text in read_tsv(folder / queries) if qid in asked}
+    if lacking := sorted(qid for qid in asked if not texts.get(qid)):
+        raise ValueError(f"{folder / queries}: {len(lacking)} queries have no text, as {lacking[0]!r}")
+    return [(doc_id, texts[qid], qid, label) for qid, doc_id, label in labels]
 
 
 def read_msmarco(folder: Path, store: Path | None = None) -> Collection:
@@ -246,36 +204,23 @@ def read_msmarco(folder: Path, store: Path | None = None) -> Collection:
         if not documents.add(pid, "", passage.strip()):
             raise ValueError(f"{place}: duplicate passage id {pid!r}; ids must be unique")
     documents.close()
-    labels = list(read_labels(folder / "qrels.train.tsv", documents))
-    texts = read_queries(folder / "queries.train.tsv", {qid for qid, _, _ in labels})
-    train = [(pid, texts[qid], qid) for qid, pid, _ in labels]
-    qrels: dict[str, dict[str, int]] = {}
-    for qid, pid, label in read_labels(folder / "qrels.dev.small.tsv", documents):
-        qrels.setdefault(qid, {})[pid] = label
-    test = read_queries(folder / "queries.dev.small.tsv", set(qrels))
-    return Collection(documents, train, test, qrels, notes={"layout": "MS MARCO"})
-
-
-# ------------------------------------------------------------------------------------------ the authors' folders
+    train = read_labelled(documents, folder, "qrels.train.tsv", "queries.train.tsv")
+    test = read_labelled(documents, folder, "qrels.dev.small.tsv", "queries.dev.small.tsv")
+    collection = Collection(documents, [row[:3] for row in train], {}, {}, notes={"layout": "MS MARCO"})
+    for doc_id, query, qid, label in test:
+        collection.test[qid] = query
+        collection.qrels.setdefault(qid, {})[doc_id] = label
+    return collection
 
 
 def authors_parts(folder: Path) -> list[Path]:
-    """d0, d1, .. where each has a collection, or the folder itself."""
-    collections = folder.glob("d*/full_collection/raw.tsv")
-    count = sum(path.parents[1].name[1:].isdecimal() for path in collections)
-    numbered = [folder / f"d{t}" for t in range(count)]  # where one is lacking, read_authors names it
-    return numbered or [folder] * (folder / "full_collection" / "raw.tsv").is_file()
+    """d0, d1, .., as many as have a collection."""
+    return [folder / f"d{t}" for t, _ in enumerate(folder.glob("d[0-9]*/full_collection/raw.tsv"))]
 
 
 def read_authors(folder: Path, store: Path | None = None) -> Collection:
-    """The layout of the released code: full_collection/raw.tsv, train_queries/, eval_queries/, doc2query/.
-
-    A later part may repeat the documents of those before it, or hold its own alone.
-    """
-    parts, sizes = authors_parts(folder), []
-    if not parts:
-        raise ValueError(f"found no file {folder / 'full_collection/raw.tsv'}, nor one below {folder / 'd0'}")
-    documents = Documents(store)
+    """The released code's d0, d1, ..; a later part may repeat the documents of those before it, or hold its own alone."""
+    documents, sizes, parts = Documents(store), [], authors_parts(folder) or [folder / "d0"]
     for part in parts:
         sizes.append(0)
         for _, doc_id, text in read_tsv(part / "full_collection" / "raw.tsv"):
@@ -287,68 +232,48 @@ def read_authors(folder: Path, store: Path | None = None) -> Collection:
     if len(parts) > 1:
         collection.order = list(documents.ids)
     for t, part in enumerate(parts):
-        tests = part / "eval_queries" if (part / "eval_queries").is_dir() else part
-        labels = list(read_labels(tests / "eval_qrel.json", documents))
-        texts = read_queries(queries_file(part, "eval"), {qid for qid, _, _ in labels})
-        for qid, doc_id, label in labels:
-            collection.test[f"d{t}.{qid}"] = texts[qid]
+        for doc_id, query, qid, label in read_labelled(documents, part / "eval_queries", "eval_qrel.json"):
+            collection.test[f"d{t}.{qid}"] = query
             collection.qrels.setdefault(f"d{t}.{qid}", {})[doc_id] = label
-    annotations = parts[0] / "train_queries" / "train_qrel.json"
-    if annotations.is_file():
-        labels = list(read_labels(annotations, documents))
-        texts = read_queries(queries_file(parts[0], "train"), {qid for qid, _, _ in labels})
-        collection.train = [(doc_id, texts[qid], qid) for qid, doc_id, _ in labels]
+    annotations = parts[0] / "train_queries"
+    if annotations.is_dir():
+        collection.train = [row[:3] for row in read_labelled(documents, annotations, "train_qrel.json")]
     files = [part / "doc2query" / "query_to_docid.train.json" for part in parts]
     if all(file.is_file() for file in files):
         collection.pseudo = (line for file in files for line in read_numbered_pseudo_queries(file))
     return collection
 
 
-def queries_file(part: Path, kind: str) -> Path:
-    """eval_queries/raw.tsv, or another *_queries/raw.tsv whose name begins with `kind`."""
-    files = sorted(part.glob(f"{kind}*queries/raw.tsv")) or sorted(part.glob("*_queries/raw.tsv"))
-    if not files:
-        raise ValueError(f"found no {part / f'{kind}_queries' / 'raw.tsv'}")
-    return files[0]
-
-
 def read_numbered_pseudo_queries(path: Path) -> Iterator[tuple[str, str, str]]:
     """(place, document id, query) of JSON lines {doc_id, query} in which doc_id may be a number or a string."""
     for place, line in read_lines(path):
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # raises for half surrogates
-            doc_id, query = row["doc_id"], row["query"]
-            if type(doc_id) not in (int, str) or not isinstance(query, str):
-                raise TypeError(f"found {line[:80]}")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{place}: wanted {{doc_id, query}} ({error})") from None
+        row = parse(place, line, dict, "{doc_id, query}")
+        doc_id, query = row.get("doc_id"), row.get("query")
+        if type(doc_id) not in (int, str) or not isinstance(query, str):
+            raise ValueError(f"{place}: wanted {{doc_id, query}}, found {line[:80]}")
         yield place, str(doc_id), query
 
 
 def read_docids(path: Path, ids, codebooks: int, centroids: int) -> list[list[int]]:
     """Docids made elsewhere, one per id: a JSON object {docid: [M codes]}, a leading -1 being dropped."""
-    docids = read_json(path, dict, "a JSON object {docid: [codes]}")
-    for doc_id, codes in docids.items():
+    docids, codes_of = [], read_json(path, dict, "a JSON object {docid: [codes]}")
+    for doc_id in ids:
+        codes = codes_of.get(doc_id)
         if isinstance(codes, list) and codes[:1] == [-1]:
-            docids[doc_id] = codes = codes[1:]
-        whole = isinstance(codes, list) and len(codes) == codebooks
-        if not whole or not all(type(code) is int and 0 <= code < centroids for code in codes):
+            codes = codes[1:]
+        valid = isinstance(codes, list) and all(type(code) is int and 0 <= code < centroids for code in codes)
+        if not valid or len(codes) != codebooks:
             wanted = f"wanted M={codebooks} codes below K={centroids}"
             raise ValueError(f"{path}: document {doc_id!r}: {wanted}, found {str(codes)[:80]}")
-    if missing := [doc_id for doc_id in ids if doc_id not in docids]:
-        raise ValueError(f"{path}: {len(missing)} documents have no docid, first {missing[0]!r}")
-    return [docids[doc_id] for doc_id in ids]
+        docids.append(codes)
+    return docids
 
 
 # ---------------------------------------------------------------------------------------------------- the split
 
 
 def paper_split(name: str, collection: Collection) -> tuple[str, int]:
-    """--splits paper: the sizes of the paper (or of the authors' folders) and how many documents they leave over.
-
-    Where there are too few documents, as in a sample, the paper's proportions.
-    """
+    """--splits paper: sizes of the paper or the authors' folders and what they leave over; of a sample, proportions."""
     n, sizes = len(collection.documents), collection.notes.get("sizes", [])
     if len(sizes) < 2:
         if name not in BENCHMARKS:
@@ -365,9 +290,8 @@ def manifest(name: str, collection: Collection, corpora: list[Corpus]) -> dict:
     tests, annotated = [len(corpus.test) for corpus in corpora], len(corpora[0].train)
     found = {"documents": documents, "documents in the files": files, "test queries": tests}
     found |= {"annotated queries of D0": annotated, **collection.notes}
-    if name not in BENCHMARKS:
+    if not (paper := BENCHMARKS.get(name)):
         return {"found": found}
-    paper = BENCHMARKS[name]
     counts = {"documents": list(paper.documents), "test queries": list(paper.test_queries)}
     counts |= {"annotated queries of D0": paper.annotated, "pseudo-queries": list(paper.pseudo_queries)}
     if sum(documents) < 0.9 * sum(paper.documents):
