@@ -4,15 +4,16 @@ Paper    appendix C, Eq. 8; MarginMSE (Hofstaetter et al., 2020) with two rounds
 In       D_0's documents and queries, a T5
 Out      document embeddings (N, D), un-normalised; similarity is the inner product
 Next     rq.py quantises the embeddings of D_0 and, with the same codebooks, those of every later corpus
-Differs  where T5 starts from nothing, an in-batch contrastive warm-up comes first and stays as a second loss
-         term, and the examples include pseudo-queries; BM25 teaches unless --teacher names a cross-encoder's scores
+Differs  where T5 is trained from scratch, an in-batch contrastive warm-up comes first and stays as a second
+         loss term, and the examples include pseudo-queries; BM25 teaches unless --teacher names a cross-encoder's scores
 """
 
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,6 @@ from t5 import T5
 
 WARMUP = 0.04  # share of a round's steps in which the learning rate rises (paper)
 CHUNK = 65_536  # documents that are embedded or ranked together
-LARGEST = float(np.finfo(np.float32).max)  # score of a teacher
 
 
 @dataclass
@@ -37,18 +37,13 @@ class Examples:
     """Queries of D_0, each with its document, its hard negatives and the teacher's scores of them."""
 
     queries: list[str]
-    positives: Tensor  # (n,) rows
-    negatives: Tensor  # (n, k) rows
-    positive_scores: Tensor  # (n,) teacher scores
-    negative_scores: Tensor  # (n, k)
+    documents: Tensor  # (n, 1 + k) rows, the positive first
+    scores: Tensor  # (n, 1 + k)
 
 
 @torch.no_grad()
 def embed(model: T5, texts: Tensor | Tokens, batch: int = 64, out: Tensor | None = None) -> Tensor:
-    """Token ids, padded (N, S) or a store, -> embeddings (N, D) float32 on the CPU, in batches of like length.
-
-    `out` (N, D) receives them where they are to lie on disk.
-    """
+    """Token ids, padded (N, S) or a store, -> embeddings (N, D) float32 on the CPU; `out` (N, D) receives them."""
     device = next(model.parameters()).device
     model.eval()
     texts = texts if isinstance(texts, Tokens) else Tokens.of(texts)
@@ -68,15 +63,15 @@ def nearest(
     """
     chunks = documents.split(CHUNK) if isinstance(documents, Tensor) else documents
     best = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
-    first = 0
+    n_seen = 0
     for chunk in chunks:
         chunk = chunk.to(device)
         parts = [_best(q.to(device) @ chunk.T, k) for q in queries.split(1024)]
         scores, rows = (torch.cat(values) for values in zip(*parts))
-        scores, rows = torch.cat([best[0], scores], 1), torch.cat([best[1], rows + first], 1)
+        scores, rows = torch.cat([best[0], scores], 1), torch.cat([best[1], rows + n_seen], 1)
         scores, order = scores.sort(dim=1, descending=True, stable=True)  # earlier rows stand first already
         best = scores[:, :k], rows.gather(1, order)[:, :k]
-        first += len(chunk)
+        n_seen += len(chunk)
     return best
 
 
@@ -102,88 +97,64 @@ def recall(
     return sum(len(rows & set(top)) / len(rows) for rows, top in zip(relevant, retrieved)) / len(relevant)
 
 
-def negatives_from_bm25(bm25: BM25, queries: list[tuple[int, str]], k: int) -> Examples:
-    """The first round: the k best wrong documents by BM25, scored by BM25 as the teacher."""
-    chosen = torch.empty(len(queries), k, dtype=torch.long)
-    positives = _positives(queries)
-    for i, (_, query) in enumerate(queries):
-        scores = bm25.scores(query)
-        scores[list(positives[query])] = -1.0
-        chosen[i] = torch.from_numpy(np.argpartition(-scores, k)[:k].copy())
-    return _teach(bm25, queries, chosen)
-
-
-def negatives_from_model(
-    bm25: BM25, queries: list[tuple[int, str]], embedded: Tensor, documents: Tensor, k: int, device="cpu"
+def hard_negatives(
+    bm25: BM25, pairs: list[tuple[int, str]], k: int, index: tuple[Tensor, Tensor] | None = None, device="cpu"
 ) -> Examples:
-    """The second round: the k best wrong documents by the first round's own index, scored by BM25."""
-    positives = _positives(queries)
-    retrieved = nearest(embedded, documents, k + max(map(len, positives.values())), device)[1]
-    wrong = [
-        [row for row in rows if row not in positives[query]]
-        for rows, (_, query) in zip(retrieved.tolist(), queries)
-    ]
-    return _teach(bm25, queries, torch.from_numpy(np.stack([np.resize(rows, k) for rows in wrong])))
+    """The k best wrong documents of each (document row, query), scored by BM25 as the teacher.
 
-
-def _positives(queries: list[tuple[int, str]]) -> dict[str, set[int]]:
-    """All documents that a query text belongs to: none of them is a negative of it."""
-    rows: dict[str, set[int]] = {}
-    for row, query in queries:
-        rows.setdefault(query, set()).add(row)
-    return rows
-
-
-def _teach(bm25: BM25, queries: list[tuple[int, str]], negatives: Tensor) -> Examples:
-    positives = torch.tensor([row for row, _ in queries])
-    scored = [
-        torch.from_numpy(bm25.scores(query)[[row, *rows]])
-        for (row, query), rows in zip(queries, negatives.tolist())
-    ]
-    scores = torch.stack(scored).float()
-    return Examples([query for _, query in queries], positives, negatives, scores[:, 0], scores[:, 1:])
+    BM25 ranks them or, where `index` holds the queries' and the documents' embeddings, their inner products do.
+    """
+    right: dict[str, set[int]] = {}  # all documents that a query text belongs to
+    for row, query in pairs:
+        right.setdefault(query, set()).add(row)
+    if index:
+        ranking = nearest(*index, k + max(map(len, right.values())), device)[1].tolist()
+    documents, scores = [], []
+    for i, (row, query) in enumerate(pairs):
+        by_bm25 = bm25.scores(query)
+        if index:
+            wrong = np.resize([j for j in ranking[i] if j not in right[query]], k)
+        else:
+            others = by_bm25.copy()
+            others[list(right[query])] = -1.0
+            wrong = np.argpartition(-others, k)[:k]
+        documents.append([row, *wrong])
+        scores.append(by_bm25[documents[i]])
+    scores = torch.from_numpy(np.array(scores, np.float32))
+    return Examples([query for _, query in pairs], torch.tensor(np.array(documents)), scores)
 
 
 def read_teacher(path: Path, corpus: Corpus, most: int = 200) -> Examples:
-    """Teacher scores from JSON lines {"qid", "docids": [positive, negatives..], "scores": [..]} for D_0's
-    queries.
+    """Teacher scores from JSON lines {"qid", "docids": [positive, negatives..], "scores": [..]} for D_0's queries.
 
-    Negatives outside D_0 are dropped and at most `most` kept, as the paper does; a line with fewer than the
-    longest repeats its own. Raises ValueError with the line's number where a line is malformed, or a query or its
-    positive is unknown.
+    Negatives outside D_0 are dropped and at most `most` kept, as the paper does; a shorter line repeats its own.
+    Raises ValueError, with the line's number, where a line is malformed or its query or positive is unknown.
     """
     text_of = dict(zip(corpus.train_ids, (query for _, query in corpus.train)))
-    row_of, queries, rows, scores = {doc_id: row for row, doc_id in enumerate(corpus.ids)}, [], [], []
+    row_of, queries, documents, scores = {doc_id: row for row, doc_id in enumerate(corpus.ids)}, [], [], []
     for place, line in read_lines(path):
         try:
             item = json.loads(line)
-            json.dumps(item, ensure_ascii=False).encode()  # half surrogates
-            pairs = list(zip(item["docids"], map(float, item["scores"]), strict=True))
-            known, first = item["qid"] in text_of, pairs[0][0]
-            if not (isinstance(item["docids"], list) and isinstance(item["scores"], list)):
-                raise ValueError("both must be lists")
-            if not all(isinstance(doc_id, str) and abs(score) <= LARGEST for doc_id, score in pairs):
-                raise ValueError("document ids must be strings and scores finite float32 numbers")
-        except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
+            docids, values = item["docids"], np.array(item["scores"], float)
+            query, rows = text_of.get(item["qid"]), [row_of.get(doc_id) for doc_id in docids]
+            paired = isinstance(docids, list) and values.shape == (len(docids),)
+            if not (paired and (abs(values) <= np.finfo(np.float32).max).all()):
+                raise ValueError("both must be lists, and the scores finite float32 numbers")
+            known = query is not None and rows[0] is not None
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{place}: wanted qid, docids and as many scores ({error})") from None
-        if not known or row_of.get(first) is None:
-            raise ValueError(
-                f"{place}: query {item['qid']!r} or its positive {first!r} is not in D_0's training set"
-            )
-        found = [(row, score) for doc_id, score in pairs if (row := row_of.get(doc_id)) is not None][: most + 1]
-        if len(found) > 1:
-            queries.append(text_of[item["qid"]])
-            rows.append(np.array([row for row, _ in found]) + corpus.first_row)
-            scores.append(np.array([score for _, score in found], np.float32))
+        if not known:
+            raise ValueError(f"{place}: query {item['qid']!r} or its positive {docids[0]!r} is not in D_0")
+        kept = [i for i, row in enumerate(rows) if row is not None][: most + 1]
+        if len(kept) > 1:
+            queries.append(query)
+            documents.append([rows[i] for i in kept])
+            scores.append(values[kept])
     if not queries:
         raise ValueError(f"{path}: found no query with a negative in D_0")
-    k = max(map(len, rows)) - 1
-    negatives = torch.from_numpy(np.stack([np.resize(row[1:], k) for row in rows]))
-    negative_scores = torch.from_numpy(np.stack([np.resize(score[1:], k) for score in scores]))
-    positives = torch.tensor([int(row[0]) for row in rows])
-    return Examples(
-        queries, positives, negatives, torch.tensor([s[0].item() for s in scores]), negative_scores
-    )
+    k = max(map(len, documents)) - 1
+    documents, scores = ([[row[0], *np.resize(row[1:], k)] for row in part] for part in (documents, scores))
+    return Examples(queries, torch.tensor(np.array(documents)), torch.tensor(np.array(scores, np.float32)))
 
 
 def teacher_of_round(teachers: str, number: int) -> str:
@@ -196,23 +167,15 @@ def write_teacher(path: Path, corpus: Corpus, examples: Examples) -> None:
     """The annotated queries of a round in --teacher's format: what a cross-encoder is to score in BM25's place."""
     qid_of = {query: query_id for query_id, (_, query) in zip(corpus.train_ids, corpus.train)}
     with writing(path) as file:
-        for i, query in enumerate(examples.queries):
+        for query, rows, scores in zip(examples.queries, examples.documents, examples.scores):
             if query in qid_of:
-                rows = [int(examples.positives[i]), *examples.negatives[i].tolist()]
-                scores = [float(examples.positive_scores[i]), *examples.negative_scores[i].tolist()]
-                docids = [corpus.ids[row - corpus.first_row] for row in rows]
-                line = {
-                    "qid": qid_of[query],
-                    "docids": docids,
-                    "scores": [round(score, 4) for score in scores],
-                }
+                line = {"qid": qid_of[query], "docids": [corpus.ids[row] for row in rows.tolist()]}
+                line["scores"] = [round(score, 4) for score in scores.tolist()]
                 file.write((json.dumps(line) + "\n").encode())
 
 
 def margin_mse(q: Tensor, positive: Tensor, negative: Tensor, teacher_margin: Tensor) -> Tensor:
-    """mean_b [ (<q, p+> - <q, p->) - (s(q, p+) - s(q, p-)) ]^2 over embeddings (B, D) and teacher margins
-    (B,).
-    """
+    """mean_b [ (<q, p+> - <q, p->) - (s(q, p+) - s(q, p-)) ]^2: embeddings (B, D), the teacher's margins (B,)."""
     margin = (q * (positive - negative)).sum(1)
     return (margin - teacher_margin).pow(2).mean()
 
@@ -220,48 +183,37 @@ def margin_mse(q: Tensor, positive: Tensor, negative: Tensor, teacher_margin: Te
 def in_batch_contrastive(q: Tensor, documents: Tensor, rows: Tensor, scale: float) -> Tensor:
     """Cross-entropy of each query's own document against all documents of the batch.
 
-    q (B, D); documents (B or 2B, D), the first B being the positives; rows (B or 2B,) tell equal documents,
-    which are no negatives of each other. `scale` multiplies the inner products.
+    q (B, D); documents (B or 2B, D), the first B the positives; rows (B or 2B,) tell equal documents, which are no
+    negatives of each other. `scale` multiplies the inner products.
     """
     logits = scale * (q @ documents.T)  # (B, B or 2B)
     target = torch.arange(len(q), device=q.device)
-    same = rows[: len(q), None] == rows[None, :]
+    same = (rows[: len(q), None] == rows[None, :]).to(q.device)
     same[target, target] = False
     return F.cross_entropy(logits.masked_fill(same, -torch.inf), target)
 
 
-class Windows:
-    """Documents as token ids, of which training sees a window and indexing the whole (up to a length)."""
+def draw_windows(documents: Tokens, rows: Tensor, length: int, generator: torch.Generator) -> Tensor:
+    """First token (B,) of a window of `length` of each document: half start at the title, half anywhere."""
+    room = (documents.lengths[rows] - length).clamp(min=0)
+    start = (torch.rand(len(rows), generator=generator) * (room + 1)).long()
+    start[torch.rand(len(rows), generator=generator) < 0.5] = 0
+    return start
 
-    def __init__(self, documents: Tokens, length: int):
-        self.documents, self.length = documents, length
 
-    def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """First token (B,) of a window of each row: half start at the title, half anywhere."""
-        room = (self.documents.lengths[rows] - self.length).clamp(min=0)
-        first = (torch.rand(len(rows), generator=generator) * (room + 1)).long()
-        first[torch.rand(len(rows), generator=generator) < 0.5] = 0
-        return first
-
-    def cut(self, rows: Tensor, first: Tensor) -> Tensor:
-        """The windows' token ids (B, length), closed by </s>."""
-        window = self.documents.window(rows, first, self.length)
-        last = torch.minimum(self.documents.lengths[rows], torch.tensor(self.length)) - 1
-        window[torch.arange(len(rows)), last] = EOS
-        return window
+def cut_windows(documents: Tokens, rows: Tensor, start: Tensor, length: int) -> Tensor:
+    """The windows' token ids (B, length), closed by </s>."""
+    window = documents.window(rows, start, length)
+    window[torch.arange(len(rows)), documents.lengths[rows].clamp(max=length) - 1] = EOS
+    return window
 
 
 class Batches:
-    """Batches of indices below n without end, each index once per epoch; the last batch of an epoch may be
-    smaller.
-    """
+    """Batches of indices below n without end, each index once an epoch, whose last batch may be smaller."""
 
     def __init__(self, n: int, batch: int, generator: torch.Generator):
         self.n, self.batch, self.generator = n, batch, generator
         self.order, self.at = torch.empty(0, dtype=torch.long), 0  # this epoch's, and how much of it is used
-
-    def __iter__(self):
-        return self
 
     def __next__(self) -> Tensor:
         if self.at >= len(self.order):
@@ -269,8 +221,7 @@ class Batches:
         self.at += self.batch
         return self.order[self.at - self.batch : self.at]
 
-    def state(self) -> tuple:
-        """Where it stands, for store.Resume."""
+    def state(self) -> tuple:  # for store.Resume
         return self.order, self.at, self.generator.get_state()
 
     def restore(self, state: tuple) -> None:
@@ -279,93 +230,82 @@ class Batches:
 
 
 class Training:
-    """What the warm-up and the rounds share: the run, its D_0, windows of documents and the draws of chance."""
+    """What the warm-up and the rounds share: the run, its D_0 and the draws of chance."""
 
     def __init__(self, run, model: T5, documents: Tokens):
-        """run: of prepare.py; documents: token ids of D_0's passages."""
         self.run, self.config, self.model, self.documents = run, run.config, model, documents
         self.corpus, self.sampler = run.corpora[0], run.sampler(0)
-        self.windows = Windows(documents, self.config.dense_length)
         self.rng = random.Random(f"{self.config.seed} dense")
         self.generator = torch.Generator().manual_seed(self.config.seed)
-        self.device = next(model.parameters()).device
 
-    def tokens(self, queries: list[str]) -> Tensor:
-        return tokenize(self.run.tokenizer, queries, self.config.query_length)
+    @cached_property
+    def bm25(self) -> BM25:
+        return BM25(self.corpus.passages())
 
-    def embed_queries(self, queries: list[str]) -> Tensor:
-        return self.model.embed(self.tokens(queries).to(self.device))
+    def embed(self, queries: list[str], rows: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings of queries (B, D), and of the windows of documents that begin at `start` (B or 2B, D)."""
+        asked = tokenize(self.run.tokenizer, queries, self.config.query_length)
+        windows = cut_windows(self.documents, rows, start, self.config.dense_length)
+        return self.model.embed(asked.to(self.run.device)), self.model.embed(windows.to(self.run.device))
 
-    def embed_windows(self, rows: Tensor, first: Tensor) -> Tensor:
-        return self.model.embed(self.windows.cut(rows, first).to(self.device))
-
-    def contrastive(self, q: Tensor, passages: Tensor, rows: Tensor) -> Tensor:
-        return in_batch_contrastive(q, passages, rows.to(self.device), self.config.dense_scale)
-
-    def drawn(self, rows: list[int]) -> list[tuple[int, str]]:
+    def pseudo(self, rows: list[int]) -> list[tuple[int, str]]:
         """A pseudo-query of each of these documents."""
         return [(row, self.sampler.draw(row, self.rng)) for row in rows]
 
     def warmup_batch(self) -> list[tuple[int, str, int]]:
         """(row, query, first token of the document's window): half annotated queries, where there are some."""
-        train, n = self.corpus.train, self.config.dense_batch
+        train, n, length = self.corpus.train, self.config.dense_batch, self.config.dense_length
         batch = self.rng.choices(train, k=n // 2) if train else []
-        batch += self.drawn(self.rng.choices(self.corpus.rows, k=n - len(batch)))
-        first = self.windows.draw(torch.tensor([row for row, _ in batch]), self.generator)
-        return [(*pair, at) for pair, at in zip(batch, first.tolist())]
+        batch += self.pseudo(self.rng.choices(self.corpus.rows, k=n - len(batch)))
+        start = draw_windows(self.documents, torch.tensor([row for row, _ in batch]), length, self.generator)
+        return [(*pair, token) for pair, token in zip(batch, start.tolist())]
 
-    def warmup_loss(self, batch: list[tuple[int, str, int]]):
-        rows, queries, first = zip(*batch)
-        q = self.embed_queries(list(queries))
-        loss = self.contrastive(
-            q, self.embed_windows(torch.tensor(rows), torch.tensor(first)), torch.tensor(rows)
-        )
+    def warmup_loss(self, batch: list[tuple[int, str, int]]) -> tuple[Tensor, dict[str, Tensor]]:
+        rows, queries, start = zip(*batch)
+        q, passages = self.embed(list(queries), rows := torch.tensor(rows), torch.tensor(start))
+        loss = in_batch_contrastive(q, passages, rows, self.config.dense_scale)
         return loss, {"contrastive": loss}
 
-    def round_batch(self, examples: Examples, order: Iterator[Tensor]) -> Tensor:
-        """(B, 4): the query's index, which of its negatives, first tokens of the positive's and negative's window."""
+    def round_batch(self, examples: Examples, order: Batches) -> Tensor:
+        """(B, 4): the query's index, its negative's column, first tokens of the positive's and negative's windows."""
         i = next(order)
-        pick = torch.randint(examples.negatives.shape[1], (len(i),), generator=self.generator)
-        rows = torch.cat([examples.positives[i], examples.negatives[i, pick]])
-        return torch.stack([i, pick, *self.windows.draw(rows, self.generator).chunk(2)], dim=1)
+        column = 1 + torch.randint(examples.documents.shape[1] - 1, (len(i),), generator=self.generator)
+        rows = torch.cat([examples.documents[i, 0], examples.documents[i, column]])
+        start = draw_windows(self.documents, rows, self.config.dense_length, self.generator)
+        return torch.stack([i, column, *start.chunk(2)], dim=1)
 
-    def round_loss(self, examples: Examples, batch: Tensor):
-        config, (i, pick, *first) = self.config, batch.unbind(1)
-        q = self.embed_queries([examples.queries[j] for j in i.tolist()])
-        rows = torch.cat([examples.positives[i], examples.negatives[i, pick]])
-        passages = self.embed_windows(rows, torch.cat(first))  # (2B, D)
-        teacher = (examples.positive_scores[i] - examples.negative_scores[i, pick]).to(self.device)
-        margin = margin_mse(config.dense_scale * q, passages[: len(i)], passages[len(i) :], teacher)
+    def round_loss(self, examples: Examples, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        config, (i, column, *start) = self.config, batch.unbind(1)
+        rows = torch.cat([examples.documents[i, 0], examples.documents[i, column]])
+        q, passages = self.embed([examples.queries[j] for j in i.tolist()], rows, torch.cat(start))  # (2B, D)
+        teacher = (examples.scores[i, 0] - examples.scores[i, column]).to(self.run.device)
+        margin = margin_mse(config.dense_scale * q, *passages.chunk(2), teacher)
         terms = {"margin": config.dense_margin * margin}
         if config.dense_contrastive:
-            terms["contrastive"] = config.dense_contrastive * self.contrastive(q, passages, rows)
+            contrastive = in_batch_contrastive(q, passages, rows, config.dense_scale)
+            terms["contrastive"] = config.dense_contrastive * contrastive
         return sum(terms.values()), terms
 
-    def examples(self, number: int, bm25: BM25 | None) -> Examples:
+    def examples(self, number: int) -> Examples:
         """The queries of a round with their negatives: from the teacher's file, or from BM25, then self-mined."""
         config = self.config
         if path := teacher_of_round(config.teacher, number):
             return read_teacher(Path(path), self.corpus)
-        queries = list(self.corpus.train)
-        if config.dense_pseudo:
-            queries += self.drawn([row for row in self.corpus.rows for _ in range(config.dense_pseudo)])
-        if not queries:
-            raise ValueError(
-                "D_0 has no annotated query and --dense_pseudo is 0: the bi-encoder has nothing to learn from"
-            )
+        drawn = self.pseudo([row for row in self.corpus.rows for _ in range(config.dense_pseudo)])
+        pairs = [*self.corpus.train, *drawn]
+        if not pairs:
+            raise ValueError("D_0 has no annotated query and --dense_pseudo is 0; pass --dense_pseudo 1")
         k = min(config.negatives, len(self.documents) - 1)
-        if number == 1:
-            return negatives_from_bm25(bm25, queries, k)
-        embedded = embed(self.model, self.tokens([query for _, query in queries]), 1024)
-        return negatives_from_model(
-            bm25, queries, embedded, embed(self.model, self.documents), k, self.device
-        )
+        index = None
+        if number > 1:
+            index = embed(self.model, self.run.tokens(pairs), 1024), embed(self.model, self.documents)
+        return hard_negatives(self.bm25, pairs, k, index, self.run.device)
 
     def fit(self, name: str, steps: int, next_batch, loss, **chance) -> None:
         self.model.train()
         named = [(n, p) for n, p in self.model.named_parameters() if n != "rq"]
         groups = parameter_groups(named, self.config.dense_lr, weight_decay=0.0)
-        chance = {"rng": self.rng, "generator": self.generator} | chance
+        chance |= {"rng": self.rng, "generator": self.generator}
         stage = Stage(name, groups, steps, WARMUP, next_batch, loss, chance)
         fit(stage, self.config, self.run.log, self.run.resume)
 
@@ -373,42 +313,27 @@ class Training:
 def train(run, model: T5, documents: Tokens) -> None:
     """Trains the bi-encoder on D_0, in place: a contrastive warm-up, then MarginMSE in rounds of harder negatives.
 
-    Args:
-        run: the run of prepare.py, with its config, corpora, samplers, log and folder. Each round's examples are kept
-            in the folder, for a run that is stopped within it, and with `save_negatives` for a cross-encoder.
-        documents: token ids of D_0's passages.
+    documents: token ids of D_0's passages. Each round's examples are kept in the folder of `run` (prepare.Run), for
+    when it is stopped within the round, and with `save_negatives` for a cross-encoder.
     """
     config, training = run.config, Training(run, model, documents)
-    numbers = range(0 if config.dense_warmup_steps else 1, config.dense_rounds + 1)
-    names = {number: f"dense round {number}" if number else "dense warm-up" for number in numbers}
-    stopped = next((number for number, name in names.items() if name == run.resume.stage), -1)
-    taught = all(teacher_of_round(config.teacher, number) for number in numbers if number)
-    bm25 = None if taught else BM25(run.corpora[0].passages())
-    for number in range(max(numbers.start, stopped), numbers.stop):
-        if number == 0:
-            training.fit(names[0], config.dense_warmup_steps, training.warmup_batch, training.warmup_loss)
-            continue
+    stages = ["dense warm-up", *(f"dense round {number}" for number in range(1, config.dense_rounds + 1))]
+    stopped = stages.index(run.resume.stage) if run.resume.stage in stages else 0
+    if not stopped:
+        training.fit(stages[0], config.dense_warmup_steps, training.warmup_batch, training.warmup_loss)
+    for number in range(max(1, stopped), len(stages)):
         path = run.folder / f"examples_{number}.pt"
         if number == stopped:
-            examples = read_examples(path)
+            if not path.is_file():
+                raise ValueError(f"found no {path}; remove latest.pt too, to begin that round again")
+            examples = Examples(**read_tensors(path))
         else:
-            examples = training.examples(number, bm25)
+            examples = training.examples(number)
             if distributed.is_main_process():
                 write_tensors(path, vars(examples))
-        if config.save_negatives and distributed.is_main_process():
-            write_teacher(run.folder / f"negatives_{number}.jsonl", run.corpora[0], examples)
+                if config.save_negatives:
+                    write_teacher(run.folder / f"negatives_{number}.jsonl", run.corpora[0], examples)
         order = Batches(len(examples.queries), config.dense_batch, training.generator)
-        training.fit(
-            names[number], config.dense_steps, lambda e=examples, o=order: training.round_batch(e, o),
-            lambda batch, e=examples: training.round_loss(e, batch), order=order,
-        )  # fmt: skip
+        draw, loss = partial(training.round_batch, examples, order), partial(training.round_loss, examples)
+        training.fit(stages[number], config.dense_steps, draw, loss, order=order)
     model.eval()
-
-
-def read_examples(path: Path) -> Examples:
-    """A round's examples as the stopped run drew them."""
-    if not path.is_file():
-        raise ValueError(
-            f"found no {path}, without which the stopped round cannot go on; remove latest.pt too"
-        )
-    return Examples(**read_tensors(path))

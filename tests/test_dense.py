@@ -17,7 +17,7 @@ import queries
 from arrays import Documents, Tokens
 from bm25 import BM25
 from data import EOS, PAD, Corpus
-from dense import Windows, in_batch_contrastive, margin_mse, nearest, recall
+from dense import cut_windows, draw_windows, in_batch_contrastive, margin_mse, nearest, recall
 from t5 import T5, T5Config
 
 # ----------------------------------------------------------------------------------------------------- search
@@ -108,17 +108,14 @@ QUERIES = [(0, "red cat"), (3, "bird sat"), (2, "red dog cat"), (6, "zebra")]
 @pytest.mark.parametrize("k", [1, 3, 6])
 def test_bm25_negatives_are_the_best_wrong_documents(k):
     bm25 = BM25(TEXTS)
-    found = dense.negatives_from_bm25(bm25, QUERIES, k)
-    assert found.queries == [query for _, query in QUERIES] and found.positives.tolist() == [0, 3, 2, 6]
-    for i, (row, query) in enumerate(QUERIES):
-        scores, negatives = bm25.scores(query), found.negatives[i].tolist()
+    found = dense.hard_negatives(bm25, QUERIES, k)
+    assert found.queries == [query for _, query in QUERIES] and found.documents[:, 0].tolist() == [0, 3, 2, 6]
+    for (row, query), documents, taught in zip(QUERIES, found.documents.tolist(), found.scores):
+        scores, negatives = bm25.scores(query), documents[1:]
         assert row not in negatives and len(set(negatives)) == k
-        wrong = np.delete(scores, row)
-        assert (
-            sorted(scores[negatives], reverse=True) == sorted(wrong, reverse=True)[:k]
-        )  # equals may be exchanged
-        np.testing.assert_allclose(found.positive_scores[i], scores[row], rtol=1e-6)
-        np.testing.assert_allclose(found.negative_scores[i], scores[negatives], rtol=1e-6)
+        best = sorted(np.delete(scores, row), reverse=True)[:k]
+        assert sorted(scores[negatives], reverse=True) == best  # equals may be exchanged
+        np.testing.assert_allclose(taught, scores[documents], rtol=1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 3, 6])
@@ -127,22 +124,15 @@ def test_self_mined_negatives_are_the_best_wrong_documents_and_bm25_teaches(k):
     queries = QUERIES * 300  # more than one part of 1,024
     embedded, documents, bm25 = torch.randn(len(queries), 5), torch.randn(7, 5), BM25(TEXTS)
     before = embedded.clone()
-    found = dense.negatives_from_model(bm25, queries, embedded, documents, k)
+    found = dense.hard_negatives(bm25, queries, k, (embedded, documents))
     for i, (row, query) in enumerate(queries):
         scores = embedded[i] @ documents.T
         wrong = [j for j in sorted(range(7), key=lambda j: -scores[j].item()) if j != row]
-        assert found.negatives[i].tolist() == wrong[:k]
+        assert found.documents[i].tolist() == [row, *wrong[:k]]
         if i < len(QUERIES):
             taught = torch.from_numpy(bm25.scores(query)).float()
-            assert found.positive_scores[i] == taught[row]
-            assert torch.equal(found.negative_scores[i], taught[found.negatives[i]])
+            assert torch.equal(found.scores[i], taught[found.documents[i]])
     assert torch.equal(embedded, before)
-
-
-def test_negatives_of_a_stream_of_one_corpus_index_its_rows():
-    """D_0 starts at row 0, so that rows of the stream, of BM25 and of the embeddings are the same."""
-    found = dense.negatives_from_bm25(BM25(TEXTS), [(5, "fox dog")], 2)
-    assert sorted(found.negatives[0].tolist()) == [1, 2]
 
 
 D0 = Corpus(0, ["a", "b", "c"], [""] * 3, ["one", "two", "three"], [(0, "first"), (2, "third")], ["q1", "q3"])
@@ -163,8 +153,8 @@ def test_teacher_file_is_read_as_written(tmp_path):
     )
     found = dense.read_teacher(path, D0)
     assert found.queries == ["third", "first"]
-    assert found.positives.tolist() == [2, 0] and found.negatives.tolist() == [[0, 1], [1, 2]]
-    assert found.positive_scores.tolist() == [9, 4] and found.negative_scores.tolist() == [[1.5, -2], [3, 2]]
+    assert found.documents.tolist() == [[2, 0, 1], [0, 1, 2]]
+    assert found.scores.tolist() == [[9, 1.5, -2], [4, 3, 2]]
 
 
 def test_teacher_s_negatives_outside_d0_are_dropped_and_short_lines_repeat_their_own(tmp_path):
@@ -175,52 +165,42 @@ def test_teacher_s_negatives_outside_d0_are_dropped_and_short_lines_repeat_their
     )
     found = dense.read_teacher(teacher(tmp_path / "t", *lines), D0)
     assert found.queries == ["first", "third"]
-    assert found.negatives.tolist() == [[1, 2], [1, 1]] and found.negative_scores.tolist() == [[2, 1], [7, 7]]
-    assert found.positives.tolist() == [0, 2] and found.positive_scores.tolist() == [4, 8]
+    assert found.documents.tolist() == [[0, 1, 2], [2, 1, 1]]
+    assert found.scores.tolist() == [[4, 2, 1], [8, 7, 7]]
 
 
 def test_teacher_s_short_lines_are_repeated_in_a_circle_up_to_the_longest(tmp_path):
     ids = [f"d{i}" for i in range(8)]
-    corpus = Corpus(100, ids, [""] * 8, ids, [(100, "first"), (101, "second")], ["q1", "q2"])
+    corpus = Corpus(0, ids, [""] * 8, ids, [(0, "first"), (1, "second")], ["q1", "q2"])
     lines = line("q1", ["d0", "d3", "d2", "d1"], [9, 3, 2, 1]), line("q2", ["d1", *ids[2:]], [8, *range(6)])
     found = dense.read_teacher(teacher(tmp_path / "t", *lines), corpus)
-    assert found.negatives.tolist() == [[103, 102, 101, 103, 102, 101], [102, 103, 104, 105, 106, 107]]
-    assert found.negative_scores.tolist() == [[3, 2, 1, 3, 2, 1], [0, 1, 2, 3, 4, 5]]
-    assert found.positives.tolist() == [100, 101]
+    assert found.documents.tolist() == [[0, 3, 2, 1, 3, 2, 1], [1, 2, 3, 4, 5, 6, 7]]
+    assert found.scores.tolist() == [[9, 3, 2, 1, 3, 2, 1], [8, 0, 1, 2, 3, 4, 5]]
     cut = dense.read_teacher(tmp_path / "t", corpus, most=2)
-    assert cut.negatives.tolist() == [[103, 102], [102, 103]]  # the first of each line
+    assert cut.documents.tolist() == [[0, 3, 2], [1, 2, 3]]  # the first of each line
     for examples in (found, cut):
-        assert examples.negatives.dtype == torch.int64 and examples.negative_scores.dtype == torch.float32
+        assert examples.documents.dtype == torch.int64 and examples.scores.dtype == torch.float32
 
 
 @pytest.mark.parametrize("mined", [False, True])
 def test_negatives_that_are_written_out_are_read_back_as_the_same_examples(tmp_path, mined):
-    """As they come from BM25 and from the model; a corpus whose rows start elsewhere, and drawn queries among them."""
+    """As they come from BM25 and from the model; drawn queries among them are left out."""
     train = [(0, "red cat"), (3, "bird sat"), (2, "red dog cat"), (2, "red cat")]
     corpus = Corpus(0, list("abcdefg"), [""] * 7, TEXTS, train, ["q1", "q2", "q3", "q4"])
     queries = [train[0], (6, "a drawn query"), *train[1:]]
     torch.manual_seed(0)
-    examples = dense.negatives_from_bm25(BM25(TEXTS), queries, 3)
-    if mined:
-        examples = dense.negatives_from_model(BM25(TEXTS), queries, torch.randn(5, 4), torch.randn(7, 4), 3)
+    index = (torch.randn(5, 4), torch.randn(7, 4)) if mined else None
+    examples = dense.hard_negatives(BM25(TEXTS), queries, 3, index)
     dense.write_teacher(tmp_path / "t", corpus, examples)
     found, kept = dense.read_teacher(tmp_path / "t", corpus), [0, 2, 3, 4]  # those of the annotated queries
     assert found.queries == [examples.queries[i] for i in kept]
-    assert torch.equal(found.positives, examples.positives[kept])
-    assert torch.equal(found.negatives, examples.negatives[kept])
-    torch.testing.assert_close(found.positive_scores, examples.positive_scores[kept], rtol=0, atol=1e-4)
-    torch.testing.assert_close(found.negative_scores, examples.negative_scores[kept], rtol=0, atol=1e-4)
+    assert torch.equal(found.documents, examples.documents[kept])
+    torch.testing.assert_close(found.scores, examples.scores[kept], rtol=0, atol=1e-4)
 
 
-def test_negatives_of_a_corpus_of_later_rows_are_written_by_document_id(tmp_path):
-    corpus = Corpus(100, ["a", "b", "c"], [""] * 3, ["x"] * 3, [(101, "asked")], ["q7"])
-    examples = dense.Examples(
-        ["asked"],
-        torch.tensor([101]),
-        torch.tensor([[102, 100]]),
-        torch.tensor([2.5]),
-        torch.tensor([[1.0, -3]]),
-    )
+def test_negatives_are_written_by_document_id(tmp_path):
+    corpus = Corpus(0, ["a", "b", "c"], [""] * 3, ["x"] * 3, [(1, "asked")], ["q7"])
+    examples = dense.Examples(["asked"], torch.tensor([[1, 2, 0]]), torch.tensor([[2.5, 1.0, -3]]))
     dense.write_teacher(tmp_path / "t", corpus, examples)
     assert json.loads((tmp_path / "t").read_text()) == line("q7", ["b", "c", "a"], [2.5, 1.0, -3.0])
 
@@ -256,10 +236,9 @@ def test_bad_teacher_line_is_refused_with_file_and_line(tmp_path, bad, message):
         line("q1", ["a", ["b"]], [1, 0]),
         "[" * 100_000,
         line("q1", ["a", "b"], [float("nan"), 0]),
-        line("q1", ["a", "\ud800"], [1, 0]),
     ],
 )
-def test_unhashable_ids_deep_json_nan_and_half_letters_are_refused_with_file_and_line(tmp_path, bad):
+def test_unhashable_ids_deep_json_and_nan_are_refused_with_file_and_line(tmp_path, bad):
     with pytest.raises(ValueError, match=":1: "):
         dense.read_teacher(teacher(tmp_path / "t", bad), D0)
 
@@ -341,24 +320,16 @@ def numbered(lengths: list[int]) -> torch.Tensor:
     return ids
 
 
-def cut_windows(windows: Windows, rows: torch.Tensor, seed: int) -> torch.Tensor:
-    return windows.cut(rows, windows.draw(rows, torch.Generator().manual_seed(seed)))
-
-
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(1, 24), st.integers(0, 99))
 def test_windows_are_contiguous_spans_closed_by_eos(lengths, length, seed):
     ids = numbered(lengths)
     documents = Tokens.of(ids)
-    windows, rows, flat = (
-        Windows(documents, length),
-        torch.arange(len(lengths)).repeat(3),
-        documents.flat.copy(),
-    )
-    first = windows.draw(rows, torch.Generator().manual_seed(seed))
-    drawn = windows.cut(rows, first)
+    rows, flat = torch.arange(len(lengths)).repeat(3), documents.flat.copy()
+    starts = draw_windows(documents, rows, length, torch.Generator().manual_seed(seed))
+    drawn = cut_windows(documents, rows, starts, length)
     assert drawn.shape == (len(rows), length)
-    for row, start, window in zip(rows.tolist(), first.tolist(), drawn.tolist()):
+    for row, start, window in zip(rows.tolist(), starts.tolist(), drawn.tolist()):
         tokens = [token for token in window if token != PAD]
         body = tokens[:-1]
         assert len(tokens) == min(length, lengths[row]) and tokens[-1] == EOS
@@ -371,16 +342,17 @@ def test_windows_are_contiguous_spans_closed_by_eos(lengths, length, seed):
 
 def test_half_of_the_windows_start_at_the_beginning_and_half_anywhere():
     rows = torch.zeros(4000, dtype=torch.long)
-    windows = Windows(Tokens.of(numbered([9])), 4)
-    drawn = windows.draw(rows, torch.Generator().manual_seed(0))
+    drawn = draw_windows(Tokens.of(numbered([9])), rows, 4, torch.Generator().manual_seed(0))
     starts = torch.bincount(drawn, minlength=6) / 4000  # six places: 0 to 5
     assert len(starts) == 6 and starts[0].item() == pytest.approx(0.5 + 0.5 / 6, abs=0.03)
     assert starts[1:].tolist() == pytest.approx([0.5 / 6] * 5, abs=0.02)
 
 
 def test_windows_are_the_generator_s():
-    windows, rows = Windows(Tokens.of(numbered([30] * 8)), 5), torch.arange(8)
-    one, same, other = (cut_windows(windows, rows, seed) for seed in (1, 1, 2))
+    documents, rows = Tokens.of(numbered([30] * 8)), torch.arange(8)
+    one, same, other = (
+        draw_windows(documents, rows, 5, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
@@ -491,7 +463,8 @@ def run_of(recipe: SimpleNamespace, corpus: Corpus = CORPUS, folder: Path | None
     resume = SimpleNamespace(stage="", restore=lambda *_: 0, due=lambda: False, save=lambda *_: None)
     return SimpleNamespace(
         config=recipe, corpora=[corpus], sampler=lambda t: SAMPLER, tokenizer=TOKENIZER, log=log or Lines(),
-        folder=folder or Path(tempfile.mkdtemp()), resume=resume,
+        folder=folder or Path(tempfile.mkdtemp()), resume=resume, device="cpu",
+        tokens=lambda pairs: data.tokenize(TOKENIZER, [query for _, query in pairs], recipe.query_length),
     )  # fmt: skip
 
 
@@ -538,8 +511,7 @@ def test_margin_rounds_learn_the_margins_of_bm25():
 
 def test_teacher_file_takes_the_place_of_bm25_in_every_round(tmp_path, monkeypatch):
     """Margins of 3 and -2 that no BM25 gives: after training the model has them."""
-    for name in ("negatives_from_bm25", "negatives_from_model"):
-        monkeypatch.setattr(dense, name, lambda *_: pytest.fail("BM25 taught"))
+    monkeypatch.setattr(dense, "BM25", lambda *_: pytest.fail("BM25 taught"))
     margins = [3.0 if i % 2 else -2.0 for i in range(6)]
     lines = [line(f"q{i}", [f"d{i}", f"d{i + 7}"], [10 + margin, 10]) for i, margin in enumerate(margins)]
     model, recipe = (
@@ -557,19 +529,18 @@ def test_teacher_file_takes_the_place_of_bm25_in_every_round(tmp_path, monkeypat
 
 def test_negatives_are_mined_with_the_first_round_s_model(monkeypatch):
     """The second round sees the trained model, not of the start, and at most N - 1 negatives."""
-    seen = {}
+    seen, mine = {}, dense.hard_negatives
 
-    def spy(bm25, queries, embedded, documents, k, device):
-        seen.update(queries=queries, documents=documents, k=k)
-        return mine(bm25, queries, embedded, documents, k, device)
+    def spy(bm25, pairs, k, index, device):
+        seen.update(pairs=pairs, documents=index and index[1], k=k)
+        return mine(bm25, pairs, k, index, device)
 
-    mine = dense.negatives_from_model
-    monkeypatch.setattr(dense, "negatives_from_model", spy)
+    monkeypatch.setattr(dense, "hard_negatives", spy)
     model = tiny_t5(TOKENIZER.vocab)
     start = dense.embed(model, IDS)
     recipe = config(dense_rounds=2, dense_steps=3, negatives=1000, dense_pseudo=2)
     dense.train(run_of(recipe), model, IDS)
-    assert seen["k"] == 19 and len(seen["queries"]) == 20 + 2 * 20
+    assert seen["k"] == 19 and len(seen["pairs"]) == 20 + 2 * 20
     assert (seen["documents"] - start).abs().max() > 1e-3
 
 
@@ -600,27 +571,24 @@ def test_each_round_s_negatives_are_saved_where_asked_and_train_the_same(tmp_pat
     assert names == ["negatives_1.jsonl", "negatives_2.jsonl"]
     for number in (1, 2):
         found = dense.read_teacher(tmp_path / f"negatives_{number}.jsonl", CORPUS)
-        assert found.queries == [query for _, query in CORPUS.train] and found.negatives.shape == (20, 3)
-        assert found.positives.tolist() == list(range(20))
-        assert not (found.negatives == found.positives[:, None]).any()
+        assert found.queries == [query for _, query in CORPUS.train] and found.documents.shape == (20, 4)
+        assert found.documents[:, 0].tolist() == list(range(20))
+        assert not (found.documents[:, 1:] == found.documents[:, :1]).any()
 
 
 def test_teacher_may_be_one_file_for_each_round_and_the_last_serves_the_rest(tmp_path):
     training = dense.Training(run_of(config()), tiny_t5(200), IDS)
     files = [teacher(tmp_path / f"t{i}", line("q0", ["d0", f"d{i}"], [1, 0])) for i in (1, 2)]
     training.config.teacher = ",".join(map(str, files))
-    assert [training.examples(number, None).negatives.tolist() for number in (1, 2, 3)] == [
-        [[1]],
-        [[2]],
-        [[2]],
-    ]
+    found = [training.examples(number).documents.tolist() for number in (1, 2, 3)]
+    assert found == [[[0, 1]], [[0, 2]], [[0, 2]]]
 
 
 def test_round_without_a_teacher_s_file_mines_its_own_negatives(tmp_path):
     training = dense.Training(run_of(config()), tiny_t5(200), IDS)
     training.config.teacher = f"{teacher(tmp_path / 't', line('q0', ['d0', 'd3'], [1, 0]))},"
-    assert training.examples(1, None).negatives.tolist() == [[3]]
-    assert len(training.examples(2, BM25(CORPUS.passages())).queries) == len(CORPUS.train)
+    assert training.examples(1).documents.tolist() == [[0, 3]]
+    assert len(training.examples(2).queries) == len(CORPUS.train)
 
 
 def test_lists_and_stores_of_documents_train_the_same():
@@ -647,5 +615,5 @@ def test_training_with_nothing_to_learn_from_is_refused():
 
 
 def test_other_relevant_document_of_the_same_query_is_no_negative():
-    found = dense.negatives_from_bm25(BM25(TEXTS), [(0, "red cat"), (2, "red cat")], 2)
-    assert 2 not in found.negatives[0].tolist() and 0 not in found.negatives[1].tolist()
+    found = dense.hard_negatives(BM25(TEXTS), [(0, "red cat"), (2, "red cat")], 2)
+    assert 2 not in found.documents[0].tolist() and 0 not in found.documents[1].tolist()
