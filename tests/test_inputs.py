@@ -655,13 +655,10 @@ def test_teacher_s_scores_are_read_as_written_or_refused_by_line(folder, how):
         wanted += [(queries[item["qid"]], pairs)] if len(pairs) > 1 else []
     k = max(len(pairs) for _, pairs in wanted) - 1
     assert found.queries == [query for query, _ in wanted]
-    assert found.positives.tolist() == [pairs[0][0] for _, pairs in wanted]
-    wrong = [[pairs[1 + i % (len(pairs) - 1)] for i in range(k)] for _, pairs in wanted]
-    assert found.negatives.tolist() == [[row for row, _ in pairs] for pairs in wrong]
-    scores = torch.tensor([[score for _, score in pairs] for pairs in wrong])
-    assert torch.equal(found.negative_scores, scores) and scores.isfinite().all()
-    positive = torch.tensor([pairs[0][1] for _, pairs in wanted])
-    assert torch.equal(found.positive_scores, positive) and positive.isfinite().all()
+    wanted = [pairs[:1] + [pairs[1 + i % (len(pairs) - 1)] for i in range(k)] for _, pairs in wanted]
+    assert found.documents.tolist() == [[row for row, _ in pairs] for pairs in wanted]
+    scores = torch.tensor([[score for _, score in pairs] for pairs in wanted])
+    assert torch.equal(found.scores, scores) and scores.isfinite().all()
 
 
 LAYOUTS = {
