@@ -200,7 +200,7 @@ def peak_memory() -> int:
 
 def results(config, done: dict[str, dict], metrics: dict, references: dict, peak: int) -> dict:
     """The contents of results.json: `done` is what the stages recorded, `peak` bytes of memory."""
-    corpora = [stage for stage in done if stage[1:].isdigit()]
+    corpora = sorted((stage for stage in done if stage[1:].isdigit()), key=lambda stage: int(stage[1:]))
     later = corpora[1:]
     return {
         "method": config.method,

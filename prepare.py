@@ -197,6 +197,7 @@ def dense_stage(run: Run) -> tuple[T5, list[Tensor]]:
     """The bi-encoder trained on D_0, and by it the embeddings (n, D) of each corpus's documents, on disk."""
     config, path, folder = run.config, run.folder / "dense.pt", run.folder / "embeddings"
     if path.exists():
+        drop_examples(run)
         return run.ready(store.load_model(path)[0]), open_embeddings(run)
     if distributed.is_main_process():
         for t in range(len(run.corpora)):
@@ -225,10 +226,15 @@ def dense_stage(run: Run) -> tuple[T5, list[Tensor]]:
             dense.embed(model, tokens, out=embeddings.values)
             embeddings.close()
         store.save_model(path, model, [])
-        for examples in run.folder.glob("examples_*.pt"):  # of its rounds
-            examples.unlink()
+        drop_examples(run)
     distributed.wait()
     return model, open_embeddings(run)
+
+
+def drop_examples(run: Run) -> None:
+    """Removes what dense.train keeps for a stop within its rounds, which are over."""
+    for examples in run.folder.glob("examples_*.pt"):
+        examples.unlink(missing_ok=True)  # another process may have been faster
 
 
 def document_tokens(run: Run, t: int) -> Tokens:
