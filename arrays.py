@@ -148,7 +148,7 @@ class Items:
         if not (path.is_file() and spans_path.is_file()):
             raise ValueError(f"found no whole {path} (with {spans_path.name}); make it anew")
         spans, size = read_array(spans_path, np.int64, 2), path.stat().st_size
-        lengths, n = np.diff(spans), spans.max(initial=0)
+        lengths, n = np.diff(spans), int(spans.max(initial=0))
         if (wanted := n * np.dtype(kind).itemsize) != size:
             raise damaged(path, f"found {size} bytes, wanted {wanted}")
         if spans.shape[1] != 2 or min(spans.min(initial=0), lengths.min(initial=0)) < 0 or lengths.sum() != n:
