@@ -221,10 +221,10 @@ class Batches:
         self.at += self.batch
         return self.order[self.at - self.batch : self.at]
 
-    def state(self) -> tuple:  # for store.Resume
+    def get_state(self) -> tuple:  # for store.Resume
         return self.order, self.at, self.generator.get_state()
 
-    def restore(self, state: tuple) -> None:
+    def set_state(self, state: tuple) -> None:
         self.order, self.at, generator = state
         self.generator.set_state(generator)
 

@@ -151,11 +151,11 @@ class MovingEnergies:
                 move(self.stats[number], batch)
         self.moments = {}
 
-    def state(self) -> list[dict]:
+    def get_state(self) -> list[dict]:
         """For store.Resume."""
         return [stat.state() for stat in self.stats]
 
-    def restore(self, states: list[dict]) -> None:
+    def set_state(self, states: list[dict]) -> None:
         for stat, state in zip(self.stats, states):
             vars(stat).update(state)
 

@@ -2,15 +2,11 @@
 
 Paper    none
 In       corpora, models, OOD statistics, lines of a log; what a stage trains and every source of its chance
-Out      runs/NAME/: config.json, tokenizer.model, corpus.json, excluded.npy, idf.json; of each corpus documents/D0/,
-         queries/D0.json, pseudo_queries/D0/, embeddings/D0.npy and D0.pt; dense.pt, rq.pt, docids.npy, latest.pt,
-         ood.json, results.json, metrics.jsonl, log.txt
-Next     search.py and eval.py load a model from it; train.py skips the stages whose files exist; optim.py saves and
-         restores a stage through Resume
+Out      runs/NAME/, whose files docs/commands.md lists; each corpus has its own, opened when they are asked for
+Next     search.py and eval.py load a model from it; train.py skips what is done; optim.py saves a stage by Resume
 Differs  every file is whole or absent (arrays.py) and every checkpoint says what it was made for; a stopped stage goes
          on where it was, bit by bit, while the released code starts it again and pickles tries
 
-A corpus has files of its own, opened when they are first asked for: a stage on D_t can do without those before it.
 What leads up to a stage's first step (scan, growth, mined negatives) is not saved: it follows from the checkpoint
 before it and from the seed, and is done again.
 """
@@ -33,17 +29,7 @@ from torch import Tensor
 
 import arrays
 import distributed
-from arrays import (
-    Chain,
-    Documents,
-    Strings,
-    damaged,
-    read_json,
-    read_tensors,
-    write,
-    write_json,
-    write_tensors,
-)
+from arrays import Chain, damaged, read_json, read_tensors, write, write_json, write_tensors
 from baselines import adapters, add_adapters, add_prompts
 from data import Corpus, excluded_queries, load_tokenizer
 from mixlora import MixConfig, add_mixture, mixed_layers
@@ -58,8 +44,9 @@ QUERIES = ("train", "train_ids", "test", "qrels")  # of a corpus, in one file
 
 def check_format(path: Path, number) -> None:
     if number != FORMAT:
-        last = "commit dfcda6d is the last that reads format 1"
-        raise ValueError(f"{path}: found format {number} of run folders, wanted {FORMAT}; {last}")
+        raise ValueError(
+            f"{path}: found format {number} of runs, wanted {FORMAT}; commit dfcda6d reads format 1"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- corpora
@@ -74,7 +61,7 @@ def save_corpora(folder: Path, source: str, corpora: list[Corpus], left_out: dic
     """The documents and queries of each corpus, D_0's IDF, the digests of all test queries; corpus.json is last."""
     with arrays.writing(folder / "doc_ids.txt") as file:
         for t, corpus in enumerate(corpora):
-            documents = Documents(folder / "documents" / f"D{t}")
+            documents = arrays.Documents(folder / "documents" / f"D{t}")
             for doc_id, title, text in zip(corpus.ids, corpus.titles, corpus.texts):
                 documents.add(doc_id, title, text)
                 file.write(f"{doc_id}\n".encode())
@@ -99,19 +86,18 @@ class StoredCorpus(Corpus):
     def __getattr__(self, name: str):  # of what is not there yet
         if name in ("ids", "titles", "texts"):
             path = self.folder / "documents" / self.name / f"{name}.bin"
-            strings = Strings.open(path)
+            strings = arrays.Strings.open(path)
             if (n := len(self.rows)) != len(strings):
-                counts = f"found {len(strings)} {name}, corpus.json says {n}"
-                raise ValueError(f"{path}: {counts}; they are of different runs, start anew")
+                raise ValueError(
+                    f"{path}: found {len(strings)} {name}, corpus.json says {n}; of different runs"
+                )
             vars(self)[name] = strings
         elif name in QUERIES:
             path = self.folder / "queries" / f"{self.name}.json"
             queries = read_json(path)
-            try:
+            with arrays.reading(path):
                 queries["train"] = [(row, query) for row, query in queries["train"]]
                 vars(self).update({name: queries[name] for name in QUERIES})
-            except (KeyError, TypeError, ValueError) as error:
-                raise damaged(path, f"not the queries of a corpus ({error!r})") from None
         else:
             raise AttributeError(name)
         return vars(self)[name]
@@ -149,8 +135,9 @@ def load_docids(folder: Path) -> Tensor:
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def stamp(folder: Path, docids: bool) -> dict:
+def stamp(folder: Path, docids: bool | None = None) -> dict:
     """What a checkpoint says of itself: its format, and sha256 over the run's split, tokenizer and, once made, docids."""
+    docids = (folder / "docids.npy").exists() if docids is None else docids
     digest = hashlib.sha256()
     if (folder / "corpus.json").exists():
         for item in read_json(folder / "corpus.json")["corpora"]:
@@ -165,15 +152,13 @@ def check_stamp(path: Path, value: dict) -> None:
     """Raises ValueError where a checkpoint is of another format or belongs to another run."""
     check_format(path, value.get("format") if isinstance(value, dict) else type(value).__name__)
     if value["made_for"] != stamp(path.parent, value["docids"])["made_for"]:
-        raise damaged(
-            path, f"made for other documents, another tokenizer or other docids than {path.parent} holds"
-        )
+        raise damaged(path, "made for other documents, another tokenizer or other docids than lie beside it")
 
 
 def save_model(path: Path, model: T5, stats: list[Stats]) -> None:
     """A model with its shape, its experts, adapters or prompts, and the OOD statistics of its layers."""
     layers, bottlenecks, prompts = mixed_layers(model), adapters(model), model.prefix
-    value = stamp(path.parent, (path.parent / "docids.npy").exists()) | {
+    value = stamp(path.parent) | {
         "t5": asdict(model.config),
         "mix": asdict(layers[0].config) if layers else None,
         "frozen": [len(layer.old) for layer in layers],
@@ -215,8 +200,7 @@ class LoadedRun:
         self.corpora = load_corpora(folder)
         self.finished = [t for t in range(len(self.corpora)) if (folder / f"D{t}.pt").is_file()]
         if not self.finished:
-            to_do = f"go on with train.py --resume {folder}"
-            raise ValueError(f"found no finished corpus (D0.pt ..) in {folder}; {to_do}")
+            raise ValueError(f"found no finished corpus in {folder}; go on with train.py --resume {folder}")
         self.docids = load_docids(folder)
         self.ids = Chain([corpus.ids for corpus in self.corpora])
 
@@ -236,8 +220,7 @@ class Stages:
     """stages.json: which stages of a run are done, and what each recorded. Written last: what it names is not redone."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        path = folder / "stages.json"
+        self.folder, path = folder, folder / "stages.json"
         self.records: dict[str, dict] = read_json(path) if path.exists() else {}
 
     def __contains__(self, stage: str) -> bool:
@@ -261,8 +244,9 @@ def new_folder(folder: Path, config: dict, overwrite: bool) -> None:
     """Makes a run's folder with its config; one that holds another run is moved aside, or refused by ValueError."""
     if (folder / "corpus.json").exists():  # without it there is nothing to keep
         if not overwrite:
-            wanted = f"pass --resume {folder}, --overwrite, or another --run"
-            raise ValueError(f"{folder} holds a run already: {wanted}")
+            raise ValueError(
+                f"{folder} holds a run already: pass --resume {folder}, --overwrite or another --run"
+            )
         aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(aside)
         print(f"moved the earlier run to {aside}")
@@ -276,9 +260,7 @@ def lock(folder: Path):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        file.close()
-        to_do = "wait for it, or pass another --run"
-        raise ValueError(f"{folder}: another process trains here; {to_do}") from None
+        raise ValueError(f"{folder}: another process trains here; wait, or pass another --run") from None
     return file
 
 
@@ -288,20 +270,22 @@ def lock(folder: Path):
 class Log:
     """Lines for people in log.txt and on the terminal, and for programs in metrics.jsonl.
 
-    `progress` rewrites one line of a terminal; elsewhere, and in log.txt, it prints a plain line now and
-    then. Of several processes only the first `writes`.
+    `progress` rewrites one line of a terminal; elsewhere, and in log.txt, it prints a plain line now and then. Of
+    several processes only the first `writes`.
     """
 
     def __init__(self, folder: Path, quiet: bool = False, writes: bool = True):
-        self.folder, self.out, self.quiet, self.writes = folder, sys.stdout, quiet, writes
+        self.folder, self.out, self.quiet, self.writes = folder, sys.stdout, quiet or not writes, writes
         self.open_line, self.next_plain = False, 0.0
+
+    def _append(self, name: str, text: str) -> None:
+        if self.writes:
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
 
     def line(self, text: str = "") -> None:
         """One line, for good."""
-        if not self.writes:
-            return
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        self._append("log.txt", text)
         if not self.quiet:
             clear = "\r\x1b[K" if self.open_line else ""
             print(clear + text, file=self.out, flush=True)
@@ -309,8 +293,6 @@ class Log:
 
     def progress(self, text: str, last: bool = False) -> None:
         """A line that the next one replaces; every ten seconds, and at the last, it is kept."""
-        if not self.writes:
-            return
         if last or time.monotonic() >= self.next_plain:
             self.next_plain = time.monotonic() + 10
             self.line(text)
@@ -333,10 +315,7 @@ class Log:
 
     def metrics(self, **values) -> None:
         """One JSON object on a line of metrics.jsonl; tensors become numbers."""
-        if not self.writes:
-            return
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values, default=Tensor.item) + "\n")
+        self._append("metrics.jsonl", json.dumps(values, default=Tensor.item))
 
 
 class Resume:
@@ -345,16 +324,11 @@ class Resume:
     def __init__(self, folder: Path, seconds: float, log: Log):
         self.folder, self.seconds, self.log = folder, seconds, log
         self.saved, self.last = self._read(), time.monotonic()
-
-    @property
-    def stage(self) -> str:
-        """The stage that the folder's latest.pt is of, "" without one."""
-        return self.saved.get("stage", "")
+        self.stage = self.saved.get("stage", "")  # that was stopped
 
     def _read(self) -> dict:
         """latest.pt or, where it cannot be trusted, the one before it."""
-        for name in ("latest.pt", "latest.previous.pt"):
-            path = self.folder / name
+        for path in (self.folder / "latest.pt", self.folder / "latest.previous.pt"):
             if path.exists():
                 try:
                     saved = read_tensors(path)
@@ -375,7 +349,8 @@ class Resume:
                 p.copy_(value)
         optimizer.load_state_dict(saved["optimizer"])
         for name, source in chance.items():
-            put_state(source, saved["chance"][name])
+            put = source.setstate if isinstance(source, random.Random) else source.set_state
+            put(saved["chance"][name])
         torch.set_rng_state(saved["torch"])
         if torch.cuda.is_available() and saved["cuda"]:
             torch.cuda.set_rng_state_all(saved["cuda"])
@@ -390,12 +365,15 @@ class Resume:
         """Writes latest.pt after `step` steps of a stage; the one before it stays as latest.previous.pt."""
         if not distributed.is_main_process():
             return
-        value = stamp(self.folder, (self.folder / "docids.npy").exists()) | {
+        states = {}
+        for name, source in chance.items():
+            states[name] = source.getstate() if isinstance(source, random.Random) else source.get_state()
+        value = stamp(self.folder) | {
             "stage": stage,
             "step": step,
             "trained": [p.detach() for p in trained],
             "optimizer": optimizer.state_dict(),
-            "chance": {name: get_state(source) for name, source in chance.items()},
+            "chance": states,
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -405,19 +383,3 @@ class Resume:
             os.replace(path, path.with_name("latest.previous.pt"))
         arrays.rename(path.with_name("latest.new.pt"), path)
         self.last = time.monotonic()
-
-
-def get_state(source):
-    """The state of a source of chance: random.Random, torch.Generator, or an object with state()."""
-    if isinstance(source, random.Random):
-        return source.getstate()
-    return source.get_state() if isinstance(source, torch.Generator) else source.state()
-
-
-def put_state(source, state) -> None:
-    if isinstance(source, random.Random):
-        source.setstate(state)
-    elif isinstance(source, torch.Generator):
-        source.set_state(state)
-    else:
-        source.restore(state)

@@ -263,7 +263,7 @@ def test_missing_or_cut_documents_are_refused_by_name(tmp_path, name, cut):
 @pytest.mark.parametrize("held", [1, 3])
 def test_documents_of_another_run_are_refused(tmp_path, held):
     store.save_corpora(tmp_path, "boolq", corpora(), {}, {})
-    documents = store.Documents(tmp_path / "documents" / "D0")
+    documents = arrays.Documents(tmp_path / "documents" / "D0")
     for i in range(held):
         documents.add(f"other{i}", "", "text")
     documents.close()
@@ -277,7 +277,7 @@ def test_documents_of_another_run_are_refused(tmp_path, held):
 def test_json_that_holds_no_queries_is_refused_by_name(tmp_path, value):
     store.save_corpora(tmp_path, "boolq", corpora(), {}, {})
     (tmp_path / "queries" / "D1.json").write_text(value)
-    with pytest.raises(ValueError, match="queries/D1.json: not the queries of a corpus"):
+    with pytest.raises(ValueError, match="queries/D1.json: cannot be read"):
         plain(store.load_corpora(tmp_path))
 
 
