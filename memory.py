@@ -7,25 +7,20 @@ Next     train.py asks once the corpora are read; tools/cost.py adds products, t
 Differs  the shape is the flags', also where published weights bring their own
 """
 
-from collections.abc import Iterator
+from collections import namedtuple
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+import rq
+import search
 from mixlora import MixConfig, expert_parameters
-from rq import BEAM, MOST_POINTS, POINTS_PER_CENTROID
-from search import BATCH as SEARCH_BATCH
 from t5 import T5Config
 
 LONGEST_QUERY = 20  # tokens, to which a batch of short questions is padded
 SCAN_BATCH, EMBED_BATCH = 512, 64  # texts together in scan.scan and dense.embed
-
-
-@dataclass(frozen=True)
-class Workload:
-    documents: tuple[int, ...]  # of D_0..D_T
-    tokens: int  # of a document
+Workload = namedtuple("Workload", "documents tokens")  # documents of each of D_0..D_T, tokens of one
 
 
 @dataclass(frozen=True)
@@ -59,10 +54,10 @@ def parameters(net: T5Config, mix: MixConfig | None = None) -> dict[str, int]:
     D, inner = net.width, net.heads * net.head_width
     encoder, decoder = (n * (4 * D * inner + D) + 2 * D * net.feed_forward + D for n in (1, 2))
     ends = 2 * (D + net.buckets * net.heads)  # final norms, relative positions
-    expert = expert_parameters(D, net.feed_forward, mix.rank) + D if mix else 0  # and its router row
-    blocks = net.encoder_blocks * encoder + net.decoder_blocks * decoder + ends
-    mixed = mix.layers * mix.experts * expert if mix else 0
-    return dict(words=net.vocab * D, docids=net.codebooks * net.centroids * D, blocks=blocks, mixture=mixed)
+    parts = dict(words=net.vocab * D, docids=net.codebooks * net.centroids * D, mixture=0)
+    if mix:  # experts and their router rows
+        parts["mixture"] = mix.layers * mix.experts * (expert_parameters(D, net.feed_forward, mix.rank) + D)
+    return parts | {"blocks": net.encoder_blocks * encoder + net.decoder_blocks * decoder + ends}
 
 
 def kept(net, mix, source: int, target: int, encode=True, recompute=False) -> int:
@@ -87,40 +82,40 @@ def kept(net, mix, source: int, target: int, encode=True, recompute=False) -> in
 
 def logits(net: T5Config, mask: str = "segment") -> int:
     """Logits of one docid's loss: M positions, each against the rows that the mask leaves."""
-    codes = net.codebooks * net.centroids
-    rows = {"segment": net.centroids, "docid_vocab": codes, "full_vocab": codes + net.vocab}
-    return net.codebooks * rows[mask]
+    every = net.codebooks * net.centroids
+    return (
+        net.codebooks
+        * {"segment": net.centroids, "docid_vocab": every, "full_vocab": every + net.vocab}[mask]
+    )
 
 
-def stages(config, workload: Workload) -> Iterator[Stage]:
-    """Every stage of a run; mining holds what document embeddings do."""
+def stages(config, workload: Workload):
+    """Yields every Stage of a run; mining holds what document embeddings do."""
     net, query, again = network(config), min(LONGEST_QUERY, config.query_length), config.recompute
 
     def training(name, t, n, trains, batch, example, copies=0) -> Stage:
         """`example`: its activations; weights in both precisions, gradients, two moments, and copies in float32."""
-        micro = min(batch, config.micro_batch or batch)
-        return Stage(name, t, n, trains, (4 + 2 + 4 * copies) * n + 12 * trains, micro * example)
+        activations = min(batch, config.micro_batch or batch) * example
+        return Stage(name, t, n, trains, (4 + 2 + 4 * copies) * n + 12 * trains, activations)
 
     parts = parameters(net)
     n, trains = sum(parts.values()), parts["words"] + parts["blocks"]
     asked, window = (kept(net, None, tokens, 1, True, again) for tokens in (query, config.dense_length))
-    if config.dense_warmup_steps:
-        yield training("dense warm-up", None, n, trains, config.dense_batch, asked + window)
-    if config.dense_rounds * config.dense_steps:  # a positive and a negative
-        yield training("dense rounds", None, n, trains, config.dense_batch, asked + 2 * window)
+    rounds = config.dense_rounds * config.dense_steps  # a positive and a negative each
+    for name, steps, windows in ("dense warm-up", config.dense_warmup_steps, 1), ("dense rounds", rounds, 2):
+        if steps:
+            yield training(name, None, n, trains, config.dense_batch, asked + windows * window)
     document = kept(net, None, min(workload.tokens, config.document_length), 1, recompute=True)
     yield Stage("document embeddings", None, n, 0, 4 * n, EMBED_BATCH * document)
-    most = max(POINTS_PER_CENTROID * config.K, MOST_POINTS)
+    most = max(rq.POINTS_PER_CENTROID * config.K, rq.MOST_POINTS)
     points = min(workload.documents[0] * (1 + config.rq_pseudo), most)
-    held = points + 3 * min(points * BEAM, most)  # residuals and their two terms
+    held = points + 3 * min(points * rq.BEAM, most)  # residuals and their two terms
     yield Stage("codebooks and docids", None, 0, 0, 0, 0 if config.docids else 4 * config.width * held)
     for t in range(len(workload.documents)):
         mix, before = mixture(config, t), parameters(net, mixture(config, t - 1))
         parts, whole = parameters(net, mix), t == 0 or not config.mixture
-        n = sum(parts.values())
-        trains = parts["docids"] + parts["mixture"] - before["mixture"]  # docid table and newest experts
-        if whole:  # but for the words of a mixed model
-            trains = n - bool(mix) * parts["words"]
+        n, newest = sum(parts.values()), parts["mixture"] - before["mixture"]
+        trains = n - bool(mix) * parts["words"] if whole else parts["docids"] + newest
         old, kl = t and config.kl_old_coef > 0, t and config.kl_coef > 0
         scores = logits(net, config.mask) + 2 * (old + kl) * logits(net)  # a KL has the previous model's too
         example = 14 * scores + (1 + old) * kept(net, mix, query, config.M, whole, again)
@@ -130,36 +125,28 @@ def stages(config, workload: Workload) -> Iterator[Stage]:
         if mix:
             yield Stage("scans", t, n, 0, 4 * n, SCAN_BATCH * kept(net, mix, query, config.M, recompute=True))
         cached = query + 2 * config.beam * config.M  # positions, the beams' twice, since they are reordered
-        search = kept(net, mix, query, config.beam, recompute=True)
-        search += cached * net.decoder_blocks * 2 * config.width * 4  # keys and values in float32
-        yield Stage("evaluation", t, n, 0, 4 * n, SEARCH_BATCH * search)
+        cached *= net.decoder_blocks * 2 * config.width * 4  # keys and values in float32
+        beams = kept(net, mix, query, config.beam, recompute=True)
+        yield Stage("evaluation", t, n, 0, 4 * n, search.BATCH * (beams + cached))
 
 
 def require_memory(config, workload: Workload, available: float, where: str) -> None:
-    """Raises ValueError where a stage needs more than the `available` bytes, with the flags that make it fit.
+    """Raises ValueError where a stage needs more than the `available` bytes, with the flags that make it fit."""
+    gib, share = 2**30, 1 if config.precision == "bf16" else 2  # float32: up to twice what is counted
 
-    Activations in float32 take up to twice the bytes that are counted for bfloat16.
-    """
-    share, gib = 1 if config.precision == "bf16" else 2, 2**30
+    def worst(config) -> tuple[float, str]:
+        return max((s.weights + share * s.activations, s.name) for s in stages(config, workload))
 
-    def worst(**flags) -> tuple[float, str]:
-        every = stages(replace(config, **flags), workload)
-        return max((stage.weights + share * stage.activations, stage.name) for stage in every)
-
-    most, name = worst()
+    most, name = worst(config)
     if most <= available:
         return
-    for micro, again in [(2**i, again) for again in (config.recompute, True) for i in range(14, -1, -1)]:
-        advice = f"pass --micro_batch {micro}" + " --recompute" * again
-        least, _ = worst(micro_batch=micro, recompute=again)
-        if least <= available:
-            break
-    else:
-        advice = f"take a smaller --t5, or a machine with {least / gib:.1f} GiB"
-    raise ValueError(
-        f"{name} needs about {most / gib:.1f} GiB, {where} has {available / gib:.1f} GiB free: {advice}, or "
-        "--no-check_memory to try all the same"
-    )
+    smaller = [(2**i, again) for again in (config.recompute, True) for i in range(14, -1, -1)]
+    held = {(i, again): worst(replace(config, micro_batch=i, recompute=again))[0] for i, again in smaller}
+    advice = f"take a smaller --t5, or a machine with {held[1, True] / gib:.1f} GiB"
+    if fits := [pair for pair in smaller if held[pair] <= available]:
+        advice = f"pass --micro_batch {fits[0][0]}" + " --recompute" * fits[0][1]
+    needs = f"{name} needs about {most / gib:.1f} GiB, {where} has {available / gib:.1f} GiB free"
+    raise ValueError(f"{needs}: {advice}, or --no-check_memory to try all the same")
 
 
 def free_memory(device: str) -> float:

@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import dense
 import memory
 import published
+import rq
 import scan
 import train
 from config import METHODS, PRESETS, Config
 from losses import docid_cross_entropy, kl_to_previous
-from mixlora import MixConfig, add_mixture, mixed_layers, routes_of
-from rq import Trie, encode
+from mixlora import MixConfig, add_mixture, mixed_layers
 from search import beam_search
 from t5 import T5, T5Config, segment_logits
 from tools import cost
@@ -65,6 +65,10 @@ def settings(preset: str = "nq320k", **changes) -> Config:
     return Config(**(PRESETS[preset] | {"data": preset} | changes))
 
 
+def costs_by_stage(config) -> dict[tuple[str, int | None], cost.Cost]:
+    return {(one.held.name, one.held.t): one for one in cost.costs(config)}
+
+
 def small_settings(**changes) -> Config:
     shape = dict(width=32, heads=8, feed_forward=48, encoder_blocks=3, decoder_blocks=4, vocab=60, M=3, K=16)
     return Config(**(shape | dict(layers=2, experts=2, lora_rank=4) | changes))
@@ -83,8 +87,8 @@ def test_decoder_flops_are_those_that_torch_counts(mix):
     model, parts = small_model(mix), cost.products(NET, mix, B, S, T)
     source, padding = model.encode(queries())
     assert parts["keys_values"] == 0  # none are formed
-    found = counted(lambda: model.docid_hidden(source, padding, docids()))
-    assert sum(parts.values()) - parts["encoder"] == found
+    flops = counted(lambda: model.docid_hidden(source, padding, docids()))
+    assert sum(parts.values()) - parts["encoder"] == flops
 
 
 @pytest.mark.parametrize("mix", [None, MIX])
@@ -93,16 +97,8 @@ def test_flops_of_decoding_from_keys_and_values_are_those_that_torch_counts(mix)
     source, padding = model.encode(queries())
     cross = model.cross_keys_values(source)
     assert parts["keys_values"] == counted(lambda: model.cross_keys_values(source))
-    found = counted(lambda: model.decode(model.docid_inputs(docids()), cross, padding))
-    assert sum(parts.values()) - parts["encoder"] - parts["keys_values"] == found
-
-
-@pytest.mark.parametrize("layers", [1, 2, 4])  # 4 is all
-def test_routing_flops_are_those_that_torch_counts(layers):
-    mix = replace(MIX, layers=layers)
-    model = small_model(mix).eval()
-    source, padding = model.encode(queries())
-    assert cost.routing(NET, mix, B, S, T) == counted(lambda: routes_of(model, source, padding, docids()))
+    flops = counted(lambda: model.decode(model.docid_inputs(docids()), cross, padding))
+    assert sum(parts.values()) - parts["encoder"] - parts["keys_values"] == flops
 
 
 def test_the_encoder_leaves_padding_out_and_the_decoder_does_not():
@@ -121,15 +117,15 @@ def test_dense_embedding_flops_are_those_that_torch_counts():
 @pytest.mark.parametrize("mask", ["segment", "docid_vocab", "full_vocab"])
 def test_logits_are_those_that_torch_counts(mask):
     model, hidden = small_model(), torch.randn(B, NET.codebooks, NET.width)
-    found = counted(lambda: docid_cross_entropy(model, hidden, docids(), mask))
-    assert 2 * B * NET.width * memory.logits(NET, mask) == found
+    flops = counted(lambda: docid_cross_entropy(model, hidden, docids(), mask))
+    assert 2 * B * NET.width * memory.logits(NET, mask) == flops
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("net, mask", [(NET, "segment"), (NET, "full_vocab")])
 def test_d0_step_flops_are_those_that_torch_counts(mixed, net, mask, recompute):
-    config = small_settings(mixture=mixed, mask=mask, recompute=recompute, layers=2, experts=3, rank=4)
+    config = small_settings(mixture=mixed, mask=mask, recompute=recompute, layers=2, experts=3, lora_rank=4)
     model = small_model(memory.mixture(config, 0), net).train()
     model.recompute = recompute
     model.word.requires_grad_(not mixed)
@@ -166,18 +162,18 @@ def test_steps_of_padded_texts_are_those_that_torch_counts():
         docid_cross_entropy(model, hidden, docids(), "segment").backward()
 
     assert cost.docid_step(config, net, 0, B, S, 5) == counted(docid_step)
-    found = counted(lambda: (model.embed(ids) @ model.embed(queries(11)).T).sum().backward())
-    assert cost.dense_step(config, net, 1, (S, 5), (11, 11)) == found
+    flops = counted(lambda: (model.embed(ids) @ model.embed(queries(11)).T).sum().backward())
+    assert cost.dense_step(config, net, 1, (S, 5), (11, 11)) == flops
 
 
 def test_stages_take_padded_and_mean_lengths_of_the_workload():
     config = settings("msmarco")  # passages of 75 tokens, windows of 128, queries of 10 among 20
-    net, found = memory.network(config), {(row.stage, row.t): row for row in cost.rows(config)}
-    row = found["dense rounds", None]
-    assert row.flops == row.steps * cost.dense_step(config, net, 2, (20, 10), (128, 75))
+    net, stages = memory.network(config), costs_by_stage(config)
+    rounds = stages["dense rounds", None]
+    assert rounds.flops == rounds.steps * cost.dense_step(config, net, 2, (20, 10), (128, 75))
     for t, batch in (0, config.d0_batch), (1, config.batch):
-        row = found["training", t]
-        assert row.flops == row.steps * cost.docid_step(config, net, t, batch, 20, 10)
+        training = stages["training", t]
+        assert training.flops == training.steps * cost.docid_step(config, net, t, batch, 20, 10)
 
 
 def test_in_batch_scores_are_taken_within_a_micro_batch():
@@ -244,7 +240,7 @@ def test_the_first_mixture_of_pt_trains_all_its_experts():
 def test_beam_search_flops_are_those_that_torch_counts(mix, beam):
     model = small_model(mix).eval().requires_grad_(False)
     every = torch.cartesian_prod(*[torch.arange(NET.centroids)] * NET.codebooks)  # so that all beams are live
-    trie = Trie(every)
+    trie = rq.Trie(every)
     assert cost.beam_search(NET, mix, B, S, beam) == counted(
         lambda: beam_search(model, trie, queries(), beam)
     )
@@ -256,25 +252,25 @@ def test_quantiser_flops_by_hand():
     points = 0 + 1 + 2  # levels before each level, of 1000 points each
     sample = 1000 + 4096 + 4096  # 256 K of 5000 residuals from the second level on
     table = 16 * product  # centroids of one codebook with those of another: one pair precedes the third level
-    assert cost.quantiser(NET, 5, 1000, 0) == product * (1000 * points + cost.ITERATIONS * sample) + table
+    assert cost.quantiser(NET, 5, 1000, 0) == product * (1000 * points + rq.ITERATIONS * sample) + table
     assert cost.quantiser(NET, 5, 1000, 70) - cost.quantiser(NET, 5, 1000, 0) == product * 70 * 3 + 3 * table
 
 
 def test_quantiser_encoding_flops_are_those_that_torch_counts():
     books, points = torch.randn(3, 16, 32), torch.randn(40, 32)
-    assert cost.quantiser(NET, 5, 0, 40) == counted(lambda: encode(points, books, 5))
+    assert cost.quantiser(NET, 5, 0, 40) == counted(lambda: rq.encode(points, books, 5))
 
 
 @pytest.mark.parametrize("stage", ["dense rounds", "training"])
 def test_micro_batches_and_recomputation_trade_products_and_traffic_for_memory(stage):
-    def row(**changes):
-        return next(row for row in cost.rows(settings(**changes)) if row.stage == stage)
+    def cost_of(**changes):
+        return next(one for one in cost.costs(settings(**changes)) if one.held.name == stage)
 
-    before, parts = row(), row(micro_batch=64)
+    before, parts = cost_of(), cost_of(micro_batch=64)
     share = 64 / (256 if stage == "dense rounds" else 1024)
     assert parts.held.activations == pytest.approx(share * before.held.activations)
     assert parts.flops == before.flops and parts.bytes > before.bytes  # weights are read for every part
-    again = row(micro_batch=64, recompute=True)
+    again = cost_of(micro_batch=64, recompute=True)
     assert again.held.activations < parts.held.activations / 4 and again.held.weights == parts.held.weights
     assert again.bytes > parts.bytes  # what is not kept is still written and read
     assert (
@@ -299,48 +295,42 @@ def test_lengths_are_cut_by_the_config():
 
 
 def test_steps_are_those_of_the_config():
-    found = {(row.stage, row.t): row.steps for row in cost.rows(settings())}
-    assert found["dense rounds", None] == 2 * 54_000  # 50 epochs of 276,493 at batch 256
-    assert found["training", 0] == 20_000
-    assert found["training", 1] == -(-10 * 41_132 // 32) == 12_854
-    found = {(row.stage, row.t): row.steps for row in cost.rows(settings("msmarco"))}
-    assert found["training", 0] == 250_000 and found["training", 4] == -(-5 * 2_210_471 // 512)
+    steps = {stage: one.steps for stage, one in costs_by_stage(settings()).items()}
+    assert steps["dense rounds", None] == 2 * 54_000  # 50 epochs of 276,493 at batch 256
+    assert steps["training", 0] == 20_000
+    assert steps["training", 1] == -(-10 * 41_132 // 32) == 12_854
+    steps = {stage: one.steps for stage, one in costs_by_stage(settings("msmarco")).items()}
+    assert steps["training", 0] == 250_000 and steps["training", 4] == -(-5 * 2_210_471 // 512)
 
 
 def test_lines_of_the_table_add_up():
-    found, text = cost.rows(settings()), cost.table(settings())
-    for name, group in (
-        ("total", found),
-        ("D1..D4 training", [r for r in found if r.stage == "training" and r.t]),
-    ):
+    every, text = cost.costs(settings()), cost.table(settings())
+    later = [one for one in every if one.held.name == "training" and one.held.t]
+    for name, group in ("total", every), ("D1..D4 training", later):
         line = next(line for line in text.splitlines() if line.startswith(name))
         cells = line.removeprefix(name).split()
-        assert int(cells[0]) == sum(row.steps for row in group)
-        assert float(cells[1]) == pytest.approx(sum(row.flops for row in group) / 1e15, abs=1e-3)
-        assert float(cells[3]) + float(cells[4]) == pytest.approx(
-            max(r.memory for r in group) / 2**30, abs=2e-3
-        )
-        assert float(cells[5]) == pytest.approx(sum(row.hours(cost.A100) for row in group), abs=1e-3)
+        assert int(cells[0]) == sum(one.steps for one in group)
+        assert float(cells[1]) == pytest.approx(sum(one.flops for one in group) / 1e15, abs=1e-3)
+        most = max(one.memory for one in group) / 2**30
+        assert float(cells[3]) + float(cells[4]) == pytest.approx(most, abs=2e-3)
+        assert float(cells[5]) == pytest.approx(sum(one.hours(cost.A100) for one in group), abs=1e-3)
 
 
 def test_hours_are_the_slower_of_products_and_traffic():
     chip = cost.Accelerator("chip", bf16=200.0, tf32=100.0, memory=10.0, bandwidth=50.0, utilisation=0.5)
     held = memory.Stage("stage", None, 0, 0, weights=6, activations=4)
-    row = cost.Row("stage", None, 0, "bf16", 3600 * 100, 3600 * 10, held)
-    assert row.hours(chip) == 1.0 and replace(row, rate="tf32").hours(chip) == 2.0
-    assert replace(row, bytes=3600 * 200).hours(chip) == 4.0
-    assert row.memory == 10
+    one = cost.Cost(held, 0, "bf16", 3600 * 100, 3600 * 10)
+    assert one.hours(chip) == 1.0 and replace(one, rate="tf32").hours(chip) == 2.0
+    assert replace(one, bytes=3600 * 200).hours(chip) == 4.0
+    assert one.memory == 10
 
 
 @pytest.mark.parametrize("preset", ["nq320k", "msmarco"])
 def test_the_table_names_every_stage_and_its_assumptions(preset):
     config = settings(preset)
     stages = ["dense rounds", "mining", "document embeddings", "codebooks and docids"]
-    assert [row.stage for row in cost.rows(config)] == stages + 5 * [
-        "training",
-        "scans",
-        "evaluation",
-    ]
+    names = [one.held.name for one in cost.costs(config)]
+    assert names == stages + 5 * ["training", "scans", "evaluation"]
     stages += [f"{d} {stage}" for d in ("D0", "D1..D4") for stage in ("training", "scans", "evaluation")]
     lines = cost.table(config).splitlines()
     assert [line[:22].strip() for line in lines[1 : lines.index("")]] == [*stages, "total"]
@@ -358,36 +348,32 @@ def test_a_stage_that_does_not_fit_is_marked():
 
 
 def test_methods_without_a_mixture_scan_nothing():
-    found = [row.stage for row in cost.rows(settings(**METHODS["base"]))]
-    assert "scans" not in found
-    pt = [(row.stage, row.t) for row in cost.rows(settings(**METHODS["mixlora-dsi-pt"]))]
+    assert "scans" not in [stage for stage, _ in costs_by_stage(settings(**METHODS["base"]))]
+    pt = costs_by_stage(settings(**METHODS["mixlora-dsi-pt"]))
     assert ("scans", 0) not in pt and ("scans", 1) in pt
 
 
-def test_scans_encode_once_and_only_the_teachers_decode_to_the_end():
-    config = settings(kl_old_coef=0.3, control_queries=500)
-    row = next(row for row in cost.rows(config) if (row.stage, row.t) == ("scans", 2))
-    net, n = memory.network(config), 41_136
-    before, after = memory.mixture(config, 1), memory.mixture(config, 2)
-    old = cost.products(net, before, 1, 10, 8)
-    encoder, whole = old.pop("encoder"), sum(old.values())
-    early = 500 * cost.routing(net, before, 1, 10, 8) + n * cost.routing(net, after, 1, 10, 8)
-    assert row.flops == (n + 500) * encoder + 2 * n * whole + early
+def test_scans_encode_each_query_once(monkeypatch):
+    monkeypatch.setattr(train, "CONTROL_QUERIES", 500)
+    monkeypatch.setattr(train, "CALIBRATION_QUERIES", 700)
+    config = settings(kl_old_coef=0.3)
+    stages, net, n = costs_by_stage(config), memory.network(config), 41_136  # pseudo-queries of D_2
 
+    def parts(t: int) -> tuple[int, int]:
+        products = cost.products(net, memory.mixture(config, t), 1, 10, 8)
+        return products.pop("encoder"), sum(products.values())
 
-def test_the_scan_of_d0_ends_at_the_last_router():
-    config = settings(calibration_queries=700)
-    row = next(row for row in cost.rows(config) if (row.stage, row.t) == ("scans", 0))
-    net, mix = memory.network(config), memory.mixture(config, 0)
-    encoder = cost.products(net, None, 1, 10, 8)["encoder"]
-    assert row.flops == 700 * (encoder + cost.routing(net, mix, 1, 10, 8))
+    (encoder, first), (_, before), (_, after) = map(parts, range(3))
+    assert stages["scans", 0].flops == 700 * (encoder + first)
+    # twice by the model before, of new and of old docids, and once by the one after; the control by the one before
+    assert stages["scans", 2].flops == (n + 500) * encoder + (2 * n + 500) * before + n * after
 
 
 def test_stages_that_a_run_skips_are_left_out():
-    found = [row.stage for row in cost.rows(settings(teacher="scores.jsonl", dense_warmup_steps=100))]
-    assert found[:3] == ["dense warm-up", "dense rounds", "document embeddings"]
+    stages = costs_by_stage(settings(teacher="scores.jsonl", dense_warmup_steps=100))
+    assert [name for name, _ in stages][:3] == ["dense warm-up", "dense rounds", "document embeddings"]
     config = settings(docids="docid_to_smtid.json")  # made elsewhere
-    assert "codebooks and docids" not in [row.stage for row in cost.rows(config)]
+    assert ("codebooks and docids", None) not in costs_by_stage(config)
 
 
 def test_precision_and_device_of_this_machine_change_nothing():
@@ -417,7 +403,7 @@ def test_the_command_prints_the_table_and_reads_nothing(capsys):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ([], "nq320k or msmarco, found --data boolq"),
+        ([], "nq320k or msmarco, not --data boolq"),
         (["--data", "nq320k", "--method", "dsi++"], "counts no dsi\\+\\+"),
     ],
 )

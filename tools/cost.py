@@ -8,17 +8,17 @@ Out      a table, one line per stage, and what it rests on
 Next     nothing reads it; memory.py checks what a run needs when it starts
 Differs  the paper gives no hours. Matrix products only are counted, two FLOPs per multiply-add, the way this code
          computes them: K logits per position, a frozen encoder that runs once, no padding in it, keys and values of
-         the source in the search alone, scans that end at the last router
+         the source in the search alone; scans as if all of them went on to the last block
 
 Letters as in t5.py; I = H * Dh is the inner width of an attention. Training makes three products of y = x W:
 itself, and backward dx = dy W^T and dW = x^T dy. Recomputation makes those within a block once more.
 """
 
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import command
 import memory
 import rq
 import search
@@ -26,9 +26,8 @@ import train
 from config import parse
 from dense import teacher_of_round
 from memory import Stage, Workload, kept, logits, mixture, network, parameters
-from mixlora import MixConfig, expert_parameters
+from mixlora import MixConfig
 from published import BENCHMARKS
-from rq import ITERATIONS, MOST_POINTS, POINTS_PER_CENTROID
 from t5 import T5Config
 
 # Bytes per trained parameter and step: backward writes its gradient (4), the norm reads it (4), clipping does
@@ -60,16 +59,14 @@ ACCELERATORS = (A100, H100)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One stage of a run."""
+class Cost:
+    """What one stage of a run takes."""
 
-    stage: str
-    t: int | None  # of D_t, where it is one corpus's
+    held: Stage  # its name, corpus and memory
     steps: int  # of the optimiser
     rate: str  # of the products: bf16 or tf32
     flops: float
     bytes: float  # read from and written to the accelerator's memory
-    held: Stage
 
     @property
     def memory(self) -> float:
@@ -114,13 +111,6 @@ def embedding(net: T5Config, batch: int, source: int) -> int:
     return sum(products(net, None, batch, source, 1).values())
 
 
-def routing(net: T5Config, mix: MixConfig, batch: int, source: int, target: int) -> int:
-    """mixlora.routes_of, of an encoded source: L decoder blocks, the last without feed-forward and experts."""
-    parts = products(replace(net, decoder_blocks=mix.layers), mix, batch, source, target)
-    unused = block_weights(net, 0) + mix.experts * expert_parameters(net.width, net.feed_forward, mix.rank)
-    return sum(parts.values()) - parts["encoder"] - 2 * batch * target * unused
-
-
 def beam_search(net: T5Config, mix: MixConfig | None, batch: int, source: int, beam: int) -> int:
     """search.beam_search: M steps of cached decoding, with K logits for each live beam."""
     flops = 0
@@ -134,23 +124,22 @@ def beam_search(net: T5Config, mix: MixConfig | None, batch: int, source: int, b
 
 
 def quantiser(net: T5Config, beam: int, points: int, documents: int) -> int:
-    """rq.fit of `points` and rq.encode of `documents`. Level m multiplies K centroids with the documents once, with
-    the points in the fit of each later level, and with k-means' sample often; tables hold the products of codebooks.
+    """rq.fit of `points` and rq.encode of `documents`; tables hold the products of codebooks.
+
+    Level m multiplies K centroids with the documents once, the points in the fit of each later level, k-means' sample.
     """
     count = net.codebooks
     tables = math.comb(count, 2) * (documents > 0) + math.comb(count, 3) * (points > 0)  # pairs of codebooks
     flops = 2 * tables * net.centroids**2 * net.width
     for m in range(count):
-        sample = min(points * min(beam, net.centroids**m), POINTS_PER_CENTROID * net.centroids)
+        sample = min(points * min(beam, net.centroids**m), rq.POINTS_PER_CENTROID * net.centroids)
         encoded = documents + (count - 1 - m) * points
-        flops += 2 * (encoded + ITERATIONS * sample) * net.centroids * net.width
+        flops += 2 * (encoded + rq.ITERATIONS * sample) * net.centroids * net.width
     return flops
 
 
 def dense_step(config, net: T5Config, windows: int, query: tuple, window: tuple) -> int:
-    """Queries and `windows` documents of each: two in a round (positive, negative), one in the warm-up. Their
-    lengths are padded and mean ones.
-    """
+    """Queries, and two documents of each in a round, one in the warm-up; lengths are pairs of padded and mean ones."""
     batch, micro = config.dense_batch, min(config.dense_batch, config.micro_batch or config.dense_batch)
     flops = 0
     for texts, (source, tokens) in (batch, query), (windows * batch, window):
@@ -194,11 +183,11 @@ def query_lengths(config) -> tuple[int, int]:
     return min(QUERY, config.query_length), min(memory.LONGEST_QUERY, config.query_length)
 
 
-def first_rows(config, held: dict) -> Iterator[Row]:
+def costs_once(config, held: dict) -> Iterator[Cost]:
     """What comes once: the bi-encoder, the mining of its negatives, embeddings and docids of documents."""
-    net, counts, workload = network(config), BENCHMARKS[config.data], WORKLOADS[config.data]
+    net, counts, tokens = network(config), BENCHMARKS[config.data], WORKLOADS[config.data].tokens
     query, longest = query_lengths(config)
-    document, window = (min(workload.tokens, n) for n in (config.document_length, config.dense_length))
+    document, window = min(tokens, config.document_length), min(tokens, config.dense_length)
     d0, texts = counts.documents[0], sum(counts.documents) + config.d0_fragments * counts.documents[0]
     rounds = config.dense_rounds * config.dense_steps
     for stage, steps, windows in ("dense warm-up", config.dense_warmup_steps, 1), ("dense rounds", rounds, 2):
@@ -211,19 +200,19 @@ def first_rows(config, held: dict) -> Iterator[Row]:
     queries = counts.annotated + config.dense_pseudo * d0
     flops = mined * queries * (embedding(net, 1, query) + 2 * d0 * net.width)
     flops += mined * d0 * embedding(net, 1, document)
-    (stage, _), made = held["document embeddings", None], kept(net, None, document, 1)
+    stage, made = held["document embeddings", None][0], kept(net, None, document, 1)
     yield inference(replace(stage, name="mining"), flops, mined * d0, memory.EMBED_BATCH, made, rate="bf16")
     flops = texts * embedding(net, 1, document) + config.rq_pseudo * d0 * embedding(net, 1, query)
     yield inference(stage, flops, texts, memory.EMBED_BATCH, made)
 
-    points = min(d0 * (1 + config.rq_pseudo), max(POINTS_PER_CENTROID * net.centroids, MOST_POINTS))
+    points = min(d0 * (1 + config.rq_pseudo), max(rq.POINTS_PER_CENTROID * net.centroids, rq.MOST_POINTS))
     flops = 0 if config.docids else quantiser(net, rq.BEAM, points, texts)
     distances = flops / (2 * net.centroids * net.width)  # of a point to K centroids, written and read
     traffic = distances * 4 * (net.width + 2 * net.centroids)
-    yield Row("codebooks and docids", None, 0, "tf32", flops, traffic, held["codebooks and docids", None][0])
+    yield Cost(held["codebooks and docids", None][0], 0, "tf32", flops, traffic)
 
 
-def corpus_rows(config, held: dict, t: int) -> Iterator[Row]:
+def costs_of_corpus(config, held: dict, t: int) -> Iterator[Cost]:
     """Training on D_t; scans before it (OOD, KL) and after it (calibration); evaluation on D_0..D_t."""
     net, counts, M = network(config), BENCHMARKS[config.data], config.M
     mix, before, queries = mixture(config, t), mixture(config, t - 1), counts.pseudo_queries[t]
@@ -234,14 +223,13 @@ def corpus_rows(config, held: dict, t: int) -> Iterator[Row]:
     yield training(config, *held["training", t], steps, batch, flops)
 
     if mix:
-        old = products(net, before, 1, query, M)
-        encoder, whole = old.pop("encoder"), sum(old.values())
-        teachers = (t > 0) * (1 + (config.kl_old_coef > 0)) * queries  # decoded to the end, by the one before
-        control = train.CONTROL_QUERIES if before else 0  # to the last router, by that model,
-        last = queries if t else min(queries, train.CALIBRATION_QUERIES)  # and by the one after D_t
-        flops = (last + control) * encoder + teachers * whole + last * routing(net, mix, 1, query, M)
-        flops += control * routing(net, before, 1, query, M) if before else 0
-        texts = teachers + control + last  # bytes at most: as if each were encoded and decoded to the end
+        control = train.CONTROL_QUERIES if before else 0  # of D_{t-1}, as D_t's own by the model before D_t,
+        settled = queries if t else min(queries, train.CALIBRATION_QUERIES)  # and these by the one after it
+        teachers = (t > 0) * (1 + (config.kl_old_coef > 0)) * queries
+        old, new = products(net, before, 1, query, M), products(net, mix, 1, query, M)
+        flops = (settled + control) * new.pop("encoder") + settled * sum(new.values())
+        flops += (teachers + control) * (sum(old.values()) - old["encoder"])
+        texts = teachers + control + settled  # bytes at most: as if each were encoded
         yield inference(held["scans", t][0], flops, texts, memory.SCAN_BATCH, kept(net, mix, query, M))
 
     tests = sum(counts.test_queries[: t + 1])
@@ -249,29 +237,28 @@ def corpus_rows(config, held: dict, t: int) -> Iterator[Row]:
     yield inference(held["evaluation", t][0], flops, tests, search.BATCH, made)
 
 
-def training(config, held: Stage, made: int, steps: int, batch: int, flops: int) -> Row:
+def training(config, held: Stage, made: int, steps: int, batch: int, flops: int) -> Cost:
     """Steps of `flops`; each pass reads the weights for every part, and writes and reads what the part `made`."""
     parts = math.ceil(batch / min(batch, config.micro_batch or batch))
     passes = (2 + config.recompute) * parts  # forward, again, backward
     traffic = OPTIMISER_TRAFFIC * held.trained + passes * (4 * held.parameters + made)
-    return Row(held.name, held.t, steps, "bf16", steps * flops, steps * traffic, held)
+    return Cost(held, steps, "bf16", steps * flops, steps * traffic)
 
 
-def inference(held: Stage, flops: float, texts: int, batch: int, made: int, rate="tf32") -> Row:
+def inference(held: Stage, flops: float, texts: int, batch: int, made: int, rate="tf32") -> Cost:
     """`texts` in batches, `made`: the bytes that each one's pass writes and reads."""
-    traffic = math.ceil(texts / batch) * held.weights + 2 * texts * made
-    return Row(held.name, held.t, 0, rate, flops, traffic, held)
+    return Cost(held, 0, rate, flops, math.ceil(texts / batch) * held.weights + 2 * texts * made)
 
 
-def rows(config) -> list[Row]:
-    """What each stage of a run costs."""
+def costs(config) -> list[Cost]:
+    """What each stage of a run takes."""
     workload = WORKLOADS[config.data]
     both = zip(memory.stages(config, workload), memory.stages(replace(config, recompute=False), workload))
     held = {(stage.name, stage.t): (stage, whole.activations) for stage, whole in both}
-    found = list(first_rows(config, held))
+    stages = list(costs_once(config, held))
     for t in range(len(workload.documents)):
-        found += corpus_rows(config, held, t)
-    return [row for row in found if row.flops]
+        stages += costs_of_corpus(config, held, t)
+    return [cost for cost in stages if cost.flops]
 
 
 # ---------------------------------------------------------------------------------------------------- as text
@@ -279,18 +266,18 @@ def rows(config) -> list[Row]:
 
 def table(config) -> str:
     """A run's stages, and what the numbers rest on. D_1 to D_T share lines: sums, but the largest memory."""
-    every, groups = rows(config), {}
-    last = len(WORKLOADS[config.data].documents) - 1
-    for row in every:
-        corpus = "" if row.t is None else "D0 " if row.t == 0 else f"D1..D{last} "
-        groups.setdefault(corpus + row.stage, []).append(row)
+    every, groups = costs(config), {}
+    for cost in every:
+        t, last = cost.held.t, len(WORKLOADS[config.data].documents) - 1
+        corpus = "" if t is None else "D0 " if t == 0 else f"D1..D{last} "
+        groups.setdefault(corpus + cost.held.name, []).append(cost)
     names = ["PFLOP", "TB moved", "GiB weights", "GiB activ.", *(f"hours {a.name}" for a in ACCELERATORS)]
     lines = [f"{'stage':22}{'steps':>9}{''.join(f'{name:>13}' for name in names)}  fits"]
     for name, group in [*groups.items(), ("total", every)]:
-        large, steps = max(group, key=lambda row: row.memory), sum(row.steps for row in group)
-        cells = [sum(row.flops for row in group) / 1e15, sum(row.bytes for row in group) / 1e12]
+        large, steps = max(group, key=lambda cost: cost.memory), sum(cost.steps for cost in group)
+        cells = [sum(cost.flops for cost in group) / 1e15, sum(cost.bytes for cost in group) / 1e12]
         cells += [large.held.weights / 2**30, large.held.activations / 2**30]
-        cells += [sum(row.hours(a) for row in group) for a in ACCELERATORS]
+        cells += [sum(cost.hours(a) for cost in group) for a in ACCELERATORS]
         fits = ", ".join(a.name for a in ACCELERATORS if large.memory <= a.memory) or "none"
         lines.append(f"{name:22}{steps or '-':>9}{''.join(f'{cell:13.3f}' for cell in cells)}  {fits}")
     return "\n".join([*lines, "", *assumptions(config)])
@@ -324,14 +311,11 @@ def assumptions(config) -> list[str]:
 def main(argv: list[str]) -> None:
     config = parse(argv, checked=False).config  # files need not be there yet
     if config.data not in WORKLOADS:
-        raise ValueError(f"tools.cost counts --data {' or '.join(WORKLOADS)}, found --data {config.data}")
+        raise ValueError(f"tools.cost counts --data {' or '.join(WORKLOADS)}, not --data {config.data}")
     if config.method in UNCOUNTED:
         raise ValueError(f"tools.cost counts no {config.method}; take --method base or mixlora-dsi")
     print(table(config))
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"tools.cost: {error}")
+    command.run(main, "tools.cost")

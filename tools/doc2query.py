@@ -6,8 +6,7 @@ Paper    section 4 and its appendix: docT5query pseudo-queries, 10 per MS MARCO 
          document
 In       a folder with a published T5 that was trained for this, such as castorini/doc2query-t5-base-msmarco;
          documents as BEIR lines, MS MARCO's collection or NQ320k's list
-Out      JSON lines {"doc_id", "query"}, in document order, and beside them the settings that they were sampled with and how
-         far whole batches got
+Out      JSON lines {"doc_id", "query"}, in document order, and beside them their settings and how far it got
 Next     data.read_pseudo_queries reads the file; train.py trains on it (--pseudo_queries)
 Differs  the paper takes published pseudo-queries and does not state how they were drawn; our defaults are top-k
          sampling with k = 10 at temperature 1, as is usual for this checkpoint. Each document has its own random
@@ -34,6 +33,7 @@ from torch import Tensor
 
 import command
 from data import EOS, PAD, UNK, load_tokenizer, read_jsonl, tokenize
+from prepare import check_vocabulary
 from published import read_texts, read_tsv
 from queries import words
 from store import read_json, write_json
@@ -219,11 +219,7 @@ def load(args) -> tuple[T5, object]:
     """The checkpoint in evaluation mode and its tokenizer; its docid table is never used and so kept small."""
     tokenizer = load_tokenizer(args.tokenizer)
     model = read_published(args.t5, codebooks=1, centroids=1).to(args.device).eval()
-    if tokenizer.vocab_size() > model.config.vocab:
-        raise ValueError(
-            f"found {tokenizer.vocab_size()} pieces in {args.tokenizer} but {model.config.vocab} word rows in "
-            f"{args.t5}; pass the --tokenizer of this checkpoint"
-        )
+    check_vocabulary(tokenizer.vocab_size(), model.config.vocab, str(args.t5))
     return model, tokenizer
 
 

@@ -60,10 +60,6 @@ def verdict(fail: bool, warn: bool = False) -> str:
     return "FAIL" if fail else "warn" if warn else "ok"
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
-
-
 def beyond_chance(recall: float, documents: int) -> float:
     """Recall@10 so rescaled that a random ranking of the documents has 0: (r - c) / (1 - c), c = 10 / N."""
     chance = min(10 / documents, 0.9)
@@ -129,8 +125,8 @@ class Patient:
             pairs = self.run.sample(t, self.count, "doctor")
         else:  # the run's list is drawn document by document, so that its beginning is cheap
             rows, seed = self.corpora[t].rows[: self.count], f"{self.config.seed} training {t}"
-            drawn = self.run.sampler(t), rows, self.config.pseudo_per_document, seed
-            pairs = queries.draw_pseudo_queries(*drawn)
+            each = self.config.pseudo_per_document
+            pairs = queries.draw_pseudo_queries(self.run.sampler(t), rows, each, seed)
             pairs = random.Random(f"doctor {t}").sample(pairs, min(self.count, len(pairs)))
         return [({row}, query) for row, query in pairs]
 
@@ -153,12 +149,9 @@ class Patient:
 
     def recall(self, model: T5, trie: rq.Trie, pairs: list[tuple[set[int], str]]) -> float:
         """Recall@10 of docid search, beyond chance."""
-        texts, beam, length = (
-            [query for _, query in pairs],
-            max(10, self.config.beam),
-            self.config.query_length,
-        )
-        rankings = retrieve(model, trie, self.run.tokenizer, texts, self.ids, 10, beam, max_length=length)
+        texts, length = [query for _, query in pairs], self.config.query_length
+        beam, tokenizer = max(10, self.config.beam), self.run.tokenizer
+        rankings = retrieve(model, trie, tokenizer, texts, self.ids, 10, beam, length)
         shares = [len(rows & {row for row, _ in top}) / len(rows) for (rows, _), top in zip(pairs, rankings)]
         return beyond_chance(float(np.mean(shares)), len(trie.documents))
 
@@ -227,7 +220,7 @@ def fresh_docids(patient: Patient) -> Finding:
     again = rq.encode(patient.stored(rows), patient.books, device=patient.run.device)
     same = float((again == patient.codes[rows]).all(1).float().mean())
     return Finding(
-        verdict(same < 0.99), f"{percent(same)} of {len(rows)} docids the same when encoded again", "at least 99%",
+        verdict(same < 0.99), f"{same:.1%} of {len(rows)} docids the same when encoded again", "at least 99%",
         "docids.npy is stale or its rows are permuted: encode embeddings/ with rq.pt, in the order of the documents",
     )  # fmt: skip
 
@@ -239,7 +232,7 @@ def distinct_docids(patient: Patient) -> Finding:
     full = math.log2(min(patient.books.shape[1], d0.documents))
     return Finding(
         verdict(d0.distinct < 0.95, distinct < 0.9 or min(d0.entropy) < full / 2),
-        f"{percent(d0.distinct)} of D_0's, {percent(distinct)} of all; bits per codebook "
+        f"{d0.distinct:.1%} of D_0's, {distinct:.1%} of all; bits per codebook "
         + " ".join(f"{bits:.1f}" for bits in d0.entropy),
         f"over 95% and 90%; over {full / 2:.1f} of {full:.1f} bits",
         "take more codebooks (--M) or centroids (--K), and look for copies among the documents",
@@ -259,7 +252,7 @@ def dense_recall(patient: Patient) -> Finding:
     exact, quantised = (beyond_chance(recall, n0) for recall in recalls)
     return Finding(
         verdict(exact < 0.2 or quantised < 0.25 * exact, exact < 0.5 or quantised < 0.5 * exact),
-        f"Recall@10 {percent(recalls[0])}, {percent(recalls[1])} quantised",
+        f"Recall@10 {recalls[0]:.1%}, {recalls[1]:.1%} quantised",
         "beyond chance half of all, and half of that quantised",
         "docids can be no better than the bi-encoder: train it longer; where only the quantised one is low, raise --M or --K",
     )  # fmt: skip
@@ -288,15 +281,11 @@ def docid_table(patient: Patient) -> Finding:
     table, books = patient.checkpoint("D0.pt").rq.detach().cpu(), patient.books
     if patient.config.docid_kind == "atomic":
         books = books[:, : patient.run.corpora[0].rows.stop]
-    if table.shape != books.shape:
-        measured, near, length = f"shape {tuple(table.shape)}", 0.0, torch.zeros(1)
-    else:
-        near = float(F.cosine_similarity(table, books, dim=-1).mean(1).min())
-        length = table.norm(dim=-1).mean(1) / books.norm(dim=-1).mean(1)
-        measured = f"cosine {near:.2f}, length {length.min():.2f} to {length.max():.2f} times"
+    near = float(F.cosine_similarity(table, books, dim=-1).mean(1).min())
+    length = table.norm(dim=-1).mean(1) / books.norm(dim=-1).mean(1)
     return Finding(
         verdict(not (near > 0.3 and length.min() > 0.4 and length.max() < 2.5), near < 0.6),
-        f"{measured} the centroids of rq.pt, of the worst codebook", "cosine over 0.6, length 0.4 to 2.5",
+        f"cosine {near:.2f}, length {length.min():.2f} to {length.max():.2f} times the centroids of rq.pt, of the worst codebook", "cosine over 0.6, length 0.4 to 2.5",
         "start the docid table from the centroids, unscaled and codebook by codebook",
     )  # fmt: skip
 
@@ -306,8 +295,8 @@ def docid_table(patient: Patient) -> Finding:
 
 def log_of_d0(patient: Patient) -> Finding:
     """The logged cross-entropy of D_0 fell below guessing."""
-    logged, chance = patient.logged("ce").get("D0"), math.log(patient.books.shape[1])
-    if not logged:
+    chance = math.log(patient.books.shape[1])
+    if not (logged := patient.logged("ce").get("D0")):
         return Finding("skip", "metrics.jsonl has no line of D0")
     return Finding(
         verdict(not logged[-1] < chance), f"{logged[0]:.2f} to {logged[-1]:.2f}", f"below ln K = {chance:.2f} at the end",
@@ -317,15 +306,14 @@ def log_of_d0(patient: Patient) -> Finding:
 
 def gradient_norms(patient: Patient) -> Finding:
     """Gradients are finite, and not always cut to a hundredth."""
-    logged, clip = patient.logged("gradient_norm"), optim.CLIP
-    if not logged:
+    if not (logged := patient.logged("gradient_norm")):
         return Finding("skip", "metrics.jsonl has no gradient norm")
     broken = [stage for stage, norms in logged.items() if not all(map(math.isfinite, norms))]
-    cut = [stage for stage, norms in logged.items() if min(norms) > 100 * clip]
+    cut = [stage for stage, norms in logged.items() if min(norms) > 100 * optim.CLIP]
     return Finding(
         verdict(bool(broken), bool(cut)),
         f"largest {max(max(n) for n in logged.values()):.3g}, not finite in {broken}, always cut in {cut}",
-        f"finite, at times below 100 x clip = {100 * clip:g}",
+        f"finite, at times below 100 x clip = {100 * optim.CLIP:g}",
         "lower the learning rate, or go to --precision float32, of the stages named",
     )  # fmt: skip
 
@@ -410,7 +398,7 @@ def learnt(patient: Patient) -> Finding:
         model, trie = patient.last if t == patient.t else patient.trained.at(t)
         trained = patient.recall(model, trie, patient.training_queries(i))
         tested = patient.recall(model, trie, patient.test_queries(patient.count, i))
-        recalls.append(f"D_{i} after D{t} {percent(trained)} trained on, {percent(tested)} test")
+        recalls.append(f"D_{i} after D{t} {trained:.1%} trained on, {tested:.1%} test")
         at_first = tested if t == 0 else at_first
         if i < t:
             advice = f"D{t}.pt forgot D_0: freeze more, raise --kl_coef, or lower --lr"
@@ -476,7 +464,7 @@ def beam_reaches_best(patient: Patient) -> Finding:
     share = sum(hits) / len(hits)
     return Finding(
         verdict(share < 0.5, share < 0.9),
-        f"best of {len(docids)} docids in the beam for {percent(share)} of {len(hits)} queries",
+        f"best of {len(docids)} docids in the beam for {share:.1%} of {len(hits)} queries",
         "at least 90%",
         f"good docids are pruned early: pass --beam above {patient.config.beam} to eval.py or search.py",
     )  # fmt: skip
@@ -511,7 +499,7 @@ def expert_load(patient: Patient) -> Finding:
 
 def ood_statistics(patient: Patient) -> Finding:
     """Every mixed layer of every checkpoint knows the energies of what it has seen."""
-    broken, seen, unseen = [], 0, 0
+    broken, seen, unseen, m = [], 0, 0, len(patient.books)
     for t in range(patient.t + 1):
         model, stats = store.load_model(patient.folder / f"D{t}.pt")
         layers = mixed_layers(model)
@@ -519,9 +507,10 @@ def ood_statistics(patient: Patient) -> Finding:
             broken.append(f"D{t}: {len(stats)} statistics of {len(layers)} layers")
         for number, (layer, stat) in enumerate(zip(layers, stats)):
             calibrated, seen = stat.mode == "calibrated", seen + 1
-            shape = (patient.books.shape[0],) if calibrated else (len(layer), patient.books.shape[0])
-            good = stat.experts == len(layer) and stat.mean.shape == stat.variance.shape == shape
-            good &= bool(stat.mean.isfinite().all() and stat.variance.isfinite().all())
+            good = stat.mean.shape == stat.variance.shape == ((m,) if calibrated else (len(layer), m))
+            good &= stat.experts == len(layer) and bool(
+                torch.cat([stat.mean, stat.variance]).isfinite().all()
+            )
             good &= bool((stat.variance > 0).all() if calibrated else (stat.variance >= 0).all())
             good &= not calibrated or math.isfinite(stat.threshold)
             unseen += int((stat.variance == 0).sum())  # paper_code: of (expert, position) without a token

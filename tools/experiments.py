@@ -218,13 +218,9 @@ def tasks_of(labels: list[str], seed: int, out: Path, flags: list[str]) -> list[
     starts = dict.fromkeys(RUNS[label].start for label in labels)
     if any(STARTS[name].stages for name in starts):
         starts["mixture"] = None
-    groups = [
-        [],
-        [],
-        [task(run_name(x), RUNS[x].flags, RUNS[x].start, "D0") for x in labels if x not in NOT_RUN],
-    ]
-    for name in starts:
-        start = STARTS[name]
+    runs = [(run_name(label), RUNS[label]) for label in labels if label not in NOT_RUN]
+    groups = [[], [], [task(name, run.flags, run.start, "D0") for name, run in runs]]
+    for name, start in [(name, STARTS[name]) for name in starts]:
         source = "mixture" if start.stages else ""
         groups[bool(source)].append(task(f"start-{name}", start.flags, source, start.stages, 0))
     return groups
@@ -239,9 +235,7 @@ def perform(task: Task, threads: int) -> str:
     if (folder / "corpus.json").exists():
         was, wanted = store.read_json(folder / "config.json"), asdict(asked.config)
         if differing := ", ".join(name for name in wanted if was.get(name) != wanted[name]):
-            raise ValueError(
-                f"{folder} holds a run with other settings ({differing}); move it, or pass --out"
-            )
+            raise ValueError(f"{folder} holds a run with other settings ({differing}); pass another --out")
         if task.is_done():
             return f"{folder}: done already"
         asked.resume = True
@@ -299,9 +293,7 @@ def paired_p(differences: list[list[np.ndarray]], draws: int = 2000, seed: int =
 
 
 def summarise(name: str, seeds: list[int], out: Path) -> dict:
-    """What NAME.json holds: a row for each system with every seed's figures, means over seeds of what they cost,
-    and the p-value against the reference.
-    """
+    """What NAME.json holds: of each system every seed's figures, mean costs, and the p-value against the reference."""
     labels, reference = EXPERIMENTS[name]
     evaluated, rows = {label: [values_of(label, seed, out) for seed in seeds] for label in labels}, []
     for label in labels:
