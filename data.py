@@ -7,14 +7,12 @@ Next     store.py keeps the corpora in the run folder; queries.py makes pseudo-q
 Differs  the authors' splits are not public, so ours is drawn with a seed and its document ids are stored with
          hashes; documents and their token ids lie on disk (arrays.py), not in dictionaries
 
-What stage t may see is what it is handed: D_t alone. `check_no_leak` proves it on every list of queries that a
-stage trains on; what D_0 draws anew in each batch comes from a sampler that holds D_0 alone and no test query.
+What stage t may see is what it is handed: D_t alone. `check_no_leak` checks every list of queries that a stage trains on.
 """
 
 import hashlib
 import io
 import json
-import math
 import random
 import re
 import subprocess
@@ -22,13 +20,12 @@ import sys
 import tempfile
 import zipfile
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from pathlib import Path
 
-import numpy as np
 import sentencepiece
 import torch
 from torch import Tensor
@@ -172,10 +169,10 @@ def read_jsonl(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
             json.dumps(row, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:  # ValueError: also huge integers and half surrogates
             raise ValueError(f"{place}: malformed JSON ({error})") from None
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in keys):
-            raise ValueError(f"{place}: wanted the string fields {', '.join(keys)}; found {line[:80]}")
-        if not row[keys[0]].strip():
-            raise ValueError(f"{place}: found an empty {keys[0]}; each line needs one")
+        whole = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys)
+        if not whole or not row[keys[0]].strip():
+            wanted = f"wanted the string fields {', '.join(keys)}, {keys[0]} not empty"
+            raise ValueError(f"{place}: {wanted}; found {line[:80]}")
         yield place, row
 
 
@@ -200,25 +197,18 @@ def read_beir(folder: Path, skip_invalid: bool = False, store: Path | None = Non
     """A folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv, and, if present, qrels/train.tsv and order.
 
     Raises ValueError with file, line and count: malformed lines, duplicate ids, empty documents, labels that name a
-    missing document or query. `skip_invalid` leaves the last two kinds out instead. The documents are kept in the
-    folder `store`, or in a temporary one.
+    missing document or query. `skip_invalid` leaves the last two kinds out instead. `store` is the documents' folder.
     """
-    problems: dict[str, list[str]] = {}  # kind -> places
-
-    def invalid(kind: str, place: str) -> None:
-        problems.setdefault(kind, []).append(place)
-
+    invalid: dict[str, list[str]] = defaultdict(list)  # kind -> places
     collection, empty = Collection(Documents(store), [], {}, {}), set()
     documents, queries = collection.documents, {}
     for place, row in read_jsonl(folder / "corpus.jsonl", ("_id", "text")):
         title, text = " ".join(str(row.get("title") or "").split()), row["text"].strip()
-        if row["_id"] in documents.row_of or row["_id"] in empty:
-            raise ValueError(f"{place}: duplicate document id {row['_id']!r}; ids must be unique")
-        if title or text:
-            documents.add(row["_id"], title, text)
-        else:
-            invalid("documents without title and text", place)
+        if not (title or text):
+            invalid["documents without title and text"].append(place)
             empty.add(row["_id"])
+        elif row["_id"] in empty or not documents.add(row["_id"], title, text):
+            raise ValueError(f"{place}: duplicate document id {row['_id']!r}; ids must be unique")
     documents.close()
     for place, row in read_jsonl(folder / "queries.jsonl", ("_id", "text")):
         if row["_id"] in queries:
@@ -229,16 +219,16 @@ def read_beir(folder: Path, skip_invalid: bool = False, store: Path | None = Non
         path = folder / "qrels" / f"{name}.tsv"
         for place, query_id, doc_id, relevance in read_qrels(path) if name == "test" or path.exists() else ():
             if doc_id not in documents.row_of:
-                invalid("labels that name a missing document", f"{place} ({doc_id})")
+                invalid["labels that name a missing document"].append(f"{place} ({doc_id})")
             elif not queries.get(query_id):
-                invalid("labels that name a missing or empty query", f"{place} ({query_id})")
+                invalid["labels that name a missing or empty query"].append(f"{place} ({query_id})")
             elif relevance > 0 and name == "test":
                 collection.test[query_id] = queries[query_id]
                 collection.qrels.setdefault(query_id, {})[doc_id] = relevance
             elif relevance > 0:
                 collection.train.append((doc_id, queries[query_id], query_id))
-    if problems and not skip_invalid:
-        kinds = "; ".join(f"{len(places)} {kind}, first at {places[0]}" for kind, places in problems.items())
+    if invalid and not skip_invalid:
+        kinds = "; ".join(f"{len(places)} {kind}, first at {places[0]}" for kind, places in invalid.items())
         raise ValueError(f"{folder}: found {kinds}. Repair the files, or pass --skip_invalid")
     if not len(documents):
         raise ValueError(f"{folder / 'corpus.jsonl'}: found no document")
@@ -257,19 +247,13 @@ def read_beir(folder: Path, skip_invalid: bool = False, store: Path | None = Non
 
 
 def split_sizes(splits: str, n: int) -> list[int]:
-    """`"60,10,10,10,10"` percent, or exact counts that add up to n, as corpus sizes.
-
-    >>> split_sizes("60,20,20", 11)
-    [7, 2, 2]
-    """
-    try:
-        parts = [float(part) for part in splits.split(",")]
-    except ValueError:
-        parts = [0.0]
-    if all(math.isfinite(part) and part > 0 for part in parts):
+    """Corpus sizes: percentages, as "60,20,20" of 11 documents gives 7, 2, 2; or counts that add up to n."""
+    numbers = [re.fullmatch(r"\s*(\d+\.?\d*)\s*", part, re.A) for part in splits.split(",")]
+    parts = [float(number[1]) if number else 0.0 for number in numbers]
+    if min(parts) > 0:
         if sum(parts) == n and all(part.is_integer() for part in parts):
             return [int(part) for part in parts]
-        if math.isclose(sum(parts), 100):
+        if round(sum(parts), 6) == 100:
             ends = [round(n * sum(parts[: i + 1]) / 100 - 1e-6) for i in range(len(parts))]
             sizes = [end - start for start, end in zip([0, *ends], ends)]
             if min(sizes) > 0:
@@ -278,9 +262,7 @@ def split_sizes(splits: str, n: int) -> list[int]:
     raise ValueError(f"--splits {splits!r}: wanted {wanted}")
 
 
-def split(
-    collection: Collection, splits: str, by: str, seed: int, spare: int = 0
-) -> tuple[list[Corpus], dict]:
+def split(collection: Collection, splits: str, by: str, seed: int, spare: int = 0) -> tuple[list, dict]:
     """Cuts a collection into corpora D_0..D_T by arrival (`order`), at random, or by `topic`, where each D_t, t >= 1,
     is held out of one topic (topics.py). The last `spare` documents of that order are left out; by topic, they are
     a random part of those that no later corpus took.
@@ -288,46 +270,44 @@ def split(
     A test query belongs to the last corpus that holds one of its relevant documents: before that it could not
     be answered in full. Annotated queries are kept for D_0 only, without those whose text is a test query's.
 
-    Returns:
-        the corpora, and counts of what was left out.
-    Raises ValueError on sizes that do not add up, `order` without an order, and `topic` without topics.
+    Returns the corpora, and counts of what was left out. Raises ValueError where there is no such split.
     """
     documents = collection.documents
     sizes = split_sizes(splits, len(documents) - spare)
-    order = [documents.row_of[doc_id] for doc_id in collection.order or documents.row_of]
+    order = list(collection.order or documents.row_of)
     if by == "random" or (by == "auto" and not collection.order):
         random.Random(f"{seed} split").shuffle(order)
     elif by == "order" and not collection.order:
         raise ValueError("--split_by order: the folder has no file `order` with one document id per line")
     elif by == "topic":
-        order = topics.topic_order(passages(documents.titles, documents.texts), sizes, seed)
-    order = np.array(order[: len(order) - spare])
-    row_of = np.full(len(documents), -1)  # row in file -> row in the stream
-    row_of[order] = np.arange(len(order))
+        ids = list(documents.row_of)
+        rows = topics.topic_order(passages(documents.titles, documents.texts), sizes, seed)
+        order = [ids[row] for row in rows]
+    order = order[: len(order) - spare]
+    row_of = {doc_id: row for row, doc_id in enumerate(order)}
     corpora, starts = [], [0, *accumulate(sizes)]
     for start, size in zip(starts, sizes):
-        rows = order[start : start + size]
+        rows = [documents.row_of[doc_id] for doc_id in order[start : start + size]]
         corpora.append(Corpus(start, documents.ids[rows], documents.titles[rows], documents.texts[rows]))
-    left_out = Counter({"documents beyond the sizes of the split": spare} if spare else {})
-
-    def place(doc_id: str) -> int:
-        return int(row_of[documents.row_of[doc_id]])
-
+    left_out = Counter()
+    if spare:
+        left_out["documents beyond the sizes of the split"] = spare
     for query_id, labels in collection.qrels.items():
-        relevant = {doc_id: label for doc_id, label in labels.items() if place(doc_id) >= 0}
+        relevant = {doc_id: label for doc_id, label in labels.items() if doc_id in row_of}
         if not relevant:
             left_out["test queries of documents left out"] += 1
             continue
-        corpus = corpora[bisect_right(starts, max(map(place, relevant))) - 1]
+        corpus = corpora[bisect_right(starts, max(map(row_of.get, relevant))) - 1]
         corpus.test[query_id], corpus.qrels[query_id] = collection.test[query_id], relevant
     tests = set(map(query_digest, collection.test.values()))
     for doc_id, query, query_id in collection.train:
-        if place(doc_id) not in corpora[0].rows:
+        row = row_of.get(doc_id)
+        if row not in corpora[0].rows:
             left_out["annotated queries of documents outside D0"] += 1
         elif query_digest(query) in tests:
             left_out["annotated queries that are also test queries"] += 1
         else:
-            corpora[0].train.append((place(doc_id), query))
+            corpora[0].train.append((row, query))
             corpora[0].train_ids.append(query_id)
     return corpora, dict(left_out)
 
@@ -354,9 +334,7 @@ def check_no_leak(t: int, rows: range, queries: list[tuple[int, str]], excluded:
     """
     for row, text in queries:
         if row not in rows:
-            raise ValueError(
-                f"leak: stage D_{t} ({rows.start}..{rows.stop - 1}) trains on document row {row}"
-            )
+            raise ValueError(f"leak: stage D_{t} ({rows}) trains on document row {row}")
         if query_digest(text) in excluded:
             raise ValueError(f"leak: stage D_{t} trains on {text!r}, a test query")
 
@@ -378,9 +356,7 @@ def train_tokenizer(passages: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )  # fmt: skip
     except RuntimeError as error:
-        raise ValueError(
-            f"D_0 gives no tokenizer of {vocab_size} pieces ({error}); pass another --vocab"
-        ) from None
+        raise ValueError(f"D_0 gives no {vocab_size} pieces ({error}); pass another --vocab") from None
     return model.getvalue()
 
 
