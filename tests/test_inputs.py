@@ -753,7 +753,9 @@ def test_corpora_of_a_run_are_whole_or_refused_by_name(folder, corpora_files, pi
     if read is not None:
         passages, ids, train, _, idf, excluded = read
         assert len(passages) == len(ids) and all(len(pair) == 2 for pair in train)
-        assert idf("rome") > 0 and all(0 <= number < 1 << 64 for number in excluded)
+        assert idf("rome") > 0
+        if name != "excluded.npy":
+            assert excluded == {query_digest("age of rome"), query_digest(STRANGE)}
 
 
 @pytest.mark.parametrize("stated", [b'"first_row": -1', b'"first_row": 1', b'"first_row": 3'])

@@ -365,7 +365,8 @@ def test_t5_with_fresh_experts_equals_the_plain_t5(router, site, gated):
     wanted, no_routes = plain.docid_hidden(*plain.encode(ids), codes)
     found, routes = model.docid_hidden(*model.encode(ids), codes)
     assert torch.equal(found, wanted) and no_routes == []
-    assert [tuple(route.scores.shape) for route in routes] == [(4, 3, 2)] * 2
+    for layer, route in zip(mixed_layers(model), routes, strict=True):
+        assert route.x.shape == (4, 3, 16) and torch.equal(route.scores, layer.route(route.x).scores)
     assert [isinstance(block.ff, MixedFeedForward) for block in model.decoder] == [True, True, False]
 
 

@@ -14,7 +14,9 @@ from t5 import T5, Attention, RMSNorm, T5Config, segment_logits
 from weights import load_published, read_published
 
 
-@pytest.fixture(scope="module", params=["t5-small", "t5-base", "t5-v1_1-small"])
+@pytest.fixture(
+    scope="module", params=["t5-small", pytest.param("t5-base", marks=pytest.mark.soak), "t5-v1_1-small"]
+)
 def pair(request):
     """A transformers T5 and ours with the same weights, loaded by name."""
     sizes, kind, _ = SHAPES[request.param]
@@ -97,8 +99,11 @@ def test_a_published_shape_has_as_many_parameters_as_transformers(name):
     assert count == sum(w.numel() for w in theirs.parameters()) == published
 
 
+WIDEST = ("t5-3b", "t5-v1_1-xl")  # gigabytes in one block
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.soak] * (n in WIDEST)) for n in SHAPES])
 def test_a_published_width_gives_the_logits_of_transformers(name, tmp_path):
     """One block a stack at full width, by way of the files that transformers writes and we read."""
     (_, *widths, _, _), kind, _ = SHAPES[name]
