@@ -43,10 +43,11 @@ import rq
 import train
 from config import Config
 from losses import docid_cross_entropy, kl_to_previous, router_losses
-from optim import parameter_groups
+from optim import keep_freed_memory, parameter_groups
 from scan import SourceCache, scan
 from search import beam_search, documents
-from t5 import T5, FeedForward, T5Config, segment_logits, to_published
+from t5 import T5, FeedForward, T5Config, segment_logits
+from weights import to_published
 
 try:
     import transformers
@@ -218,7 +219,7 @@ def peak_memory(build: Callable, case: tuple, threads: int) -> float:
         return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1000
 
     torch.set_num_threads(threads)
-    train.keep_freed_memory()
+    keep_freed_memory()
     _, _, step = build(T5Config(**TINY), *case[1:])  # torch and transformers import parts of themselves late
     step()
     before = resident("VmRSS")
@@ -233,8 +234,7 @@ def training_rows(s: Settings, name: str, work: str, ours, peer, case: tuple, re
     peaks = []
     if memory or not s.small:
         with ProcessPoolExecutor(2, mp_context=get_context("spawn"), max_tasks_per_child=1) as fresh:
-            found = fresh.map(peak_memory, (ours, peer), [case] * 2, [s.threads] * 2)
-            peaks = [[megabytes] for megabytes in found]
+            peaks = [[mb] for mb in fresh.map(peak_memory, (ours, peer), [case] * 2, [s.threads] * 2)]
     (model, loss, step), (their_model, their_loss, their_step) = ours(*case), peer(*case)
     plain = isinstance(their_model, T5)
     if not plain:
@@ -249,8 +249,8 @@ def training_rows(s: Settings, name: str, work: str, ours, peer, case: tuple, re
     assert close(values[0], values[2]), f"{name}: losses {values[0]:.4f} and {values[2]:.4f}"
     error = (values[1] - gradient).norm() / gradient.norm()
     assert error < 1e-3, f"{name}: gradients of the docid table differ by {error:.1e}"
-    rows = [row(name, work, *alternate(s, step, their_step), reach)]
-    return rows + ([row(f"{name}_memory", "peak of the above", *peaks, memory, "MB")] if peaks else [])
+    times = row(name, work, *alternate(s, step, their_step), reach)
+    return [times] + ([row(f"{name}_memory", "peak of the above", *peaks, memory, "MB")] if peaks else [])
 
 
 # ------------------------------------------------------------------------------------------- training on D_0
@@ -356,9 +356,9 @@ def cached_training(config: T5Config, batch: int):
     cache = SourceCache(model, ids)
     teacher, rq_before = scan(model, cache, codes, []).hidden, model.rq.detach().clone()
     grow(model)
-    rows = torch.arange(batch)
+    queries = torch.arange(batch)
     return continual_step(
-        model, lambda: cache.get(rows, ids.device), lambda: teacher[rows], rq_before, codes[rows]
+        model, lambda: cache.get(queries, ids.device), lambda: teacher[queries], rq_before, codes[queries]
     )
 
 
@@ -399,9 +399,9 @@ def generate_as_we_score(peer, generate: Callable, config: T5Config) -> Tensor:
         return output
 
     hook = peer.register_forward_hook(mask_logits)
-    found = generate()
+    docids = generate()
     hook.remove()
-    return found
+    return docids
 
 
 def search_rows(
@@ -437,9 +437,9 @@ def search_rows(
         )[:, 1:]  # fmt: skip
 
     rankings = documents(trie, *ours(), [str(i) for i in range(len(codes))], 10)
-    found = {(query, *tokens[doc].tolist()) for query, best in enumerate(rankings) for doc, _ in best}
+    docids = {(query, *tokens[doc].tolist()) for query, best in enumerate(rankings) for doc, _ in best}
     scored = generate_as_we_score(peer, theirs, config).tolist()
-    same = len(found & {(i // 10, *docid) for i, docid in enumerate(scored)}) / (10 * batch)
+    same = len(docids & {(i // 10, *docid) for i, docid in enumerate(scored)}) / (10 * batch)
     assert same >= 0.99, f"{name}: {100 * same:.1f}% of docids are the same"  # scores may tie to the last bit
     stray = set(map(tuple, theirs().tolist())) - set(map(tuple, tokens.tolist()))
     assert not stray, f"{name}: transformers found docids that are not indexed"
@@ -503,7 +503,7 @@ def ood_scan(s: Settings) -> list[Row]:
     config, queries = s.shape(BASE, dropout=0.0), s.pick(64, 8)
     model = mixed_t5(config).eval()
     ids, codes = draw(config, queries, 32)
-    cache, rows = SourceCache(model, ids), torch.arange(queries)
+    cache = SourceCache(model, ids)
     stats = [ood.calibrate(ood.energy(x), x.shape[-1], 0.01) for x in scan(model, cache, codes, []).scores]
     table = torch.cat([model.word, model.rq.flatten(0, 1)]).detach().T
 
@@ -512,7 +512,7 @@ def ood_scan(s: Settings) -> list[Row]:
 
     @torch.no_grad()
     def theirs():
-        hidden, routes = model.docid_hidden(*cache.get(rows, ids.device), codes)
+        hidden, routes = model.docid_hidden(*cache.get(torch.arange(queries), ids.device), codes)
         return [route.scores for route in routes], hidden @ table
 
     assert all(close(a, b) for a, b in zip(ours(), theirs()[0], strict=True)), "router scores differ"
@@ -698,23 +698,22 @@ def figure(value: float, unit: str) -> str:
     return (f"{value:.3g} " if value < 1000 else f"{value:.0f} ") + unit
 
 
-def markdown(found: dict) -> str:
+def markdown(results: dict) -> str:
     """A results file as the table of docs/speed.md."""
     lines = [
         "| work \\| peer | ours | peer | ratio: min / median / max | reach |",
         "|---|---|---|---|---|",
     ]
-    for item in found["rows"]:
+    for item in results["rows"]:
         ours = figure(item["ours"], item["unit"])
         peer = figure(item["peer"], item["unit"]) if item["peer"] else ""
         ratio = ", ".join(f"{item[name]:.3g}" for name in ("low", "ratio", "high")) if peer else ""
         reach = item["reach"] and f"{item['reach']}: {'reached' if item['reached'] else '**missed**'}"
         work = item["work"].replace("|", "\\|")
         lines.append(f"| `{item['name']}` {work} | {ours} | {peer} | {ratio} | {reach} |")
-    with_what = ", ".join(
-        f"{name} {found[name]}" for name in ("threads", "repeats", "torch", "transformers", "faiss")
-    )
-    return "\n".join([*lines, "", f"{found['date'][:10]}, {found['cpu']}, {with_what}."])
+    names = ("threads", "repeats", "torch", "transformers", "faiss")
+    with_what = ", ".join(f"{name} {results[name]}" for name in names)
+    return "\n".join([*lines, "", f"{results['date'][:10]}, {results['cpu']}, {with_what}."])
 
 
 def main() -> None:
@@ -738,12 +737,12 @@ def main() -> None:
         return
     wanted = args.rows.split(",")
     if unknown := set(wanted) - set(ROWS):
-        sys.exit(f"run.py: found --rows {','.join(sorted(unknown))}, wanted some of {','.join(ROWS)}")
+        sys.exit(f"run.py: --rows {','.join(sorted(unknown))}: wanted some of {','.join(ROWS)}")
     if args.repeats < 1 or args.threads < 1:
-        sys.exit(f"run.py: found --repeats {args.repeats} --threads {args.threads}, wanted 1 or more")
+        sys.exit(f"run.py: --repeats {args.repeats} --threads {args.threads}: wanted 1 or more")
     settings = Settings(args.repeats, args.threads, args.small)
     torch.set_num_threads(args.threads)
-    train.keep_freed_memory()
+    keep_freed_memory()
     faiss.omp_set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
 
@@ -752,13 +751,13 @@ def main() -> None:
     print(f"{'':28} {'ours':>14} {'peer':>14} {'min':>8} {'median':>8} {'max':>8}  {'reach':9}")
     rows: list[Row] = []
     for name in wanted:
-        for found in ROWS[name](settings):
+        for line in ROWS[name](settings):
             if args.small:
-                found.reached = None  # the figures are for the whole shapes
-            print(found, flush=True)
-            rows.append(found)
+                line.reached = None  # the figures are for the whole shapes
+            print(line, flush=True)
+            rows.append(line)
         gc.collect()
-        args.json.write_text(json.dumps(where | {"rows": [asdict(found) for found in rows]}, indent=1) + "\n")
+        args.json.write_text(json.dumps(where | {"rows": [asdict(line) for line in rows]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
