@@ -180,29 +180,19 @@ class ListedPseudoQueries:
         return [(row, self.queries[i]) for row in rows for i in self._span(row)]
 
 
-def store_pseudo_queries(
-    queries: Iterable[tuple[str, str, str]],
-    folder: Path,
-    documents: list[tuple],
-    excluded: frozenset[int],
-    strict: bool,
-) -> Counter:
+def store_pseudo_queries(queries, folder: Path, documents: list, excluded: frozenset, strict: bool) -> Counter:
     """Keeps (place, document id, query) triples for ListedPseudoQueries, in a folder D0, D1, .. for each corpus.
 
-    Args:
-        documents: ids, titles and texts of each corpus.
-        excluded: digests of queries that are left out, as test queries must be.
-        strict: unknown documents, empty queries and documents without a query are errors. Otherwise, as published
-            files have some, they are left out, and a document without a query gets its own first words.
+    `documents` are ids, titles and texts of each corpus; queries whose digest is `excluded` are left out. Returns counts
+    of what was kept, left out and made up.
 
-    Returns:
-        counts of what was kept, left out and made up.
-    Raises ValueError (strict) with the place of a bad line, or with the number of documents without a query.
+    Raises ValueError (strict) with the place of a query without a word or of an unknown document, or with the number of
+    documents without a query. Published files have some: otherwise they are left out, and such a document gets its
+    own first words.
     """
     shutil.rmtree(folder, ignore_errors=True)
     ids, titles, texts = map(Chain, zip(*documents))
-    folders = [folder / f"D{t}" for t in range(len(documents))]
-    writers = [ItemsWriter(part / "queries.bin") for part in folders]
+    writers = [ItemsWriter(folder / f"D{t}" / "queries.bin") for t in range(len(documents))]
     rows, counts = [array("q") for _ in documents], Counter()
     row_of = {doc_id: row for row, doc_id in enumerate(ids)}
     asked = np.zeros(len(ids), bool)
@@ -240,5 +230,6 @@ def store_pseudo_queries(
         order = np.argsort(by_row, kind="stable")
         writers[t].close(order)
         first_rows = np.arange(end - len(ids.parts[t]), end + 1)
-        arrays.write_array(folders[t] / "starts.npy", np.searchsorted(by_row[order], first_rows))
+        starts = np.searchsorted(by_row[order], first_rows)
+        arrays.write_array(writers[t].path.with_name("starts.npy"), starts)
     return counts
