@@ -180,7 +180,7 @@ class ListedPseudoQueries:
         return [(row, self.queries[i]) for row in rows for i in self._span(row)]
 
 
-def store_pseudo_queries(queries, folder: Path, documents: list, excluded: frozenset, strict: bool) -> Counter:
+def store_pseudo_queries(queries, folder: Path, documents: list, excluded: set, strict: bool) -> Counter:
     """Keeps (place, document id, query) triples for ListedPseudoQueries, in a folder D0, D1, .. for each corpus.
 
     `documents` are ids, titles and texts of each corpus; queries whose digest is `excluded` are left out. Returns counts
