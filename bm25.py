@@ -4,38 +4,23 @@ Paper    sections 4.1 and appendix C use BM25 (Pyserini, k1 = 0.9, b = 0.4) for 
 In       passages of the documents indexed so far
 Out      scores (N,) of a query; the ranking of its best documents
 Next     dense.py trains on its negatives, prepare.py ranks with it beside the method; topics.py counts words with it
-Differs  whole lower-case words in place of Pyserini's stemmer and stop list
+Differs  whole words in one case (and pairs of letters in scripts without spaces) in place of Pyserini's stemmer and stop list
 """
 
-from array import array
-from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
 
-from queries import words
+from queries import count_terms, terms
 
 K1, B = 0.9, 0.4
-
-
-def count_words(passages: Iterable[str]) -> tuple[int, dict[str, int], np.ndarray, np.ndarray, np.ndarray]:
-    """How many passages; a number for each lower-case word; and of each word in each passage row, number and count."""
-    vocabulary: dict[str, int] = {}
-    distinct, terms, counts = array("i"), array("i"), array("i")
-    for passage in passages:
-        times = Counter(word.lower() for word in words(passage))
-        terms.extend(vocabulary.setdefault(word, len(vocabulary)) for word in times)
-        counts.extend(times.values())
-        distinct.append(len(times))
-    rows = np.repeat(np.arange(len(distinct), dtype=np.int32), distinct)
-    return len(distinct), vocabulary, rows, np.array(terms, np.int32), np.array(counts, np.int32)
 
 
 class BM25:
     """An inverted index: for each word the documents that hold it and its weight in them, in flat arrays."""
 
     def __init__(self, passages: Iterable[str]):
-        self.n_documents, self.vocabulary, rows, terms, counts = count_words(passages)
+        self.n_documents, self.vocabulary, rows, terms, counts = count_terms(passages)
         lengths = np.bincount(rows, counts, self.n_documents)
         length_norm = K1 * (1 - B + B * lengths / max(lengths.mean() if len(lengths) else 0, 1))
         order = np.argsort(terms, kind="stable")  # postings of one word side by side, rows ascending
@@ -48,8 +33,8 @@ class BM25:
     def scores(self, query: str) -> np.ndarray:
         """BM25 of the query with every document, (N,) float64; repeated query words count repeatedly."""
         scores = np.zeros(self.n_documents)
-        for word in words(query):
-            term = self.vocabulary.get(word.lower())
+        for word in terms(query):
+            term = self.vocabulary.get(word)
             if term is not None:
                 posting = slice(self.starts[term], self.starts[term + 1])
                 scores[self.rows[posting]] += self.weights[posting]

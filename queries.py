@@ -13,6 +13,7 @@ import hashlib
 import random
 import re
 import shutil
+import unicodedata
 from array import array
 from bisect import bisect_right
 from collections import Counter
@@ -31,13 +32,69 @@ QUESTION_WORDS = (
 )
 
 
+# A combining mark belongs to the letter before it, and joiners stand inside words (Unicode's UAX 29, in spirit). Only the
+# blocks that hold marks are looked at: all below U+1F000.
+MARKS = (
+    "".join(c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.category(c)[0] == "M") + "\u200c\u200d"
+)
+WORD = re.compile(rf"[\w{MARKS}]+(?:['’.-][\w{MARKS}]+)*(?:\+\+|#)?")
+# Scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana and Chinese characters
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+RUN = re.compile(rf"[{UNSPACED}{MARKS}]+|[^{UNSPACED}]+")
+LETTER = re.compile(rf".[{MARKS}]*", re.S)  # with its marks
+SENTENCE_MARKS = "?!.,;:\"'`“”‘’«»()[]{}…¿¡،؛؟۔।॥、。，．！？；：「」『』（）"
+
+
 def words(text: str) -> list[str]:
-    return re.findall(r"\w+(?:['’.-]\w+)*", text)
+    """Runs of letters, marks and digits; of a script without spaces a whole clause, which `terms` and `units` cut."""
+    return WORD.findall(text)
+
+
+def terms(text: str) -> Iterator[str]:
+    """What BM25, IDF and topics count: words, folded (NFKC, case), and overlapping pairs of letters of scripts without
+    spaces.
+    """
+    for word in words(fold(text)):
+        for run in RUN.findall(word):
+            letters = LETTER.findall(run) if is_unspaced(run[0]) else [run]
+            yield from map("".join, zip(letters, letters[1:])) if len(letters) > 1 else letters
+
+
+def units(text: str) -> list[str]:
+    """What a pseudo-query is put together from: words, and two letters at a time of scripts without spaces."""
+    pieces = []
+    for word in words(text):
+        runs = RUN.findall(word) if UNSPACED_LETTER.search(word) else [word]
+        for run in runs:
+            letters = LETTER.findall(run) if is_unspaced(run[0]) else [run]
+            pieces += ["".join(letters[i : i + 2]) for i in range(0, len(letters), 2)]
+    return pieces
+
+
+UNSPACED_LETTER = re.compile(f"[{UNSPACED}]")
+
+
+def is_unspaced(letter: str) -> bool:
+    return UNSPACED_LETTER.match(letter) is not None
+
+
+def joined(pieces: list[str]) -> str:
+    """Neighbouring units as text: with a space between them, but within scripts without spaces."""
+    text = pieces[0] if pieces else ""
+    for before, piece in zip(pieces, pieces[1:]):
+        text += piece if is_unspaced(before[0]) and is_unspaced(piece[0]) else f" {piece}"
+    return text
+
+
+def fold(text: str) -> str:
+    """In one width and one case (NFKC, case folding)."""
+    return text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
 
 
 def normalise(query: str) -> str:
-    """The form in which two queries count as the same: lower-case words, single spaces."""
-    return " ".join(words(query)).lower()
+    """The form in which two queries count as the same: folded, single spaces, without the marks of a sentence."""
+    stripped = (word.strip(SENTENCE_MARKS) for word in fold(query).split())
+    return " ".join(word for word in stripped if word)
 
 
 def query_digest(query: str) -> int:
@@ -51,17 +108,31 @@ def passages(titles: Iterable[str], texts: Iterable[str]) -> Iterator[str]:
         yield f"{title}. {text}" if title else text
 
 
+def count_terms(texts: Iterable[str]) -> tuple[int, dict[str, int], np.ndarray, np.ndarray, np.ndarray]:
+    """How many texts; a number for each term; and of each term of each text: the text's row, number and count."""
+    vocabulary: dict[str, int] = {}
+    distinct, numbers, counts = array("i"), array("i"), array("i")
+    for text in texts:
+        times = Counter(terms(text))
+        numbers.extend(vocabulary.setdefault(term, len(vocabulary)) for term in times)
+        counts.extend(times.values())
+        distinct.append(len(times))
+    rows = np.repeat(np.arange(len(distinct), dtype=np.int32), distinct)
+    return len(distinct), vocabulary, rows, np.array(numbers, np.int32), np.array(counts, np.int32)
+
+
 class Idf:
-    """Inverse document frequency of words, ln(1 + N / n), over some passages; an unseen word counts as n = 1/2."""
+    """Inverse document frequency, ln(1 + N / n), over some passages; an unseen term counts as n = 1/2."""
 
     def __init__(self, passages: Iterable[str] = ()):
-        self.n_documents, self.counts = 0, Counter()
-        for passage in passages:
-            self.n_documents += 1
-            self.counts.update({word.lower() for word in words(passage)})
+        self.n_documents, vocabulary, _, numbers, _ = count_terms(passages)
+        documents = np.bincount(numbers, minlength=len(vocabulary)).tolist()
+        self.counts = dict(zip(vocabulary, documents))
 
     def __call__(self, word: str) -> float:
-        return log1p(self.n_documents / (self.counts.get(word.lower()) or 0.5))
+        """That of the word's rarest term."""
+        rarest = min((self.counts.get(term, 0) for term in terms(word)), default=0)
+        return log1p(self.n_documents / (rarest or 0.5))
 
     def save(self, path: Path) -> None:
         arrays.write_json(path, {"documents": self.n_documents, "counts": self.counts})
@@ -71,7 +142,7 @@ class Idf:
         """What `save` wrote. Raises ValueError where the file is missing or holds something else."""
         value, idf = arrays.read_json(path), cls()
         with arrays.reading(path):
-            idf.n_documents, idf.counts = value["documents"], Counter(value["counts"])
+            idf.n_documents, idf.counts = value["documents"], dict(value["counts"])
             if not all(type(n) is int and n > 0 for n in (idf.n_documents, *idf.counts.values())):
                 raise ValueError("a count is no number above 0")
         return idf
@@ -84,8 +155,8 @@ class PseudoQuerySampler:
     """Draws pseudo-queries from a document's own words, anew at every call.
 
     One in four is a crop of 5 to 14 words of a sentence. The others are 2 to 7 words of a window of 40, drawn
-    by inverse document frequency and kept in text order, mostly led by words of the title and sometimes by a
-    question word. A query whose digest is `excluded`, as those of test queries are, is never returned.
+    by inverse document frequency and kept in text order, mostly led by words of the title and, where the words are
+    in ASCII, sometimes by an English question word. In scripts without spaces two letters stand for a word. A query whose digest is `excluded`, as those of test queries are, is never returned.
     """
 
     def __init__(self, titles: Sequence, texts: Sequence, idf: Idf, excluded=frozenset(), first_row: int = 0):
@@ -96,9 +167,10 @@ class PseudoQuerySampler:
     def _document(self, row: int) -> tuple[list[str], list[str], list[float], list[list[str]]]:
         """A document's title words, words, their weights, and its sentences as words."""
         i = row - self.rows.start
-        title, text = words(self.titles[i]), self.texts[i]
-        document = words(text) or title
-        sentences = [s for s in map(words, re.split(r"(?<=[.!?])\s+", text)) if len(s) >= 5] or [document]
+        title, text = units(self.titles[i]), self.texts[i]
+        document = units(text) or title
+        parts = re.split(r"(?<=[.!?।॥])\s+|(?<=[。！？])", text)
+        sentences = [s for s in map(units, parts) if len(s) >= 5] or [document]
         return title, document, [self.idf(word) for word in document], sentences
 
     def draw(self, row: int, rng: random.Random) -> str:
@@ -107,7 +179,7 @@ class PseudoQuerySampler:
         title, document, weights, sentences = self._document(row)
         for _ in range(20 if document else 0):
             if rng.random() < 0.25:
-                query = " ".join(self._crop(sentences, rng))
+                query = joined(self._crop(sentences, rng))
             else:
                 query = " ".join(self._keywords(title, document, weights, rng))
             if query_digest(query) not in self.excluded:
@@ -132,7 +204,7 @@ class PseudoQuerySampler:
             kept = [word for word in title if rng.random() < keep]
             place = rng.randint(0, len(query))
             query = query[:place] + kept + query[place:]
-        if rng.random() < 0.5:
+        if rng.random() < 0.5 and all(map(str.isascii, query)):
             query = [rng.choice(QUESTION_WORDS), *query]
         return query
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bm25 import count_words
+from queries import count_terms
 
 CHARACTERS = 4000  # of a passage that are looked at: the first ones tell the topic
 DIMENSIONS = 64  # of latent semantic analysis
@@ -72,7 +72,7 @@ def embed(passages: Iterable[str], seed: int) -> Tensor:
     Words, in either case, count that two documents or more and at most a third of them hold. A document without one
     is a row of zeros. Raises ValueError where there is none at all.
     """
-    n, vocabulary, row, column, counts = count_words(passage[:CHARACTERS] for passage in passages)
+    n, vocabulary, row, column, counts = count_terms(passage[:CHARACTERS] for passage in passages)
     row, column = torch.from_numpy(row).long(), torch.from_numpy(column).long()
     weight = torch.from_numpy((1 + np.log(counts)).astype(np.float32))
     documents = torch.bincount(column, minlength=len(vocabulary))  # that a word occurs in

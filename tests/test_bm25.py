@@ -10,19 +10,19 @@ from hypothesis import strategies as st
 
 from bm25 import BM25
 from data import read_beir
-from queries import words
+from queries import terms
 
 XQUAD = Path(os.environ.get("MIXLORA_DATA") or Path(__file__).parents[1] / "../shared/data") / "xquad_en"
 
 
 def formula(passages: list[str], query: str) -> list[float]:
     """sum_w ln(1 + (N - n + 0.5) / (n + 0.5)) * tf / (tf + k1 (1 - b + b dl / avgdl)), k1 0.9, b 0.4."""
-    documents = [[word.lower() for word in words(passage)] for passage in passages]
+    documents = [list(terms(passage)) for passage in passages]
     average = sum(map(len, documents)) / len(documents)
     scores = []
     for document in documents:
         score = 0.0
-        for word in [word.lower() for word in words(query)]:
+        for word in list(terms(query)):
             n = sum(word in other for other in documents)
             tf = document.count(word)
             idf = math.log(1 + (len(documents) - n + 0.5) / (n + 0.5))

@@ -1,0 +1,110 @@
+"""Words, terms and the comparison of queries in any script: what a reader would call a word stays one, and no letter is lost."""
+
+import random
+import unicodedata
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bm25 import BM25
+from queries import Idf, PseudoQuerySampler, normalise, query_digest, terms, words
+
+# A block of letters (and combining marks) of each of ten scripts.
+SCRIPTS = {
+    "latin": (0x61, 0x24F), "greek": (0x391, 0x3C9), "cyrillic": (0x410, 0x45F), "hebrew": (0x5D0, 0x5EA),
+    "arabic": (0x620, 0x652), "devanagari": (0x904, 0x94D), "tamil": (0xB85, 0xBCD), "thai": (0xE01, 0xE4E),
+    "hangul": (0xAC00, 0xAC80), "han": (0x4E00, 0x4E80),
+}  # fmt: skip
+
+
+def letters(script: str) -> str:
+    first, last = SCRIPTS[script]
+    return "".join(c for c in map(chr, range(first, last + 1)) if unicodedata.category(c)[0] in "LM")
+
+
+@st.composite
+def texts(draw) -> str:
+    """Some words of one script, each of which begins with a letter."""
+    alphabet = letters(draw(st.sampled_from(list(SCRIPTS))))
+    bases = "".join(c for c in alphabet if unicodedata.category(c)[0] == "L")
+    word = st.tuples(st.sampled_from(bases), st.text(alphabet, max_size=6)).map("".join)
+    return " ".join(draw(st.lists(word, min_size=1, max_size=5)))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(texts())
+def test_no_letter_and_no_mark_is_lost(text):
+    assert "".join(words(text)) == text.replace(" ", "")
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    kept = {c for c in folded if unicodedata.category(c)[0] in "LM"}  # Ŀ is an L with a dot, which is no letter
+    assert set("".join(terms(text))) >= kept
+    assert normalise(text).replace(" ", "") == folded.replace(" ", "")
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(texts(), texts())
+def test_texts_that_differ_after_nfkc_and_case_folding_stay_different(one, other):
+    folded = [" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in (one, other)]
+    assert (normalise(one) == normalise(other)) == (folded[0] == folded[1])
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("किताब कुतुब", ["किताब", "कुतुब"]),
+        ("don't stop the U.S.-based co-op's", ["don't", "stop", "the", "U.S", "based", "co-op's"]),
+        ("C++ or C#, 3.14 e.g.", ["C++", "or", "C#", "3.14", "e.g"]),
+        ("می‌خواهم", ["می‌خواهم"]),  # a zero-width non-joiner inside a word
+        ("!? ... -", []),
+    ],
+)
+def test_words_by_hand(text, wanted):
+    assert words(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        ("今天天气好", ["今天", "天天", "天气", "气好"]),
+        ("水", ["水"]),
+        ("ＡＢＣ Straße", ["abc", "strasse"]),
+        ("iPhone手机", ["iphone", "手机"]),
+        ("กินข้าว", ["กิ", "กิน", "นข้", "ข้า", "าว"][1:]),  # a mark stays with its letter
+        ("서울 날씨", ["서울", "날씨"]),  # Korean has spaces
+    ],
+)
+def test_terms_by_hand(text, wanted):
+    assert list(terms(text)) == wanted
+
+
+def test_queries_are_the_same_but_for_case_width_space_and_the_marks_of_a_sentence():
+    assert normalise("  Who wrote  “Hamlet”? ") == normalise("who wrote hamlet") == "who wrote hamlet"
+    assert normalise("ＷＨＯ wrote it") == "who wrote it"
+    assert len({normalise(q) for q in ("C++", "C#", "C", "c+", "किताब", "कुतुब", "कतब")}) == 7
+    assert query_digest("What is C++?") == query_digest("what is c++") != query_digest("what is c#")
+
+
+def test_bm25_finds_chinese_by_what_is_inside_a_clause():
+    documents = ["北京是中国的首都。", "上海是中国最大的城市。", "长城位于北京以北。"]
+    assert [row for row, _ in BM25(documents).top("中国的首都是哪里", 3)][0] == 0
+    assert BM25(documents).top("长城在哪里", 1)[0][0] == 2
+
+
+@pytest.mark.parametrize(
+    "text, longest, glued",
+    [
+        ("北京是中国的首都也是一座有着三千年历史的古城。" * 3 + "长城位于北京以北。" * 3, 45, True),
+        ("กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทยและมีประชากรมากที่สุด" * 3, 90, True),
+        ("दिल्ली भारत की राजधानी है और यह यमुना नदी के किनारे बसा एक पुराना शहर है। " * 3, 120, False),
+    ],
+)
+def test_pseudo_queries_have_a_query_s_length_and_the_words_of_their_language(text, longest, glued):
+    sampler, rng = PseudoQuerySampler([""], [text], Idf([text])), random.Random(0)
+    drawn = [sampler.draw(0, rng) for _ in range(100)]
+    assert max(map(len, drawn)) <= longest and len(set(drawn)) > 50
+    assert not any(c.isascii() and c.isalpha() for query in drawn for c in query)  # no English question word
+    assert any(" " not in query and len(query) > 4 for query in drawn) == glued
+    whole = set(words(text))
+    if not glued:
+        assert all(word in whole for query in drawn for word in query.split())
