@@ -15,6 +15,9 @@ from collections.abc import Callable
 
 import torch
 
+if os.name != "posix":  # before fcntl and resource are asked for
+    sys.exit("this program runs on Linux and macOS: it locks and syncs run folders as POSIX has it")
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line by ValueError, without pages of usage before it."""

@@ -11,7 +11,6 @@ Differs  AP divides by the number of corpora and BWT counts D_0, as the paper's 
 import json
 import math
 import platform
-import resource
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -195,6 +194,8 @@ def table(title: str, rows: dict[str, dict], metrics: tuple[str, ...] = ("recall
 
 def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes (ru_maxrss counts KiB on Linux, bytes on macOS)."""
+    import resource  # POSIX has it, as command.py says
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

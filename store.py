@@ -240,18 +240,31 @@ class Stages:
         distributed.wait()
 
 
-def new_folder(folder: Path, config: dict, overwrite: bool) -> None:
-    """Makes a run's folder with its config; one that holds another run is moved aside, or refused by ValueError."""
+def new_folder(folder: Path, config: dict, overwrite: bool):
+    """Makes a run's folder with its config, and returns its lock. Nothing is changed before the lock is held.
+
+    Raises ValueError where the name cannot be one, another process trains there, or it holds other runs or, without
+    `overwrite`, a run; with it, that run is moved aside.
+    """
+    if not folder.name.strip(". \t\n\r") or not folder.name.isprintable():
+        raise ValueError(f"--run {str(folder)!r}: wanted the name of a folder of its own")
+    if folder.is_file():
+        raise ValueError(f"--run {folder}: wanted a folder, this is a file")
+    if other := next(folder.glob("*/corpus.json"), None):
+        raise ValueError(f"--run {folder}: holds other runs, as {other.parent}; pass a folder of its own")
+    folder.mkdir(parents=True, exist_ok=True)
+    held = lock(folder)
     if (folder / "corpus.json").exists():  # without it there is nothing to keep
         if not overwrite:
-            raise ValueError(
-                f"{folder} holds a run already: pass --resume {folder}, --overwrite or another --run"
-            )
+            raise ValueError(f"{folder} holds a run: pass --resume {folder}, --overwrite or another --run")
         aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(aside)
         print(f"moved the earlier run to {aside}")
-    folder.mkdir(parents=True, exist_ok=True)
+        held.close()
+        folder.mkdir()
+        held = lock(folder)
     write_json(folder / "config.json", config)
+    return held
 
 
 def lock(folder: Path):

@@ -167,6 +167,7 @@ class LaterCorpus(Training):
         self.run, self.config, self.t, self.books, self.codes = run, run.config, t, books, codes
         self.model, self.stats = previous.model, previous.stats
         torch.manual_seed(self.config.seed + 1 + t)
+        self.generator = torch.Generator().manual_seed(self.config.seed + t)  # of earlier docids and batches
         run.ready(self.model)
         pairs = run.training_queries(t)
         self.ids, self.docids = run.tokens(pairs), codes[[row for row, _ in pairs]]  # (Q, S), (Q, M)
@@ -183,9 +184,8 @@ class LaterCorpus(Training):
         if config.mixture:
             self.before = scan(self.model, self.cache, self.docids, self.stats)
         if config.kl_old_coef:  # an old docid for each query: what the model says where new documents are not
-            generator = torch.Generator().manual_seed(config.seed + self.t)
             n_old = self.run.corpora[self.t].first_row
-            self.old_docids = self.codes[torch.randint(n_old, (len(self.ids),), generator=generator)]
+            self.old_docids = self.codes[torch.randint(n_old, (len(self.ids),), generator=self.generator)]
             self.before_old = scan(self.model, self.cache, self.old_docids, [])
 
     def grow(self) -> None:
@@ -278,8 +278,7 @@ class LaterCorpus(Training):
     def train(self) -> None:
         config, model = self.config, self.model
         self.energies = ood.MovingEnergies(self.stats, only_new=True)
-        generator = torch.Generator().manual_seed(config.seed + self.t)
-        order = dense.Batches(len(self.ids), config.batch, generator)
+        order = dense.Batches(len(self.ids), config.batch, self.generator)
         table_lr = config.lr * (SLOW_FACTOR if config.slow == "lr" else 1.0)
         groups = parameter_groups([("rq", model.rq)], table_lr)
         groups += parameter_groups([(n, p) for n, p in model.named_parameters() if n != "rq"], config.lr)
@@ -427,10 +426,12 @@ def execute(asked: Command, last: int | None = None, quiet: bool = False) -> dic
     if config.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32, as the paper
     folder, main_process = Path(config.run), distributed.is_main_process()
-    if main_process and not asked.resume:
-        store.new_folder(folder, asdict(config), asked.overwrite)
+    lock = None
+    if main_process:
+        lock = (
+            store.lock(folder) if asked.resume else store.new_folder(folder, asdict(config), asked.overwrite)
+        )
     distributed.wait()
-    lock = store.lock(folder) if main_process else None
     log = store.Log(folder, quiet, writes=main_process)
     log.line(" ".join(f"{name}={value}" for name, value in asdict(config).items() if value != ""))
     results = train(asked, log, last)

@@ -1,6 +1,7 @@
 """Settings: what flags, presets and methods make of each other, and what is refused before any work."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,3 +127,37 @@ def test_presets_carry_the_recipe_of_the_paper_for_every_method(data, method, re
     settings = parse(["--data", data, "--method", method, "--pseudo_queries", "drawn"]).config
     assert {name: getattr(settings, name) for name in recipe} == recipe
     assert settings.precision == ("bf16" if torch.cuda.is_available() else "float32")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "\n", " ", "a\0b"])
+def test_a_name_that_is_no_folder_s_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="wanted the name of a folder"):
+        store.new_folder(Path(name), {}, overwrite=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_other_runs_and_a_file_are_refused(tmp_path):
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "corpus.json").write_text("{}")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="runs: holds other runs, as .*one"):
+            store.new_folder(tmp_path / "runs", {}, overwrite)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="this is a file"):
+        store.new_folder(tmp_path / "file", {}, overwrite=False)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["corpus.json", "file", "one", "runs"]
+
+
+def test_nothing_changes_in_a_folder_where_another_process_trains(tmp_path):
+    held = store.new_folder(tmp_path / "run", {"lr": 1}, overwrite=False)
+    (tmp_path / "run" / "corpus.json").write_text("{}")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="another process trains here"):
+            store.new_folder(tmp_path / "run", {"lr": 2}, overwrite)
+    assert store.read_json(tmp_path / "run" / "config.json") == {"lr": 1}
+    held.close()
+    store.new_folder(tmp_path / "run", {"lr": 2}, overwrite=True).close()
+    assert store.read_json(tmp_path / "run" / "config.json") == {"lr": 2}
+    (aside,) = tmp_path.glob("run.*")
+    assert store.read_json(aside / "config.json") == {"lr": 1}
