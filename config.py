@@ -127,7 +127,7 @@ class Config:
     kl_coef: float = flag(0.1, "training", "alpha_2 of the KL to the previous model (paper)")
     kl_old_coef: float = flag(0.0, "training", "weight of the same KL along random docids of earlier corpora (ours)")
     kl_reduction: str = flag("sum", "training", "over docid positions: sum (released code) or mean (paper)", "sum mean")
-    slow: str = flag("grad", "training", "slow learner of the docid table on D_t: grad (paper), lr, none", "grad lr none")
+    slow: str = flag("grad", "training", "slow learner of the docid table on D_t: its gradient (grad, paper; AdamW undoes the scale but in clipping and where gradients are near its epsilon) or its learning rate (lr) times 0.01, or none", "grad lr none")
 
     sam_rho: float = flag(0.0, "baselines", "radius of adaptive SAM on D_t (paper: 0.15, DSI++ only)")
     ewc: float = flag(0.0, "baselines", "weight of the EWC penalty on D_t (paper: 0.5, CLEVER only)")

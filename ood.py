@@ -2,15 +2,16 @@
 
 Paper    section 3.2, Eq. 2 and Table 5: energy of the router's scores, a threshold per docid position, delta
          percent
-In       router scores (Q, M, E) of one layer for all pseudo-queries of D_t; statistics kept from earlier
-         corpora
+In       router scores (Q, M, E) of one layer for all pseudo-queries of D_t; statistics of earlier corpora
 Out      a Decision: the share of OOD queries, and True if the layer should grow
 Next     train.py acts on it through MixedFeedForward.add_expert(), and settles the statistics after each corpus
 Differs  two modes. `paper_code` follows the released code: moving averages gathered in training, one
          threshold for each (expert, position), a query is OOD if one of its tokens lies above all of them.
          Its mean sits where half of all tokens are, so without any shift it flags from 0 % to 99.6 % of
-         queries, depending on the batch size. `calibrated`, the default, measures D_t once after training on
-         it and allows a stated share of false alarms.
+         queries, depending on the batch size. A new expert starts from expert 0's statistics after the first
+         corpus; the released code never stores these where D_0 trained the mixture, and starts from zeros.
+         `calibrated`, the default, measures D_t once after training on it and allows a stated share of false
+         alarms.
 """
 
 import math
