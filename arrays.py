@@ -69,8 +69,14 @@ def write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def strict_json(value, **form) -> str:
+    """As JSON has it: NaN and infinities, of which it knows none, are null; tensors of one number are that number."""
+    plain = json.loads(json.dumps(value, default=Tensor.item), parse_constant=lambda _: None)
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False, **form)
+
+
 def write_json(path: Path, value) -> None:
-    write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+    write(path, (strict_json(value, indent=1) + "\n").encode())
 
 
 def read_json(path: Path):
@@ -194,13 +200,10 @@ class Chain(Sequence):
 
 
 class Documents:
-    """Ids, titles and texts in the order in which they come; they are added first, and read after `close`.
-
-    Without a folder they lie in a temporary one that goes when this object goes.
-    """
+    """Ids, titles and texts in the order in which they come: added first, and read after `close`."""
 
     def __init__(self, folder: Path | None = None):
-        if folder is None:
+        if folder is None:  # a temporary one, that goes when this object goes
             self.temporary = tempfile.TemporaryDirectory(prefix="documents.")
             folder = Path(self.temporary.name)
         shutil.rmtree(folder, ignore_errors=True)
@@ -217,7 +220,6 @@ class Documents:
         return True
 
     def close(self) -> "Documents":
-        """Ends the adding: from here on the documents are read."""
         for writer in self.writers:
             writer.close()
         self.ids, self.titles, self.texts = (Strings.open(writer.path) for writer in self.writers)

@@ -8,7 +8,6 @@ Differs  AP divides by the number of corpora and BWT counts D_0, as the paper's 
          not
 """
 
-import json
 import math
 import platform
 import sys
@@ -24,7 +23,7 @@ from torch import Tensor
 
 import command
 import distributed
-from arrays import Chain
+from arrays import Chain, strict_json
 from data import Corpus
 from rq import Trie
 from search import Ranking, retrieve
@@ -269,7 +268,7 @@ def main(argv: list[str]) -> None:
             write_trec(args.trec, t, run.corpora, evaluations[-1], run.config["method"])
     summary = summarise(evaluations, run.config["seed"])
     print(table("Recall@10/MRR@10, percent, after the last finished corpus", {run.config["method"]: summary}))
-    print(json.dumps({metric: summary[metric]["AP_ci95"] for metric in METRICS}))
+    print(strict_json({metric: summary[metric]["AP_ci95"] for metric in METRICS}))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ QUERIES = ("train", "train_ids", "test", "qrels")  # of a corpus, in one file
 def check_format(path: Path, number) -> None:
     if number != FORMAT:
         raise ValueError(
-            f"{path}: found format {number} of runs, wanted {FORMAT}; commit dfcda6d reads format 1"
+            f"{path}: found format {number} here, wanted {FORMAT}; commit dfcda6d reads format 1"
         )
 
 
@@ -87,10 +87,9 @@ class StoredCorpus(Corpus):
         if name in ("ids", "titles", "texts"):
             path = self.folder / "documents" / self.name / f"{name}.bin"
             strings = arrays.Strings.open(path)
-            if (n := len(self.rows)) != len(strings):
-                raise ValueError(
-                    f"{path}: found {len(strings)} {name}, corpus.json says {n}; of different runs"
-                )
+            n, held = len(self.rows), len(strings)
+            if held != n:
+                raise ValueError(f"{path}: found {held} {name}, corpus.json says {n}; of different runs")
             vars(self)[name] = strings
         elif name in QUERIES:
             path = self.folder / "queries" / f"{self.name}.json"
@@ -328,7 +327,7 @@ class Log:
 
     def metrics(self, **values) -> None:
         """One JSON object on a line of metrics.jsonl; tensors become numbers."""
-        self._append("metrics.jsonl", json.dumps(values, default=Tensor.item))
+        self._append("metrics.jsonl", arrays.strict_json(values))
 
 
 class Resume:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import gc
+import json
 import os
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import arrays
 from arrays import (
     ArrayWriter,
     Chain,
@@ -496,3 +498,19 @@ def test_space_is_asked_for_as_file_systems_without_fallocate_need_it(tmp_path, 
     writer.values[:] = 2
     assert writer.close().tolist() == [[2, 2, 2]] * 50
     assert scratch(tmp_path, (50, 3), torch.float32).fill_(2).tolist() == [[2, 2, 2]] * 50
+
+
+def test_json_of_a_run_is_strict_nan_and_infinities_are_null(tmp_path):
+    value = {
+        "loss": float("nan"),
+        "P": [[1.0, float("inf")], [-float("inf")]],
+        "name": "é",
+        "n": torch.tensor(2.5),
+    }
+    arrays.write_json(tmp_path / "x.json", value)
+
+    def no_constant(name: str):
+        pytest.fail(f"{name} is not JSON")
+
+    read = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"), parse_constant=no_constant)
+    assert read == {"loss": None, "P": [[1.0, None], [None]], "name": "é", "n": 2.5}
