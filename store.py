@@ -42,11 +42,9 @@ FORMAT = 2  # of the run folder and its checkpoints
 QUERIES = ("train", "train_ids", "test", "qrels")  # of a corpus, in one file
 
 
-def check_format(path: Path, number) -> None:
-    if number != FORMAT:
-        raise ValueError(
-            f"{path}: found format {number} here, wanted {FORMAT}; commit dfcda6d reads format 1"
-        )
+def check_format(path: Path, held) -> None:
+    if held != FORMAT:
+        raise ValueError(f"{path}: found format {held} here, wanted {FORMAT}; commit dfcda6d reads format 1")
 
 
 # ---------------------------------------------------------------------------------------------------- corpora
