@@ -549,7 +549,7 @@ def test_bad_flags_are_named_and_leave_no_output(folder, tmp_path, change, messa
 def test_a_tokenizer_with_more_pieces_than_the_model_is_refused(folder, tmp_path):
     text = "Quick brown foxes jump over lazy dogs while vexed wizards mix potions in 1234567890 jars."
     (tmp_path / "other.model").write_bytes(train_tokenizer([text] * 20, 80))
-    with pytest.raises(ValueError, match="the tokenizer has .* pieces, .* has .* word rows; pass the --tokenizer"):
+    with pytest.raises(ValueError, match="the tokenizer has .* pieces, .* has .* word rows; pass"):
         main(command(folder, tmp_path / "out.jsonl", tokenizer=tmp_path / "other.model"))
 
 

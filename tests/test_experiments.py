@@ -148,6 +148,13 @@ def test_bm25_and_dense_rows_come_from_the_run_of_mixlora_dsi(slow):
     assert [np.mean(corpus["recall@10"]) for corpus in values] == pytest.approx(p[-1])
 
 
+def test_the_pool_performs_tasks(slow, toy, capsys):
+    tasks = experiments.tasks_of(["slow lr"], 43, slow, ["--data", str(toy), *FLAGS])[-1]
+    experiments.run_all(tasks, 1)
+    assert capsys.readouterr().out == f"{slow / '43' / 'slow_lr'}: done already\n"
+
+
+@pytest.mark.soak
 def test_one_run_in_a_process_of_its_own(slow, toy, capsys):
     """The real pool: --only runs some rows and prints no table."""
     argv = ["losses", "--only", "no KL", "--out", str(slow), "--jobs", "2", "--", "--data", str(toy), *FLAGS]

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from matplotlib.collections import PathCollection
 from matplotlib.patches import StepPatch
 
+import command
 from tools import plot
 
 P = [[0.9], [0.8, 0.6], [0.7, 0.5, 0.4]]
@@ -310,14 +310,10 @@ def test_without_matplotlib_the_message_says_what_to_install(tmp_path, monkeypat
     with pytest.raises(ValueError, match="found no matplotlib.* pip install -r requirements-dev.txt"):
         plot.accuracy(results())
     folder = run_folder(tmp_path / "run", results(), decisions())
-    code = "import runpy, sys; sys.modules['matplotlib'] = None; sys.argv = sys.argv[1:]; "
-    code += "runpy.run_module('tools.plot', run_name='__main__')"
-    command = [sys.executable, "-c", code, plot.__file__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(plot.__file__).parents[1])
-    assert done.returncode == 1 and not (folder / "plots").exists()
-    assert done.stderr == (
-        "tools.plot: found no matplotlib, which draws the pictures; pip install -r requirements-dev.txt\n"
-    )
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(folder)])
+    with pytest.raises(SystemExit, match="^tools.plot: found no matplotlib, which draws the pictures; pip "):
+        command.run(plot.main, "tools.plot")
+    assert not (folder / "plots").exists()
 
 
 @pytest.mark.parametrize(

@@ -409,9 +409,9 @@ def learnt(patient: Patient) -> Finding:
         elif tested < 0.5 * trained:
             advice = f"D{t}.pt has memorised its training queries: take more, and more varied, pseudo-queries"
             verdicts.append((verdict(tested < 0.25 * trained, True), advice))
+    recalls, wanted = "; ".join(recalls), "30% trained on, half of that in test, half of D_0 kept"
     worst, advice = max(verdicts, key=lambda pair: ("ok", "warn", "FAIL").index(pair[0]))
-    wanted = "30% trained on, half of that in test, half of D_0 kept"
-    return Finding(worst, "Recall@10 beyond chance: " + "; ".join(recalls), wanted, advice)
+    return Finding(worst, f"Recall@10 beyond chance: {recalls}", wanted, advice)
 
 
 def reachable(patient: Patient) -> Finding:
@@ -477,8 +477,7 @@ def beam_reaches_best(patient: Patient) -> Finding:
 def expert_load(patient: Patient) -> Finding:
     """Which experts the tokens of test queries reach, along the docids that they ask for; and which are still zero."""
     model = patient.last[0]
-    layers = mixed_layers(model)
-    if not layers:
+    if not (layers := mixed_layers(model)):
         return Finding("skip", f"D{patient.t}.pt has no mixture")
     routes, loads, idle, zero = patient.hidden(model, patient.test_queries(patient.count))[2], [], [], []
     for number, (layer, route) in enumerate(zip(layers, routes)):
