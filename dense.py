@@ -242,11 +242,12 @@ class Training:
     def bm25(self) -> BM25:
         return BM25(self.corpus.passages())
 
-    def embed(self, queries: list[str], rows: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of queries (B, D), and of the windows of documents that begin at `start` (B or 2B, D)."""
+    def embed(self, queries: list[str], rows: Tensor, start: Tensor) -> Tensor:
+        """Embeddings (B, 1 + k, D): of each query and of the windows of its documents (B, k), which begin at `start`."""
         asked = tokenize(self.run.tokenizer, queries, self.config.query_length)
-        windows = cut_windows(self.documents, rows, start, self.config.dense_length)
-        return self.model.embed(asked.to(self.run.device)), self.model.embed(windows.to(self.run.device))
+        windows = cut_windows(self.documents, rows.T.flatten(), start.T.flatten(), self.config.dense_length)
+        q, passages = (self.model.embed(ids.to(self.run.device)) for ids in (asked, windows))
+        return torch.stack([q, *passages.split(len(q))], dim=1)
 
     def pseudo(self, rows: list[int]) -> list[tuple[int, str]]:
         """A pseudo-query of each of these documents."""
@@ -260,29 +261,37 @@ class Training:
         start = draw_windows(self.documents, torch.tensor([row for row, _ in batch]), length, self.generator)
         return [(*pair, token) for pair, token in zip(batch, start.tolist())]
 
-    def warmup_loss(self, batch: list[tuple[int, str, int]]) -> tuple[Tensor, dict[str, Tensor]]:
+    def warmup_embed(self, batch: list[tuple[int, str, int]]) -> Tensor:
         rows, queries, start = zip(*batch)
-        q, passages = self.embed(list(queries), rows := torch.tensor(rows), torch.tensor(start))
-        loss = in_batch_contrastive(q, passages, rows, self.config.dense_scale)
+        return self.embed(list(queries), torch.tensor(rows)[:, None], torch.tensor(start)[:, None])
+
+    def warmup_loss(self, batch: list[tuple[int, str, int]], embedded: Tensor) -> tuple[Tensor, dict]:
+        rows = torch.tensor([row for row, _, _ in batch])
+        loss = in_batch_contrastive(*embedded.unbind(1), rows, self.config.dense_scale)
         return loss, {"contrastive": loss}
 
     def round_batch(self, examples: Examples, order: Batches) -> Tensor:
-        """(B, 4): the query's index, its negative's column, first tokens of the positive's and negative's windows."""
+        """(B, 5): the query's index, columns of its positive (0) and negative, first tokens of their windows."""
         i = next(order)
         column = 1 + torch.randint(examples.documents.shape[1] - 1, (len(i),), generator=self.generator)
         rows = torch.cat([examples.documents[i, 0], examples.documents[i, column]])
         start = draw_windows(self.documents, rows, self.config.dense_length, self.generator)
-        return torch.stack([i, column, *start.chunk(2)], dim=1)
+        return torch.stack([i, torch.zeros_like(i), column, *start.chunk(2)], dim=1)
 
-    def round_loss(self, examples: Examples, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        config, (i, column, *start) = self.config, batch.unbind(1)
-        rows = torch.cat([examples.documents[i, 0], examples.documents[i, column]])
-        q, passages = self.embed([examples.queries[j] for j in i.tolist()], rows, torch.cat(start))  # (2B, D)
-        teacher = (examples.scores[i, 0] - examples.scores[i, column]).to(self.run.device)
-        margin = margin_mse(config.dense_scale * q, *passages.chunk(2), teacher)
+    def round_embed(self, examples: Examples, batch: Tensor) -> Tensor:
+        i, columns, start = batch.split((1, 2, 2), dim=1)
+        queries = [examples.queries[j] for j in i[:, 0].tolist()]
+        return self.embed(queries, examples.documents[i, columns], start)
+
+    def round_loss(self, examples: Examples, batch: Tensor, embedded: Tensor) -> tuple[Tensor, dict]:
+        config, (q, *passages) = self.config, embedded.unbind(1)
+        i, columns, _ = batch.split((1, 2, 2), dim=1)
+        positive, negative = examples.scores[i, columns].to(self.run.device).unbind(1)
+        margin = margin_mse(config.dense_scale * q, *passages, positive - negative)
         terms = {"margin": config.dense_margin * margin}
         if config.dense_contrastive:
-            contrastive = in_batch_contrastive(q, passages, rows, config.dense_scale)
+            rows = examples.documents[i, columns].T.flatten()  # the positives first
+            contrastive = in_batch_contrastive(q, torch.cat(passages), rows, config.dense_scale)
             terms["contrastive"] = config.dense_contrastive * contrastive
         return sum(terms.values()), terms
 
@@ -301,12 +310,15 @@ class Training:
             index = embed(self.model, self.run.tokens(pairs), 1024), embed(self.model, self.documents)
         return hard_negatives(self.bm25, pairs, k, index, self.run.device)
 
-    def fit(self, name: str, steps: int, next_batch, loss, **chance) -> None:
+    def fit(self, name: str, steps: int, next_batch, embed, loss, in_batch=True, **chance) -> None:
+        """in_batch: the loss compares the examples of a batch; otherwise it is a mean over them."""
         self.model.train()
         named = [(n, p) for n, p in self.model.named_parameters() if n != "rq"]
         groups = parameter_groups(named, self.config.dense_lr, weight_decay=0.0)
         chance |= {"rng": self.rng, "generator": self.generator}
-        stage = Stage(name, groups, steps, WARMUP, next_batch, loss, chance)
+        stage = Stage(name, groups, steps, WARMUP, next_batch, loss, chance, embed=embed)
+        if not in_batch:  # no part of a batch need be embedded twice
+            stage.loss, stage.embed = lambda part: loss(part, embed(part)), None
         fit(stage, self.config, self.run.log, self.run.resume)
 
 
@@ -320,7 +332,8 @@ def train(run, model: T5, documents: Tokens) -> None:
     stages = ["dense warm-up", *(f"dense round {number}" for number in range(1, config.dense_rounds + 1))]
     stopped = stages.index(run.resume.stage) if run.resume.stage in stages else 0
     if not stopped:
-        training.fit(stages[0], config.dense_warmup_steps, training.warmup_batch, training.warmup_loss)
+        warmup = training.warmup_batch, training.warmup_embed, training.warmup_loss
+        training.fit(stages[0], config.dense_warmup_steps, *warmup)
     for number in range(max(1, stopped), len(stages)):
         path = run.folder / f"examples_{number}.pt"
         if number == stopped:
@@ -334,6 +347,7 @@ def train(run, model: T5, documents: Tokens) -> None:
                 if config.save_negatives:
                     write_teacher(run.folder / f"negatives_{number}.jsonl", run.corpora[0], examples)
         order = Batches(len(examples.queries), config.dense_batch, training.generator)
-        draw, loss = partial(training.round_batch, examples, order), partial(training.round_loss, examples)
-        training.fit(stages[number], config.dense_steps, draw, loss, order=order)
+        embedding, loss = (partial(of, examples) for of in (training.round_embed, training.round_loss))
+        draw, in_batch = partial(training.round_batch, examples, order), config.dense_contrastive != 0
+        training.fit(stages[number], config.dense_steps, draw, embedding, loss, in_batch, order=order)
     model.eval()

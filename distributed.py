@@ -55,6 +55,16 @@ def share(batch: Sequence | Tensor) -> tuple[Sequence | Tensor, int]:
     return batch[start:end], n
 
 
+def gather(part: Tensor, n: int) -> Tensor:
+    """What each process computed of its share of a batch of n examples -> that of the batch (n, ..)."""
+    if len(part) == n:  # each has computed all
+        return part
+    whole = part.new_zeros(n, *part.shape[1:])
+    share(whole)[0].copy_(part)
+    add_up([whole])
+    return whole
+
+
 def add_up(tensors: Iterable[Tensor]) -> None:
     """Each tensor becomes its sum over processes, in place."""
     if world_size() > 1:

@@ -1,16 +1,18 @@
 """The optimisation loop that every stage shares: schedule, gradient clipping, AdamW, progress.
 
 Paper    appendix E: AdamW, linear warm-up and decay to zero, gradient norm clipped at 1, RMSNorm weights undecayed
-In       a Stage: parameters that train, a function that draws a batch, one that gives the loss of a part of it
+In       a Stage: parameters that train, a function that draws a batch, one that gives its loss
 Out      the parameters, changed in place
 Next     dense.py and train.py call it
-Differs  plain AdamW where the released code has an 8-bit one; frozen tensors are never handed to it
+Differs  plain AdamW where the released code has an 8-bit one; frozen tensors are never handed to it; a loss that
+         compares the examples of a batch sees them all, also where the batch is cut (GradCache, Gao et al., 2021)
 """
 
 import ctypes
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +34,12 @@ class Stage:
     steps: int
     warmup: float  # share of the steps in which the learning rate rises
     next_batch: Callable[[], Batch]
-    loss: Callable[[Batch], tuple[Tensor, dict]]  # of a part of a batch, and its terms by name, as weighted
+    loss: Callable[..., tuple[Tensor, dict]]  # of a part of a batch, and its terms by name, as weighted
     chance: dict = field(default_factory=dict)  # by name, what `next_batch` and `loss` draw from or add up
     before_clip: Callable[[], None] = lambda: None  # what else touches gradients (slow learner)
     after_step: Callable[[], None] = lambda: None  # or parameters (unit router rows)
     climb: Callable[[list[Tensor]], list[Tensor]] | None = None  # adaptive SAM; see `fit`
+    embed: Callable[[Batch], Tensor] | None = None  # (B, ..) of a part; `loss` is of a whole batch and these
 
 
 def parameter_groups(
@@ -61,20 +64,37 @@ def gradients(stage: Stage, batch: Batch, trained: list[Tensor], config) -> dict
     """Puts the gradient of the batch's mean loss into the parameters; returns the loss and its terms, of this share.
 
     The batch is cut into the shares of the processes and those into micro-batches, whose losses, means over their
-    examples, add up to the mean over the batch.
+    examples, add up to the mean over the batch. With `stage.embed` there is one loss, of the embeddings of all parts,
+    which are made without gradients first. Its gradient with respect to them goes on into each part, embedded again.
     """
     for p in trained:
         p.grad = None
     share, total = distributed.share(batch)
-    size, sums = config.micro_batch or len(share), {}
-    for start in range(0, len(share), size):
-        part = share[start : start + size]
-        with torch.autocast(trained[0].device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss, terms = stage.loss(part)
-        weight = len(part) / total
-        (weight * loss).backward()
-        for name, term in {"loss": loss, **terms}.items():
-            sums[name] = sums.get(name, 0) + weight * term.detach()
+    size, device, sums = config.micro_batch or len(share), trained[0].device, {}
+    parts = [share[start : start + size] for start in range(0, len(share), size)]
+    products = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    if stage.embed and len(parts[0]) < len(batch):
+        # fork_rng: the second pass draws the dropout of the first
+        with torch.no_grad(), products(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            own = torch.cat([stage.embed(part) for part in parts])
+        embedded = distributed.gather(own, len(batch)).requires_grad_()
+        with products():
+            loss, terms = stage.loss(batch, embedded)
+        (len(batch) / total * loss).backward()
+        for part, gradient in zip(parts, distributed.share(embedded.grad)[0].split(size)):
+            with products():
+                again = stage.embed(part)
+            again.backward(gradient)
+        terms = {"loss": loss, **terms}  # the same in every process
+        sums = {name: term.detach() / distributed.world_size() for name, term in terms.items()}
+    else:
+        for part in parts:
+            with products():
+                loss, terms = stage.loss(part, stage.embed(part)) if stage.embed else stage.loss(part)
+            weight = len(part) / total
+            (weight * loss).backward()
+            for name, term in {"loss": loss, **terms}.items():
+                sums[name] = sums.get(name, 0) + weight * term.detach()
     distributed.add_up_gradients(trained)
     return sums
 

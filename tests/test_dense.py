@@ -561,6 +561,16 @@ def test_margin_rounds_in_micro_batches_train_as_whole_batches_do():
     )
 
 
+@pytest.mark.parametrize("stage", [dict(dense_warmup_steps=3), dict(dense_rounds=2, dense_steps=3)])
+def test_contrastive_training_in_micro_batches_is_that_of_whole_batches(stage):
+    """With the weights of the default preset; each query's negatives are those of the whole batch."""
+    recipe = dict(dense_contrastive=1.0, dense_margin=0.01, dense_pseudo=1, dense_lr=1e-3) | stage
+    whole, parts = (parameters(config(micro_batch=size, **recipe)) for size in (0, 5))
+    torch.testing.assert_close(parts, whole, rtol=0, atol=2e-5)
+    start = torch.cat([p.detach().flatten() for p in tiny_t5(TOKENIZER.vocab).parameters()])
+    assert (whole - start).abs().max() > 1e-3
+
+
 def test_each_round_s_negatives_are_saved_where_asked_and_train_the_same(tmp_path):
     recipe = dict(dense_rounds=2, dense_steps=2, dense_pseudo=1, negatives=3)
     plain = parameters(config(**recipe), folder=tmp_path)

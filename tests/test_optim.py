@@ -325,6 +325,66 @@ def test_one_batch_is_drawn_a_step_and_its_examples_are_counted_whole(monkeypatc
     assert [values["queries_per_second"] for values in lines.measured] == [7 / 1, 4 * 7 / 2]
 
 
+# -------------------------------------------------------------------------------------- loss of a whole batch
+
+
+def in_batch_stage(net: nn.Module, sizes: list[int]) -> tuple[Stage, list[list[int]]]:
+    """A contrastive loss of texts and their documents, whose embeddings `net` makes; and five batches of 12."""
+    torch.manual_seed(0)
+    texts, documents = torch.randn(2, 40, 5)
+    batches = [torch.randperm(40)[:12].tolist() for _ in range(5)]
+
+    def embed(part: list[int]) -> torch.Tensor:
+        sizes.append(len(part))
+        return torch.stack([net(texts[part]), net(documents[part])], dim=1)
+
+    def loss(batch: list[int], embedded: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        q, d = embedded.unbind(1)
+        assert len(q) == len(batch)
+        terms = {"near": (q - d).pow(2).mean(), "in_batch": (q @ d.T).log_softmax(1).diagonal().neg().mean()}
+        return sum(terms.values()), terms
+
+    groups = group(*net.parameters(), lr=0.05)
+    return Stage("x", groups, 5, 0.2, iter(batches).__next__, loss, embed=embed), batches
+
+
+def small_net(dropout: float) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5, 11])
+def test_in_batch_loss_in_micro_batches_is_that_of_the_whole_batch(micro_batch):
+    found = []
+    for size in (0, 12, micro_batch):
+        net, sizes, lines = small_net(0.0), [], Lines()
+        fit(in_batch_stage(net, sizes)[0], lines, size)
+        found.append((torch.cat([p.detach().flatten() for p in net.parameters()]), sizes, lines.measured))
+    (whole, whole_sizes, logged), same, (parts, sizes, parts_logged) = found
+    assert torch.equal(whole, same[0]) and whole_sizes == same[1] == [12] * 5  # nothing is computed twice
+    assert max(sizes) == micro_batch and sum(sizes) == 2 * 12 * 5
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
+    for one, other in zip(logged, parts_logged, strict=True):
+        for name in ("loss", "near", "in_batch", "gradient_norm"):
+            assert float(one[name]) == pytest.approx(float(other[name]), abs=1e-5)
+
+
+def test_in_batch_loss_in_micro_batches_draws_one_dropout_for_both_passes():
+    """The gradient is that of one graph over all parts; and what is drawn next is the same."""
+    net = small_net(0.5)
+    stage, (batch, *_) = in_batch_stage(net, [])
+    settings = SimpleNamespace(micro_batch=5, precision="float32")
+    torch.manual_seed(3)
+    optim.gradients(stage, batch, list(net.parameters()), settings)
+    found, after = [p.grad.clone() for p in net.parameters()], torch.rand(())
+    net.zero_grad()
+    torch.manual_seed(3)
+    stage.loss(batch, torch.cat([stage.embed(batch[i : i + 5]) for i in (0, 5, 10)]))[0].backward()
+    assert torch.equal(after, torch.rand(()))
+    for gradient, p in zip(found, net.parameters()):
+        torch.testing.assert_close(gradient, p.grad)
+
+
 # ------------------------------------------------------------------------------------------------ not finite
 
 
