@@ -176,14 +176,15 @@ def test_stages_take_padded_and_mean_lengths_of_the_workload():
         assert training.flops == training.steps * cost.docid_step(config, net, t, batch, 20, 10)
 
 
-def test_in_batch_scores_are_taken_within_a_micro_batch():
-    whole, parts, none = (
+def test_a_batch_that_is_cut_is_embedded_once_more_and_compared_as_a_whole():
+    whole, cut, none, none_cut = (
         cost.dense_step(
             small_settings(dense_batch=64, dense_contrastive=c, micro_batch=m), NET, 2, (S, S), (11, 11)
         )
-        for c, m in ((1.0, 0), (1.0, 16), (0.0, 16))
+        for c, m in ((1.0, 0), (1.0, 16), (0.0, 0), (0.0, 16))
     )
-    assert whole - none == 3 * 2 * 64 * 128 * NET.width == 4 * (parts - none)
+    assert whole - none == 3 * 2 * 64 * 128 * NET.width and none == none_cut
+    assert cut - whole == cost.embedding(NET, 64, S) + cost.embedding(NET, 128, 11)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -140,12 +140,12 @@ def quantiser(net: T5Config, beam: int, points: int, documents: int) -> int:
 
 def dense_step(config, net: T5Config, windows: int, query: tuple, window: tuple) -> int:
     """Queries, and two documents of each in a round, one in the warm-up; lengths are pairs of padded and mean ones."""
-    batch, micro = config.dense_batch, min(config.dense_batch, config.micro_batch or config.dense_batch)
-    flops = 0
+    batch, flops = config.dense_batch, 0
+    contrastive = windows == 1 or config.dense_contrastive > 0  # queries by documents of the whole batch
+    again = contrastive and 0 < config.micro_batch < batch  # parts are first embedded without gradients
     for texts, (source, tokens) in (batch, query), (windows * batch, window):
-        flops += (3 + config.recompute) * sum(products(net, None, texts, source, 1, tokens).values())
-    contrastive = windows == 1 or config.dense_contrastive > 0  # queries by documents, within a micro-batch
-    return flops + contrastive * 3 * 2 * batch * windows * micro * net.width
+        flops += (3 + config.recompute + again) * sum(products(net, None, texts, source, 1, tokens).values())
+    return flops + contrastive * 3 * 2 * batch * windows * batch * net.width
 
 
 def docid_step(config, net: T5Config, t: int, batch: int, source: int, tokens=0) -> int:
