@@ -75,7 +75,7 @@ def outcome(folder: Path) -> dict:
 
 # Imports once, then runs each command line in a fork of itself: no thread has started, and a run begins at once.
 SERVER = """
-import json, os, sys
+import json, os, sys, traceback
 sys.path[:0] = {path!r}
 import conftest, torch._dynamo, train  # the middle one, which the first optimiser imports, takes a second
 for line in sys.stdin:
@@ -86,6 +86,8 @@ for line in sys.stdin:
         try:
             train.main(json.loads(line))
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     print(pid, flush=True)
@@ -221,7 +223,13 @@ def plain(toy, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "method, saves", [("promptdsi", (2, 3)), ("clever", (2, 6)), ("joint", (4, 30)), ("corpusbrain++", (7,))]
+    "method, saves",
+    [
+        ("promptdsi", (2, 3)),
+        ("clever", (2, 6)),
+        ("corpusbrain++", (7,)),
+        pytest.param("joint", (4, 30), marks=pytest.mark.soak),  # each stage of it is D_0's again
+    ],
 )
 def test_a_baseline_stopped_in_its_stages_ends_with_the_same_bits(
     plain, toy, tmp_path, monkeypatch, method, saves
