@@ -20,6 +20,7 @@ from t5 import T5Config
 
 LONGEST_QUERY = 20  # tokens, to which a batch of short questions is padded
 SCAN_BATCH, EMBED_BATCH = 512, 64  # texts together in scan.scan and dense.embed
+LSA_PAIR = 80  # measured bytes of a document and a piece in it: 20 of the sparse matrix, work of its products
 Workload = namedtuple("Workload", "documents tokens")  # documents of each of D_0..D_T, tokens of one
 
 
@@ -98,14 +99,17 @@ def stages(config, workload: Workload):
         activations = min(batch, config.micro_batch or batch) * example
         return Stage(name, t, n, trains, (4 + 2 + 4 * copies) * n + 12 * trains, activations)
 
-    parts = parameters(net)
+    parts, length = parameters(net), min(workload.tokens, config.document_length)
     n, trains = sum(parts.values()), parts["words"] + parts["blocks"]
+    if not config.t5:  # at most, all tokens of a document differ; the factors of the SVD and work on them
+        pairs, factors = workload.documents[0] * length, (workload.documents[0] + net.vocab) * net.width
+        yield Stage("latent semantic analysis", None, n, 0, 4 * n + LSA_PAIR * pairs + 16 * factors, 0)
     asked, window = (kept(net, None, tokens, 1, True, again) for tokens in (query, config.dense_length))
     rounds = config.dense_rounds * config.dense_steps  # a positive and a negative each
     for name, steps, windows in ("dense warm-up", config.dense_warmup_steps, 1), ("dense rounds", rounds, 2):
         if steps:
             yield training(name, None, n, trains, config.dense_batch, asked + windows * window)
-    document = kept(net, None, min(workload.tokens, config.document_length), 1, recompute=True)
+    document = kept(net, None, length, 1, recompute=True)
     yield Stage("document embeddings", None, n, 0, 4 * n, EMBED_BATCH * document)
     most = max(rq.POINTS_PER_CENTROID * config.K, rq.MOST_POINTS)
     points = min(workload.documents[0] * (1 + config.rq_pseudo), most)
@@ -142,7 +146,7 @@ def require_memory(config, workload: Workload, available: float, where: str) -> 
         return
     smaller = [(2**i, again) for again in (config.recompute, True) for i in range(14, -1, -1)]
     held = {(i, again): worst(replace(config, micro_batch=i, recompute=again))[0] for i, again in smaller}
-    advice = f"take a smaller --t5, or a machine with {held[1, True] / gib:.1f} GiB"
+    advice = f"take a smaller T5 or D_0, or a machine with {held[1, True] / gib:.1f} GiB"
     if fits := [pair for pair in smaller if held[pair] <= available]:
         advice = f"pass --micro_batch {fits[0][0]}" + " --recompute" * fits[0][1]
     needs = f"{name} needs about {most / gib:.1f} GiB, {where} has {available / gib:.1f} GiB free"

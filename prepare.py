@@ -214,7 +214,7 @@ def dense_stage(run: Run) -> tuple[T5, list[Tensor]]:
             encoder_blocks=config.encoder_blocks, decoder_blocks=config.decoder_blocks, dropout=config.dropout,
             codebooks=config.M, centroids=config.K,
         ))  # fmt: skip
-        weights.start_from_lsa(model, passages[0].batch(torch.arange(len(passages[0]))))
+        weights.start_from_lsa(model, passages[0])
     run.ready(model)
     run.checked(0, run.corpora[0].train)
     dense.train(run, model, passages[0])

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arrays import Tokens
 from t5 import T5, T5Config
 
 # ------------------------------------------------------------------------------------- files of an https server
@@ -247,24 +248,40 @@ def read_published(folder: Path, codebooks: int, centroids: int, dropout: float 
 # --------------------------------------------------------------------------------- without a file: LSA of D_0
 
 
-@torch.no_grad()
-def start_from_lsa(model: T5, documents: Tensor) -> None:
-    """Starts a T5 that has no published weights as a latent semantic index of D_0 (N, S), in place. Ours.
+def pieces_of(documents: Tokens, vocab: int) -> tuple[Tensor, Tensor]:
+    """Each pair of a document and a piece in it, documents ascending, then pieces (2, P); its occurrences (P,)."""
+    pairs, counts = [], []
+    for rows in torch.arange(len(documents)).split(4096):  # few, so that no N * S numbers are held
+        ids = documents.batch(rows)
+        pair, count = (rows[:, None] * vocab + ids)[ids > 0].unique(return_counts=True)
+        pairs.append(torch.stack([pair // vocab, pair % vocab]))
+        counts.append(count.float())
+    return torch.cat(pairs, 1), torch.cat(counts)
 
-    Each word row is its row of the truncated SVD of D_0's TF-IDF matrix (V, N), to standard deviation `std`; the last of
+
+@torch.no_grad()
+def start_from_lsa(model: T5, documents: Tensor | Tokens) -> None:
+    """Starts a T5 that has no published weights as a latent semantic index of D_0, padded (N, S) or a store. Ours.
+
+    Each word row is its row of the truncated SVD of D_0's TF-IDF matrix (N, V), to standard deviation `std`; the last of
     the D columns holds ln(idf). The first decoder block's cross-attention looks that column up, so that it weights words
     by idf, and passes their sum on (O = gain * V^T, V orthogonal). All other sub-layers start small (`residual`). The
     dense representation is then the idf-weighted mean of the words' rows: retrieval works from step 0.
     """
     std, residual, gain = 0.5, 0.1, 4.0
-    width, words = model.config.width, documents.T.long()
-    counts = torch.zeros(model.config.vocab, len(documents)).scatter_add_(0, words, (words > 0).float())
-    idf = torch.log((1 + len(documents)) / (1 + (counts > 0).sum(1)))  # (V,)
-    tf_idf = F.normalize(counts.log1p() * idf[:, None], dim=0)
-    dimensions = min(width - 1, *tf_idf.shape)
-    u, s, _ = torch.svd_lowrank(tf_idf, q=dimensions, niter=4)
-    word = torch.randn(model.config.vocab, width) * 1e-4  # direction of the words that D_0 lacks
-    word[:, :dimensions] += u * s.sqrt()
+    width, vocab = model.config.width, model.config.vocab
+    documents = documents if isinstance(documents, Tokens) else Tokens.of(documents)
+    places, counts = pieces_of(documents, vocab)  # sparse: N * V numbers may not fit into memory
+    idf = torch.log((1 + len(documents)) / (1 + places[1].bincount(minlength=vocab)))  # (V,)
+    weight = counts.log1p() * idf[places[1]]
+    norm = torch.zeros(len(documents)).index_add_(0, places[0], weight**2).sqrt().clamp(min=1e-12)
+    weight /= norm[places[0]]
+    shape = len(documents), vocab
+    tf_idf = torch.sparse_coo_tensor(places, weight, shape, check_invariants=True, is_coalesced=True)
+    dimensions = min(width - 1, *shape)
+    _, s, v = torch.svd_lowrank(tf_idf, q=dimensions, niter=4)
+    word = torch.randn(vocab, width) * 1e-4  # direction of the words that D_0 lacks
+    word[:, :dimensions] += v * s.sqrt()
     word = F.normalize(word, dim=1) * std * width**0.5
     word[:, -1] = std * idf.clamp(min=0.05).log()
     word[0] = 0  # the start token carries nothing but a query for the idf column

@@ -1,14 +1,20 @@
 """The estimate of memory against what autograd keeps, real modules' parameters and arithmetic by hand."""
 
+import multiprocessing
 import os
 import re
+import resource
+import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import memory
 import train
+import weights
+from arrays import Tokens
 from config import Config, parse
 from memory import Stage, Workload
 from mixlora import MixConfig, add_mixture, mixed_layers
@@ -179,6 +185,52 @@ def test_a_wide_search_holds_keys_and_values_of_all_its_beams():
     ten, hundred = (stages(settings("--beam", str(beam)))["evaluation", 0] for beam in (10, 100))
     caches = 128 * 90 * 8 * 2 * 12 * 2 * 768 * 4
     assert 1 < (hundred.activations - ten.activations) / caches < 1.5
+
+
+def peak_of_lsa(documents: Tokens, width: int, answer) -> None:
+    """Puts how much the peak of this process's memory grows, in bytes."""
+    torch.set_num_threads(1)
+    model = T5(T5Config(8000, width, 16, width // 16, 64, 1, 1, codebooks=1, centroids=2))
+    weights.start_from_lsa(
+        model, documents.of(documents.batch(torch.arange(99)))
+    )  # loads what products ask for
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    weights.start_from_lsa(model, documents)
+    answer.put(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit")
+def test_latent_semantic_analysis_takes_the_memory_that_is_counted():
+    """30 distinct pieces in each of 20,000 documents. A dense matrix would take 640 MB, here or in the estimate."""
+    flat = np.random.default_rng(0).integers(1, 8000, 600_000).astype(np.uint16)
+    ends = np.arange(1, 20_001) * 30
+    fork, config = multiprocessing.get_context("fork"), small_settings(t5="", vocab=8000, width=64)
+    answer = fork.SimpleQueue()
+    process = fork.Process(
+        target=peak_of_lsa, args=(Tokens(flat, np.stack([ends - 30, ends], 1)), 64, answer)
+    )
+    process.start()
+    peak = answer.get()
+    process.join()
+    held = {stage.name: stage for stage in memory.stages(config, Workload((20_000,), 30))}
+    stage = held["latent semantic analysis"]
+    assert 0.3 < peak / (stage.weights - 4 * stage.parameters) < 1.1
+
+
+def test_latent_semantic_analysis_is_counted_where_no_published_weights_are_read():
+    """By hand: 2,000 documents of at most 64 tokens, 8,000 pieces, D = 768."""
+    config = settings("--t5", "none", "--document_length", "64")
+    stage = next(memory.stages(config, Workload((2_000, 9), 100)))
+    held = 4 * stage.parameters + 80 * 2_000 * 64 + 16 * (2_000 + 8_000) * 768
+    assert (stage.name, stage.weights, stage.activations) == ("latent semantic analysis", held, 0)
+    assert "latent semantic analysis" not in {stage.name for stage in memory.stages(settings(), NQ320K)}
+
+
+def test_a_d0_whose_latent_semantic_analysis_cannot_fit_says_so():
+    config, workload = small_settings(t5="", precision="float32"), Workload((5_000_000, 10), 256)
+    with pytest.raises(ValueError, match="latent semantic analysis needs about .* take a smaller T5 or D_0"):
+        memory.require_memory(config, workload, 90e9, "cpu")
+    memory.require_memory(config, workload, 110e9, "cpu")
 
 
 # ------------------------------------------------------------------------------------------- what a machine has

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from networks import TINY, V1_1, batch, blank, logits_of, reference, shape
 
 import weights
+from arrays import Tokens
 from t5 import T5
 from weights import fetch, find_t5, load_published, read_published, to_published, verify
 
@@ -684,6 +685,31 @@ def test_lsa_start_weights_words_by_idf():
     with torch.no_grad():
         rare, common, both = (model.embed(torch.tensor([ids])) for ids in ([6], [5], [5, 6]))
     assert F.cosine_similarity(both, rare).item() > F.cosine_similarity(both, common).item()
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_lsa_start_is_the_svd_of_the_dense_matrix(stored):
+    """Fifteen topics of four words, with a word of all documents, and more documents than are counted together.
+
+    Compared are inner products of words, since near columns of an SVD turn into each other by rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    documents = 2 + torch.randint(4, (4500, 9), generator=generator) + 4 * (torch.arange(4500) % 15)[:, None]
+    documents[:, 8] = torch.randint(2, 62, (4500,), generator=generator)
+    documents[:, 0], documents[::3, 5:] = 1, 0  # padded
+    counts = torch.zeros(62, 4500).scatter_add_(0, documents.T, (documents.T > 0).float())
+    idf = torch.log(4501 / (1 + (counts > 0).sum(1)))
+    torch.manual_seed(1)
+    u, s, _ = torch.svd_lowrank(F.normalize(counts.log1p() * idf[:, None], dim=0), q=15, niter=4)
+    word = torch.randn(62, 16) * 1e-4
+    word[:, :15] += u * s.sqrt()
+    wanted = F.normalize(word, dim=1)[2:, :15] * 2  # the word of all documents, 1, has a random row
+    model = fresh(62, width=16)
+    torch.manual_seed(1)
+    weights.start_from_lsa(model, Tokens.of(documents) if stored else documents)
+    found = model.word[2:, :15].detach()
+    torch.testing.assert_close(found @ found.T, wanted @ wanted.T, rtol=0, atol=1e-4)
+    torch.testing.assert_close(model.word[1:, 15].detach(), 0.5 * idf[1:].clamp(min=0.05).log())
 
 
 def three_topics() -> tuple[torch.Tensor, torch.Tensor]:
