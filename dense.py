@@ -24,8 +24,9 @@ from torch import Tensor
 import distributed
 from arrays import Tokens, read_tensors, write_tensors, writing
 from bm25 import BM25
-from data import EOS, Corpus, read_lines, tokenize
+from data import EOS, Corpus, tokenize
 from optim import Stage, fit, parameter_groups
+from reading import read_lines
 from t5 import T5
 
 WARMUP = 0.04  # share of a round's steps in which the learning rate rises (paper)

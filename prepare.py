@@ -7,9 +7,10 @@ Next     train.py trains on D_0 and on each later corpus
 Differs  see dense.py and rq.py; the tokenizer is trained on D_0 where no published weights bring one
 """
 
+import math
 import random
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -31,8 +32,11 @@ import weights
 from arrays import ArrayWriter, Chain, Tokens, open_array
 from bm25 import BM25
 from config import Config
+from reading import Problems, read_pseudo_queries
 from search import Ranking
 from t5 import T5, T5Config
+
+ENOUGH = 1500  # documents of D_0 for the small presets' M, K and vocab; of fewer, these follow from the number (ours)
 
 
 class Run:
@@ -43,7 +47,7 @@ class Run:
     """
 
     def __init__(self, config: Config, folder: Path, log: store.Log):
-        self.config, self.folder, self.log = config, folder, log
+        self.folder, self.log = folder, log
         self.device = torch.device(config.device)
         self.t5 = None  # folder of published weights; a run that has its bi-encoder needs them no more
         if config.t5 and not (folder / "dense.pt").exists():
@@ -51,10 +55,11 @@ class Run:
                 weights.find_t5(config.t5, log=log.line)
             distributed.wait()
             self.t5 = weights.find_t5(config.t5, log=log.line)
-        if distributed.is_main_process() and not (folder / "corpus.json").exists():
-            read(config, folder, log)
+        if distributed.is_main_process():
+            (report_changes if (folder / "corpus.json").exists() else read)(config, folder, log)
         distributed.wait()
         self.corpora = store.load_corpora(folder)
+        self.config = config = sized(config, len(self.corpora[0].rows))
         self.excluded = store.load_excluded(folder)  # digests of test queries: no pseudo-query may be one
         if distributed.is_main_process() and not (folder / "tokenizer.model").exists():
             store.write(folder / "tokenizer.model", self._tokenizer())
@@ -156,11 +161,13 @@ def read(config: Config, folder: Path, log: store.Log) -> None:
     shutil.rmtree(folder / "pseudo_queries", ignore_errors=True)  # of a reading that was stopped
     if config.data == "boolq":
         log.line("reading BoolQ (downloaded once, about 20 MB)")
-        collection = data.read_boolq(config.seed, store=reading)
+        collection = data.read_boolq(config.seed, store=reading, skip_invalid=config.skip_invalid)
     elif config.data in published.BENCHMARKS:
-        collection = published.read(config.data, Path(config.data_dir), log.line, reading)
+        place = Path(config.data_dir)
+        collection = published.read(config.data, place, log.line, reading, config.skip_invalid)
     else:
         collection = data.read_beir(Path(config.data), config.skip_invalid, reading)
+    equal = merge_or_count(config, collection, log)
     splits, spare = config.splits, 0
     if splits == "paper":
         splits, spare = published.paper_split(config.data, collection)
@@ -172,21 +179,80 @@ def read(config: Config, folder: Path, log: store.Log) -> None:
         log.line(f"D{t}: {counts}, ids sha256 {store.ids_sha256(corpus)[:16]}")
         if not corpus.test:
             raise ValueError(f"D_{t} got no test query; choose fewer or larger corpora with --splits")
-    for reason, count in left_out.items():
-        log.line(f"left out: {count} {reason}")
+    check_sizes(config, len(corpora[0].ids), log)
     manifest = published.manifest(config.data, collection, corpora)
-    listed, strict = collection.pseudo, False
+    listed, problems = collection.pseudo, None
     if config.pseudo_queries not in ("", "drawn"):
-        listed, strict = data.read_pseudo_queries(Path(config.pseudo_queries)), True
+        problems = Problems(config.skip_invalid)
+        listed = read_pseudo_queries(Path(config.pseudo_queries), problems)
     if listed and config.pseudo_queries != "drawn":
         documents = [(corpus.ids, corpus.titles, corpus.texts) for corpus in corpora]
         excluded, place = data.excluded_queries(corpora), folder / "pseudo_queries"
-        counts = queries.store_pseudo_queries(listed, place, documents, excluded, strict)
+        listed = ((place, collection.merged.get(doc_id, doc_id), query) for place, doc_id, query in listed)
+        counts = queries.store_pseudo_queries(listed, place, documents, excluded, problems)
         manifest["pseudo-queries"] = dict(counts)
+    for source in (collection.problems, problems) if problems else (collection.problems,):
+        source.check()
+        left_out |= source.counts
+    for reason, count in left_out.items():
+        log.line(f"left out, {reason}: {count}")
     for name, value in manifest.items():
         log.line(f"{name}: {value}")
-    store.save_corpora(folder, config.data, corpora, left_out, manifest)
+    if config.data not in ("boolq", *published.BENCHMARKS):
+        manifest["files"] = data.describe_files(Path(config.data))
+    store.save_corpora(folder, config.data, corpora, left_out, manifest | equal)
     shutil.rmtree(reading)
+
+
+def merge_or_count(config: Config, collection: data.Collection, log: store.Log) -> dict:
+    """Names equal documents in the log, and returns this for the manifest; --merge_equal keeps one of each."""
+    documents = collection.documents
+    groups = data.equal_documents(documents.titles, documents.texts)
+    if not groups:
+        return {}
+    pairs = [f"{documents.ids[row]} = {documents.ids[group[0]]}" for group in groups for row in group[1:]]
+    said = f"{len(pairs)} documents equal others: {', '.join(pairs[:10])}{', ..' * (len(pairs) > 10)}"
+    if config.merge_equal:
+        data.merge_equal(collection, groups)
+        said += "; merged, with the labels and training queries of all"
+    log.line(said)
+    return {"equal documents": said}
+
+
+def sized(config: Config, documents: int) -> Config:
+    """The config with M, K and vocab by the number of D_0's documents where they are 0."""
+    codebooks, centroids = rq.suggest(documents)
+    if documents >= ENOUGH or config.docids:
+        codebooks, centroids = 4, 128
+    if config.K:
+        centroids, codebooks = (
+            config.K,
+            max(codebooks, math.ceil(2 * math.log2(documents) / math.log2(config.K))),
+        )
+    if config.docid_kind == "pq":
+        codebooks = next(m for m in range(codebooks, config.width + 1) if config.width % m == 0)
+    vocab = min(8000, 500 + 50 * documents)
+    return replace(config, M=config.M or codebooks, K=centroids, vocab=config.vocab or vocab)
+
+
+def check_sizes(config: Config, documents: int, log: store.Log) -> None:
+    """Raises ValueError where D_0's documents are too few for what is to be fitted on them, before any training."""
+    if documents < 2:
+        raise ValueError("D_0 has 1 document, wanted 2 or more to tell apart; pass fewer or other --splits")
+    chosen = sized(config, documents)
+    if not (chosen.docid_kind == "atomic" or chosen.docids):
+        rq.require_points(documents, chosen.K, chosen.rq_pseudo if chosen.docid_kind == "rq" else 0)
+    if chosen != config:
+        log.line(f"D_0 has {documents} documents: M {chosen.M}, K {chosen.K}, vocabulary {chosen.vocab}")
+
+
+def report_changes(config: Config, folder: Path, log: store.Log) -> None:
+    """Says which files of the BEIR folder are others than those that the run has read."""
+    was = store.read_json(folder / "corpus.json")["manifest"].get("files")
+    if was and Path(config.data).is_dir() and (now := data.describe_files(Path(config.data))) != was:
+        changed = ", ".join(name for name in data.BEIR_FILES if now.get(name) != was.get(name))
+        held = "this run does not hold what is new; train a new run on it (another --run)"
+        log.line(f"{config.data} has changed since it was read ({changed}): {held}")
 
 
 # ------------------------------------------------------------------------------------------------- bi-encoder
@@ -240,7 +306,13 @@ def document_tokens(run: Run, t: int) -> Tokens:
     """Token ids of D_t's documents, in a store that is written once."""
     length = run.config.document_length
     place = run.folder / "cache" / f"documents_{length}_D{t}.bin"
-    return data.tokenize_passages(run.tokenizer, run.corpora[t].passages(), length, place)
+    n = len(run.corpora[t].rows)
+
+    def report(cut: int) -> None:
+        if cut:
+            run.log.line(f"D{t}: {cut} of {n} documents are cut at --document_length {length}")
+
+    return data.tokenize_passages(run.tokenizer, run.corpora[t].passages(), length, place, report)
 
 
 def open_embeddings(run: Run) -> list[Tensor]:
@@ -269,7 +341,8 @@ def docid_stage(run: Run, bi_encoder: T5, embeddings: list[Tensor]) -> tuple[Ten
         books, codes = make_docids(run, bi_encoder, embeddings)
         report = rq.report(embeddings[0], books, codes[: len(embeddings[0])])
         run.log.line(f"docids of D0: {report}")
-        rq.require_distinct(report)
+        groups = data.equal_documents(run.corpora[0].titles, run.corpora[0].texts)
+        rq.require_distinct(report, len(embeddings[0]) - sum(len(group) - 1 for group in groups))
         report_recall(run, bi_encoder, embeddings, books, codes)
         arrays.write_array(run.folder / "docids.npy", codes.numpy().astype(np.int16))
         store.write_tensors(path, books)

@@ -19,7 +19,18 @@ from pathlib import Path
 
 import weights
 from arrays import Documents
-from data import Collection, Corpus, read_lines
+from data import Collection, Corpus
+from queries import has_word
+from reading import (
+    AT_ONCE,
+    Problems,
+    add_document,
+    parse_json,
+    read_jsonl,
+    read_labelled,
+    read_lines,
+    settled,
+)
 
 
 @dataclass(frozen=True)
@@ -63,14 +74,16 @@ BENCHMARKS = {
 # fmt: on
 
 
-def read(name: str, folder: Path, log: Callable[[str], None], store: Path | None = None) -> Collection:
+def read(
+    name: str, folder: Path, log: Callable[[str], None], store: Path | None = None, skip_invalid: bool = False
+) -> Collection:
     """A benchmark from its folder, what is missing fetched first; ValueError names file and place of what is wrong."""
     if folder.is_file():
         raise ValueError(f"--data_dir {folder}: wanted a folder, found a file; pass {folder.parent}")
     if authors_parts(folder):
-        return read_authors(folder, store)
+        return read_authors(folder, store, skip_invalid)
     fetch(name, folder, log)
-    return (read_nq320k if name == "nq320k" else read_msmarco)(folder, store)
+    return (read_nq320k if name == "nq320k" else read_msmarco)(folder, store, skip_invalid)
 
 
 def fetch(name: str, folder: Path, log: Callable[[str], None]) -> None:
@@ -95,29 +108,25 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict:
     return value
 
 
-def parse(place: str | Path, text: str, kind: type, wanted: str):
-    """A JSON value of a kind (list, dict), which `wanted` describes; ValueError names the place of anything else."""
+def read_json(path: Path, kind: type, wanted: str):
+    """A JSON file's value of a kind (list, dict), which `wanted` describes; ValueError names the file otherwise."""
+    text = "\n".join(line for _, line in read_lines(path))
     try:
-        value = json.loads(text, object_pairs_hook=unique_keys)
-        json.dumps(value, ensure_ascii=False).encode()  # raises for half surrogates
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place}: malformed or cut JSON ({error}); wanted {wanted}; repair it") from None
+        value = parse_json(text, object_pairs_hook=unique_keys)
+    except ValueError as error:
+        raise ValueError(f"{path}: malformed or cut JSON ({error}); wanted {wanted}; repair it") from None
     if not isinstance(value, kind):
-        raise ValueError(f"{place}: found {str(value)[:80]}, wanted {wanted}")
+        raise ValueError(f"{path}: found {str(value)[:80]}, wanted {wanted}")
     return value
 
 
-def read_json(path: Path, kind: type, wanted: str):
-    """A JSON file, as `parse`."""
-    return parse(path, "\n".join(line for _, line in read_lines(path)), kind, wanted)
-
-
-def read_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """(id, text) of a JSON list of documents' texts, as GenRet's; the id is the number in the list."""
+def read_texts(path: Path, problems: Problems = AT_ONCE) -> Iterator[tuple[str, str, str]]:
+    """(place, id, text) of a JSON list of documents' texts, as GenRet's; the id is the number in the list."""
     for number, text in enumerate(read_json(path, list, "a JSON list of documents' texts")):
-        if not isinstance(text, str):
-            raise ValueError(f"{path}: item {number}: wanted a document's text, found {text!r:.80}")
-        yield str(number), text.strip()
+        if isinstance(text, str):
+            yield f"{path}: item {number}", str(number), text.strip()
+        else:
+            problems.add(f"{path}: item {number}", "wanted a document's text", f"found {text!r:.80}")
 
 
 # ---------------------------------------------------------------------------------------------- NQ320k, GenRet
@@ -129,88 +138,90 @@ def innermost(value):
     return value
 
 
-def genret_pairs(path: Path, documents: int) -> Iterator[tuple[str, str, str]]:
+def genret_pairs(path: Path, documents: Documents, problems: Problems) -> Iterator[tuple[str, str, str]]:
     """(place, document id, query) of rows [query, doc_id], either in nested lists; generated queries may be empty."""
     for number, pair in enumerate(read_json(path, list, "a JSON list of [query, doc_id]")):
         place = f"{path}: item {number}"
         query, row = map(innermost, pair) if isinstance(pair, list) and len(pair) == 2 else (None, None)
-        named = isinstance(query, str) and (query.strip() or path.name.endswith(".qg.json"))
-        if not named or type(row) is not int or not 0 <= row < documents:
-            raise ValueError(f"{place}: wanted [query, doc_id below {documents}], found {str(pair)[:80]}")
-        yield place, str(row), query
+        if not isinstance(query, str) or type(row) is not int:
+            problems.add(place, "wanted [query, doc_id]", f"found {str(pair)[:80]}")
+        elif str(row) not in documents.row_of:
+            problems.add(place, "label of a missing document", f"doc_id {row}")
+        elif not (has_word(query) or path.name.endswith(".qg.json")):
+            problems.add(place, "query without a word", repr(query))
+        else:
+            yield place, str(row), query
 
 
-def read_nq320k(folder: Path, store: Path | None = None) -> Collection:
+def read_nq320k(folder: Path, store: Path | None = None, skip_invalid: bool = False) -> Collection:
     """GenRet's NQ320k: a document's id is its row in corpus_lite.json; dev.json is the test set."""
-    documents, empty = Documents(store), 0
-    for doc_id, text in read_texts(folder / "corpus_lite.json"):
-        empty += not text
-        documents.add(doc_id, "", text)
-    n = len(documents.close())
-    annotated = enumerate(genret_pairs(folder / "train.json", n))
+    documents, problems = Documents(store), Problems(skip_invalid)
+    for place, doc_id, text in read_texts(folder / "corpus_lite.json", problems):
+        add_document(documents, problems, place, doc_id, "", text)
+    annotated = enumerate(genret_pairs(folder / "train.json", documents, problems))
     train = [(doc_id, query, f"train{i}") for i, (_, doc_id, query) in annotated]
     test, qrels = {}, {}
-    for i, (_, doc_id, query) in enumerate(genret_pairs(folder / "dev.json", n)):
+    for i, (_, doc_id, query) in enumerate(genret_pairs(folder / "dev.json", documents, problems)):
         test[f"dev{i}"], qrels[f"dev{i}"] = query, {doc_id: 1}
-    pseudo = genret_pairs(folder / "train.json.qg.json", n)
-    notes = {"layout": "GenRet", "documents without text": empty}
-    return Collection(documents, train, test, qrels, pseudo=pseudo, notes=notes)
+    pseudo = genret_pairs(folder / "train.json.qg.json", documents, problems)
+    collection = Collection(
+        documents, train, test, qrels, pseudo=pseudo, notes={"layout": "GenRet"}, problems=problems
+    )
+    return settled(collection, folder)
 
 
 # ------------------------------------------------------------------------- MS MARCO and the authors' folders
 
 
-def read_tsv(path: Path) -> Iterator[tuple[str, str, str]]:
+def read_tsv(path: Path, problems: Problems = AT_ONCE) -> Iterator[tuple[str, str, str]]:
     """(place, id, text) of every line; the text may hold further tabs."""
-    for place, line in read_lines(path):
+    for place, line in read_lines(path, problems):
         name, tab, text = line.partition("\t")
-        if not tab or not name.strip():
-            raise ValueError(f"{place}: wanted an id, a tab and a text, found {line[:80]!r}")
-        yield place, name, text
+        if tab:
+            yield place, name, text.strip()
+        else:
+            problems.add(place, "wanted an id, a tab and a text", f"found {line[:80]!r}")
 
 
-def label_cells(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """(place, [qid, 0, docid, label]) of lines `qid 0 docid label`, or of a JSON object {qid: {docid: label}}."""
+def read_label_file(path: Path, problems: Problems) -> Iterator[tuple[str, str, str, int]]:
+    """(place, qid, docid, label) of lines `qid 0 docid label`, or of a JSON object {qid: {docid: label}}."""
     if path.suffix != ".json":
-        yield from ((place, line.split()) for place, line in read_lines(path))
-        return
-    for qid, labels in read_json(path, dict, "a JSON object {qid: {docid: label}}").items():
-        for doc_id, label in labels.items() if isinstance(labels, dict) else [("", labels)]:
-            yield f"{path}: query {qid!r}", [qid, "0", doc_id, json.dumps(label)]
+        rows = ((place, line.split()) for place, line in read_lines(path, problems))
+    else:
+        listed = read_json(path, dict, "a JSON object {qid: {docid: label}}").items()
+        rows = (
+            (f"{path}: query {qid!r}", [qid, "0", doc_id, json.dumps(label)])
+            for qid, labels in listed
+            for doc_id, label in (labels.items() if isinstance(labels, dict) else [("", labels)])
+        )
+    for place, cells in rows:
+        if len(cells) == 4 and re.fullmatch(r"-?\d{1,9}", cells[3]):
+            yield place, cells[0], cells[2], int(cells[3])
+        else:
+            problems.add(place, "wanted qid 0 docid label, or {docid: label}", f"found {cells}")
 
 
-def read_labelled(documents: Documents, folder: Path, qrels: str, queries: str = "raw.tsv") -> list[tuple]:
-    """(document id, query, query id, label) of labels above 0; ValueError if one lacks its document or query."""
-    labels = []
-    for place, cells in label_cells(folder / qrels):
-        if len(cells) != 4 or not re.fullmatch(r"-?\d{1,9}", cells[3]):
-            raise ValueError(f"{place}: wanted qid 0 docid label, or {{docid: label}}, found {cells}")
-        qid, _, doc_id, label = cells
-        if doc_id not in documents.row_of:
-            raise ValueError(f"{place}: points to document {doc_id!r}, which the collection does not hold")
-        if int(label) > 0:
-            labels.append((qid, doc_id, int(label)))
-    asked = {qid for qid, _, _ in labels}
-    texts = {qid: text.strip() for _, qid, text in read_tsv(folder / queries) if qid in asked}
-    if lacking := sorted(qid for qid in asked if not texts.get(qid)):
-        raise ValueError(f"{folder / queries}: {len(lacking)} queries have no text, as {lacking[0]!r}")
-    return [(doc_id, texts[qid], qid, label) for qid, doc_id, label in labels]
+def read_queries(
+    documents: Documents, problems: Problems, folder: Path, qrels: str, queries: str = "raw.tsv"
+) -> list:
+    """(document id, query, query id, label) of labels above 0."""
+    labels = read_label_file(folder / qrels, problems)
+    return read_labelled([labels], read_tsv(folder / queries, problems), documents, problems)[0]
 
 
-def read_msmarco(folder: Path, store: Path | None = None) -> Collection:
+def read_msmarco(folder: Path, store: Path | None = None, skip_invalid: bool = False) -> Collection:
     """MS MARCO passages; the small development set is the test set, the training labels annotate D_0."""
-    documents = Documents(store)
-    for place, pid, passage in read_tsv(folder / "collection.tsv"):
-        if not documents.add(pid, "", passage.strip()):
-            raise ValueError(f"{place}: duplicate passage id {pid!r}; ids must be unique")
-    documents.close()
-    train = read_labelled(documents, folder, "qrels.train.tsv", "queries.train.tsv")
-    test = read_labelled(documents, folder, "qrels.dev.small.tsv", "queries.dev.small.tsv")
-    collection = Collection(documents, [row[:3] for row in train], {}, {}, notes={"layout": "MS MARCO"})
+    documents, problems = Documents(store), Problems(skip_invalid)
+    for place, pid, passage in read_tsv(folder / "collection.tsv", problems):
+        add_document(documents, problems, place, pid, "", passage)
+    train = read_queries(documents, problems, folder, "qrels.train.tsv", "queries.train.tsv")
+    test = read_queries(documents, problems, folder, "qrels.dev.small.tsv", "queries.dev.small.tsv")
+    annotated, notes = [row[:3] for row in train], {"layout": "MS MARCO"}
+    collection = Collection(documents, annotated, {}, {}, notes=notes, problems=problems)
     for doc_id, query, qid, label in test:
         collection.test[qid] = query
         collection.qrels.setdefault(qid, {})[doc_id] = label
-    return collection
+    return settled(collection, folder)
 
 
 def authors_parts(folder: Path) -> list[Path]:
@@ -218,40 +229,51 @@ def authors_parts(folder: Path) -> list[Path]:
     return [folder / f"d{t}" for t, _ in enumerate(folder.glob("d[0-9]*/full_collection/raw.tsv"))]
 
 
-def read_authors(folder: Path, store: Path | None = None) -> Collection:
+def read_authors(folder: Path, store: Path | None = None, skip_invalid: bool = False) -> Collection:
     """The released code's d0, d1, ..; a later part may repeat the documents of those before it, or hold its own alone."""
-    documents, sizes, parts = Documents(store), [], authors_parts(folder) or [folder / "d0"]
+    documents, problems, parts = (
+        Documents(store),
+        Problems(skip_invalid),
+        authors_parts(folder) or [folder / "d0"],
+    )
+    ends = [0]
     for part in parts:
-        sizes.append(0)
-        for _, doc_id, text in read_tsv(part / "full_collection" / "raw.tsv"):
-            sizes[-1] += documents.add(doc_id, "", text.replace("\t", " ").strip())
-        if not sizes[-1]:
-            raise ValueError(f"{part}: adds no document to the {sum(sizes)} of the parts before it")
-    documents.close()
-    collection = Collection(documents, [], {}, {}, notes={"layout": "authors", "sizes": sizes})
+        for place, doc_id, text in read_tsv(part / "full_collection" / "raw.tsv", problems):
+            if documents.row_of.get(doc_id, ends[-1]) >= ends[-1]:  # of no part before this one
+                add_document(documents, problems, place, doc_id, "", text.replace("\t", " "))
+        ends.append(len(documents))
+    sizes = [end - start for start, end in zip(ends, ends[1:])]
+    notes = {"layout": "authors", "sizes": sizes}
+    collection = Collection(documents, [], {}, {}, notes=notes, problems=problems)
     if len(parts) > 1:
-        collection.order = list(documents.ids)
+        collection.order = list(documents.row_of)
     for t, part in enumerate(parts):
-        for doc_id, query, qid, label in read_labelled(documents, part / "eval_queries", "eval_qrel.json"):
+        for doc_id, query, qid, label in read_queries(
+            documents, problems, part / "eval_queries", "eval_qrel.json"
+        ):
             collection.test[f"d{t}.{qid}"] = query
             collection.qrels.setdefault(f"d{t}.{qid}", {})[doc_id] = label
     annotations = parts[0] / "train_queries"
     if annotations.is_dir():
-        collection.train = [row[:3] for row in read_labelled(documents, annotations, "train_qrel.json")]
+        labelled = read_queries(documents, problems, annotations, "train_qrel.json")
+        collection.train = [row[:3] for row in labelled]
     files = [part / "doc2query" / "query_to_docid.train.json" for part in parts]
     if all(file.is_file() for file in files):
-        collection.pseudo = (line for file in files for line in read_numbered_pseudo_queries(file))
+        collection.pseudo = (line for file in files for line in read_numbered_pseudo_queries(file, problems))
+    settled(collection, folder)
+    if 0 in sizes:
+        t = sizes.index(0)
+        raise ValueError(f"{parts[t]}: adds no document to the {ends[t]} of the parts before it")
     return collection
 
 
-def read_numbered_pseudo_queries(path: Path) -> Iterator[tuple[str, str, str]]:
+def read_numbered_pseudo_queries(path: Path, problems: Problems) -> Iterator[tuple[str, str, str]]:
     """(place, document id, query) of JSON lines {doc_id, query} in which doc_id may be a number or a string."""
-    for place, line in read_lines(path):
-        row = parse(place, line, dict, "{doc_id, query}")
-        doc_id, query = row.get("doc_id"), row.get("query")
-        if type(doc_id) not in (int, str) or not isinstance(query, str):
-            raise ValueError(f"{place}: wanted {{doc_id, query}}, found {line[:80]}")
-        yield place, str(doc_id), query
+    for place, row in read_jsonl(path, ("query",), problems):
+        if type(row.get("doc_id")) in (int, str):
+            yield place, str(row["doc_id"]), row["query"]
+        else:
+            problems.add(place, "wanted {doc_id, query}", f"found {str(row)[:80]}")
 
 
 def read_docids(path: Path, ids, codebooks: int, centroids: int) -> list[list[int]]:

@@ -215,6 +215,11 @@ def draw_pseudo_queries(sampler, rows: range, per_document: int, seed: str) -> l
     return [(row, sampler.draw(row, rng)) for row in rows for _ in range(per_document)]
 
 
+def has_word(text: str) -> bool:
+    """Is there a letter or a digit, without which nothing can be drawn, indexed or asked?"""
+    return re.search(r"\w", text) is not None
+
+
 def fragments(titles: Iterable, texts: Iterable, per_document: int, rng: random.Random) -> tuple[list, list]:
     """Titles and texts of spans of 25 to 100 words of the documents; half of them keep the title. Ours."""
     kept, spans = [], []
@@ -252,15 +257,17 @@ class ListedPseudoQueries:
         return [(row, self.queries[i]) for row in rows for i in self._span(row)]
 
 
-def store_pseudo_queries(queries, folder: Path, documents: list, excluded: set, strict: bool) -> Counter:
+def store_pseudo_queries(
+    queries, folder: Path, documents: list, excluded: frozenset, problems=None
+) -> Counter:
     """Keeps (place, document id, query) triples for ListedPseudoQueries, in a folder D0, D1, .. for each corpus.
 
     `documents` are ids, titles and texts of each corpus; queries whose digest is `excluded` are left out. Returns counts
     of what was kept, left out and made up.
 
-    Raises ValueError (strict) with the place of a query without a word or of an unknown document, or with the number of
-    documents without a query. Published files have some: otherwise they are left out, and such a document gets its
-    own first words.
+    Raises ValueError with all queries without a word or of an unknown document, and all documents without a query, by
+    the reading.Problems of the file. Published files, which come without, have some: as with --skip_invalid these are
+    left out, and such a document gets its own first words.
     """
     shutil.rmtree(folder, ignore_errors=True)
     ids, titles, texts = map(Chain, zip(*documents))
@@ -279,19 +286,22 @@ def store_pseudo_queries(queries, folder: Path, documents: list, excluded: set, 
     place = "pseudo-queries"
     for place, doc_id, query in queries:
         row = row_of.get(doc_id)
-        if row is None or not words(query):
-            if strict:
-                reason = f"unknown document {doc_id!r}" if row is None else "the pseudo-query has no word"
-                raise ValueError(f"{place}: {reason}; remove the line")
+        if row is None or not has_word(query):
             counts["left out: without a word, or of documents left out"] += 1
+            if problems:
+                reason = (
+                    "pseudo-query of a missing document" if row is None else "pseudo-query without a word"
+                )
+                problems.add(place, reason, repr(doc_id))
         elif query_digest(query) in excluded:
             counts["left out as test queries"] += 1
         else:
             keep(row, query, "kept")
     missing = np.flatnonzero(~asked).tolist()
-    if missing and strict:
-        first = f"{len(missing)} documents have no pseudo-query, first {ids[missing[0]]!r}"
-        raise ValueError(f"{place.rpartition(':')[0] or place}: {first}; add at least one for each")
+    if problems and not problems.skip:
+        for row in missing:
+            problems.add(place.rpartition(":")[0] or place, "document without a pseudo-query", repr(ids[row]))
+        problems.check()
     for row in missing:
         beginning = words(f"{titles[row]} {texts[row]}")[:12]
         while beginning and query_digest(" ".join(beginning)) in excluded:

@@ -64,12 +64,14 @@ def kmeans(points: Tensor, centroids: int, seed: int, most: int = POINTS_PER_CEN
     return torch.from_numpy(clusters.centroids.reshape(centroids, -1).copy())
 
 
-def require_points(n: int, centroids: int) -> None:
-    """Raises ValueError where n documents of D_0 are fewer than the centroids that are to be fitted on them."""
-    if n < centroids:
-        raise ValueError(
-            f"found {n} documents in D_0, fewer than K={centroids} centroids; pass --K {suggest(n)[1]}"
-        )
+def require_points(documents: int, centroids: int, pseudo: int = 0) -> None:
+    """Raises ValueError where D_0's documents, and `pseudo` pseudo-queries of each, are fewer than the centroids that are
+    to be fitted on them.
+    """
+    if documents * (1 + pseudo) < centroids:
+        held = f"D_0 has {documents} documents" + f" and {pseudo} pseudo-quer{'y' if pseudo == 1 else 'ies'} of each" * (pseudo > 0)
+        smaller = max(2, 2 ** (documents.bit_length() - 1))
+        raise ValueError(f"K={centroids} centroids need {centroids} points, {held}: pass --K {smaller}")
 
 
 def fit_to_docids(embeddings: Tensor, codes: Tensor, centroids: int, sweeps: int = 6) -> Tensor:
@@ -207,10 +209,13 @@ def report(embeddings: Tensor, books: Tensor, codes: Tensor) -> Report:
         p = counts[counts > 0] / n
         used.append(len(p) / centroids)
         entropy.append(max(0.0, float(-(p * p.log2()).sum())))
-    centre, error, spread = embeddings.mean(0), 0.0, 0.0
+    centre, error, spread, size = embeddings.mean(0), 0.0, 0.0, 0.0
     for e, c in zip(embeddings.split(CHUNK), codes.split(CHUNK)):
         error += float((e - decode(books, c)).pow(2).sum())
         spread += float((e - centre).pow(2).sum())
+        size += float(e.pow(2).sum())
+    if spread <= 1e-9 * size:  # equal documents, whose embeddings differ by rounding alone
+        spread = size or 1.0
     return Report(n, len(torch.unique(codes, dim=0)) / n, used, entropy, error / spread)
 
 
@@ -224,14 +229,17 @@ def suggest(n: int) -> tuple[int, int]:
     return max(4, math.ceil(2 * math.log2(max(n, 2)) / math.log2(centroids))), centroids
 
 
-def require_distinct(report: Report, wanted: float = 0.95) -> None:
-    """Raises ValueError, with a suggestion of M and K, when fewer than `wanted` of D_0's docids are distinct."""
-    if report.distinct < wanted:
-        m, k = suggest(report.documents)
+def require_distinct(report: Report, documents: int, wanted: float = 0.95) -> None:
+    """Raises ValueError, with a suggestion of M and K, when distinct docids are fewer than `wanted` of the different
+    `documents` of D_0, of which equal ones count once.
+    """
+    share = report.distinct * report.documents / documents
+    if share < wanted:
+        m, k = suggest(documents)
         m = max(m, len(report.used) + 1)
         raise ValueError(
-            f"only {100 * report.distinct:.1f}% of D_0's docids are distinct, wanted {100 * wanted:.0f}% ({report}). Use "
-            f"more or larger codebooks, as --M {m} --K {k}; if documents repeat, remove the copies"
+            f"only {100 * share:.1f}% of D_0's {documents} different documents have a docid of their own, wanted "
+            f"{100 * wanted:.0f}% ({report}). Use more or larger codebooks, as --M {m} --K {k}"
         )
 
 

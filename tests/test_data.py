@@ -26,7 +26,8 @@ from data import (
     split,
     split_sizes,
 )
-from queries import Idf, PseudoQuerySampler, draw_pseudo_queries
+from queries import Idf, PseudoQuerySampler, draw_pseudo_queries, has_word
+from reading import read_pseudo_queries
 
 SHARED = Path(os.environ.get("MIXLORA_DATA") or Path(__file__).parents[1] / "../shared/data")
 XQUAD, SPIECE = SHARED / "xquad_en", SHARED / "t5" / "spiece.model"
@@ -74,7 +75,8 @@ def contents(documents: Documents) -> dict[str, tuple[str, str]]:
 
 def everything(collection: Collection) -> dict:
     """All fields of a collection as plain values."""
-    return vars(collection) | {"documents": contents(collection.documents)}
+    values = vars(collection) | {"documents": contents(collection.documents)}
+    return values | {"problems": collection.problems.counts}
 
 
 def stream(n: int) -> Collection:
@@ -140,13 +142,16 @@ def test_missing_file_is_named(tmp_path, name):
         (b'{"_id": "x", "text": "\xff"}', "not UTF-8"),
     ],
 )
-def test_bad_line_is_refused_with_file_and_line(tmp_path, name, line, message):
+def test_bad_line_is_refused_with_file_and_line_or_left_out(tmp_path, name, line, message):
     beir(tmp_path)
     path = tmp_path / name
+    plain = everything(read_beir(tmp_path))
     path.write_bytes(path.read_bytes() + b"\n" + line + b"\n")  # three lines and a blank one come before
     with pytest.raises(ValueError, match=message) as error:
-        read_beir(tmp_path, skip_invalid=True)
+        read_beir(tmp_path)
     assert str(error.value).startswith(f"{path}:5:")
+    left = everything(read_beir(tmp_path, skip_invalid=True))
+    assert list(left.pop("problems").values()) == [1] and left == {k: plain[k] for k in left}
 
 
 @pytest.mark.parametrize("name, kind", [("corpus.jsonl", "document"), ("queries.jsonl", "query")])
@@ -155,9 +160,10 @@ def test_duplicate_id_is_refused_with_file_and_line(tmp_path, name, kind):
     path = tmp_path / name
     first = json.loads(path.read_text().splitlines()[0])
     path.write_text(path.read_text() + json.dumps(first) + "\n")
-    with pytest.raises(ValueError, match=f"duplicate {kind} id '{first['_id']}'") as error:
-        read_beir(tmp_path, skip_invalid=True)
+    with pytest.raises(ValueError, match=rf"duplicate {kind} id \('{first['_id']}'\)") as error:
+        read_beir(tmp_path)
     assert str(error.value).startswith(f"{path}:4:")
+    assert read_beir(tmp_path, skip_invalid=True).problems.counts == {f"duplicate {kind} id": 1}
 
 
 @pytest.mark.parametrize(
@@ -165,49 +171,54 @@ def test_duplicate_id_is_refused_with_file_and_line(tmp_path, name, kind):
 )
 def test_qrels_row_of_other_columns_or_score_is_refused_with_line(tmp_path, row):
     with pytest.raises(ValueError, match="integer score") as error:
-        read_beir(beir(tmp_path, test=TEST + row + "\n"), skip_invalid=True)
+        read_beir(beir(tmp_path, test=TEST + row + "\n"))
     assert str(error.value).startswith(f"{tmp_path / 'qrels/test.tsv'}:4:")
+    assert read_beir(tmp_path, skip_invalid=True).qrels == {"q1": {"d1": 1}, "q2": {"d2": 2}}
 
 
-def test_labels_of_missing_documents_and_queries_are_counted_with_their_first_place(tmp_path):
+def test_labels_of_missing_documents_and_queries_are_named_with_their_places(tmp_path):
     rows = "q1\tgone\t1\nq2\tlost\t1\nnobody\td1\t1\n"
     with pytest.raises(ValueError) as error:
         read_beir(beir(tmp_path, test=TEST + rows))
     path = tmp_path / "qrels/test.tsv"
-    assert f"2 labels that name a missing document, first at {path}:4 (gone)" in str(error.value)
-    assert f"1 labels that name a missing or empty query, first at {path}:6 (nobody)" in str(error.value)
+    for line, kind, name in (4, "document", "gone"), (5, "document", "lost"), (6, "query", "nobody"):
+        assert f"{path}:{line}: label of a missing {kind} ('{name}')" in str(error.value)
     assert "--skip_invalid" in str(error.value)
 
 
 def test_skip_invalid_leaves_out_just_the_labels_that_name_nothing(tmp_path):
     good = everything(read_beir(beir(tmp_path / "good")))
     bad = beir(tmp_path / "bad", test=TEST + "q1\tgone\t1\nnobody\td1\t1\n", train="q1\tgone\t1\n")
-    assert everything(read_beir(bad, skip_invalid=True)) == good
+    left = everything(read_beir(bad, skip_invalid=True))
+    assert left.pop("problems") == {"label of a missing document": 2, "label of a missing query": 1}
+    assert left == {name: good[name] for name in left}
 
 
 def test_empty_documents_are_refused_with_their_place_or_left_out(tmp_path):
     corpus = [*CORPUS, {"_id": "d4", "title": " ", "text": "\n"}, {"_id": "d5", "text": ""}]
     folder = beir(tmp_path, corpus)
-    with pytest.raises(ValueError, match=r"2 documents without title and text, first at .*corpus.jsonl:4"):
+    with pytest.raises(
+        ValueError, match=r"corpus.jsonl:4: document without a word \('d4'\); .*:5: .* \('d5'\)\."
+    ):
         read_beir(folder)
     assert read_beir(folder, skip_invalid=True).documents.ids == ["d1", "d2", "d3"]
 
 
-def test_query_without_text_counts_as_missing(tmp_path):
+def test_query_without_a_word_is_refused_or_left_out(tmp_path):
     folder = beir(tmp_path, queries=[*QUERIES[:2], {"_id": "q3", "text": "  "}], test=TEST + "q3\td3\t1\n")
-    with pytest.raises(ValueError, match=r"1 labels that name a missing or empty query, first at .*:4 "):
+    with pytest.raises(ValueError, match=r"queries.jsonl:3: query without a word \('q3'\)"):
         read_beir(folder)
     assert set(read_beir(folder, skip_invalid=True).test) == {"q1", "q2"}
 
 
 @pytest.mark.parametrize("test", ["query-id\tcorpus-id\tscore\n", "", "q1\td1\t0\nq2\td2\t-1\n"])
 def test_folder_without_a_relevant_pair_is_refused(tmp_path, test):
-    with pytest.raises(ValueError, match=r"test.tsv: found no relevant pair"):
+    with pytest.raises(ValueError, match=r": found no relevant pair of a test query"):
         read_beir(beir(tmp_path, test=test))
 
 
 def test_folder_without_documents_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"corpus.jsonl: found no document"):
+    with pytest.raises(ValueError, match=r": found no document"):
         read_beir(beir(tmp_path, corpus=""), skip_invalid=True)
 
 
@@ -219,8 +230,10 @@ def test_order_file_gives_the_arrival(tmp_path):
 
 @pytest.mark.parametrize("order", ["d1\nd2\n", "d1\nd2\nd2\n", "d1\nd2\nd3\nd3\n", "d1\nd2\nd9\n", ""])
 def test_order_file_that_does_not_name_each_document_once_is_refused(tmp_path, order):
-    with pytest.raises(ValueError, match=r"order: found . lines .* 3 documents once"):
+    message = r"/order(:3|:4)?: (line that names no document, or one a second time|document without a line.*) \('d\d'\)"
+    with pytest.raises(ValueError, match=message):
         read_beir(beir(tmp_path, order=order))
+    assert sorted(read_beir(tmp_path, skip_invalid=True).order) == ["d1", "d2", "d3"]
 
 
 json_values = st.recursive(
@@ -246,7 +259,7 @@ def test_any_bytes_as_corpus_are_read_or_refused_by_name(content):
         except ValueError as error:
             assert type(error) is ValueError and folder in str(error)
         else:
-            assert all(title or text for title, text in contents(read.documents).values())
+            assert all(has_word(title + text) for title, text in contents(read.documents).values())
 
 
 cells = st.lists(
@@ -279,7 +292,7 @@ def test_xquad_has_240_documents_each_with_a_test_query():
 def test_pseudo_query_file_is_read_line_by_line_with_its_places(tmp_path):
     lines = [{"doc_id": "d3", "query": "three"}, {"doc_id": "d0", "query": "zero"}]
     (path := tmp_path / "p").write_text("\n" + jsonl(lines))  # a blank line counts as a line
-    assert list(data.read_pseudo_queries(path)) == [(f"{path}:2", "d3", "three"), (f"{path}:3", "d0", "zero")]
+    assert list(read_pseudo_queries(path)) == [(f"{path}:2", "d3", "three"), (f"{path}:3", "d0", "zero")]
 
 
 # ----------------------------------------------------------------------------------------------------- splits

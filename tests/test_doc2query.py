@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import data
-from data import load_tokenizer, read_pseudo_queries, train_tokenizer
+from data import load_tokenizer, train_tokenizer
 from queries import store_pseudo_queries
+from reading import Problems, read_pseudo_queries
 from t5 import T5, T5Config
 from tools import doc2query
 from tools.doc2query import document_uniforms, draw, main, next_word_probabilities, sample
@@ -365,7 +366,7 @@ def test_data_reads_the_output(folder, whole, tmp_path):
     read = [(doc_id, query) for _, doc_id, query in read_pseudo_queries(whole)]
     assert read == [(doc_id, query) for doc_id, queries in by_document(whole).items() for query in queries]
     documents = [(ids, [""] * 23, [""] * 23)]
-    counts = store_pseudo_queries(read_pseudo_queries(whole), tmp_path, documents, frozenset(), strict=True)
+    counts = store_pseudo_queries(read_pseudo_queries(whole), tmp_path, documents, frozenset(), Problems())
     assert counts == {"kept": len(read)}
 
 

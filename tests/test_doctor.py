@@ -19,6 +19,7 @@ import store
 import train
 from arrays import Chain
 from queries import store_pseudo_queries
+from reading import Problems
 from t5 import T5
 from tools import doctor
 
@@ -299,7 +300,7 @@ def list_queries(folder: Path, listed: list[str]) -> None:
     triples = [
         ("a place", doc_id, query) for doc_id, query in zip(Chain([ids for ids, _, _ in documents]), listed)
     ]
-    store_pseudo_queries(triples, folder / "pseudo_queries", documents, frozenset(), strict=True)
+    store_pseudo_queries(triples, folder / "pseudo_queries", documents, frozenset(), Problems())
 
 
 def test_a_test_document_without_a_training_query(sick):

@@ -168,7 +168,9 @@ def test_as_many_centroids_as_points_leave_no_error():
 
 
 def test_fewer_points_than_centroids_are_refused_with_a_k_that_fits():
-    with pytest.raises(ValueError, match=r"found 100 documents in D_0, fewer than K=128 .* --K 4$"):
+    with pytest.raises(
+        ValueError, match=r"^K=128 centroids need 128 points, D_0 has 100 documents: pass --K 64$"
+    ):
         fit(clustered(100), codebooks=2, centroids=128, seed=0)
 
 
@@ -295,9 +297,22 @@ def test_one_docid_for_all_has_no_entropy():
 
 def test_too_many_collisions_are_refused_with_a_larger_docid():
     found = Report(1000, 0.9, used=[1.0] * 6, entropy=[5.0] * 6, error=0.2)
-    with pytest.raises(ValueError, match=r"only 90.0% .* wanted 95%.* --M 7 --K 32"):
-        require_distinct(found)
-    require_distinct(found, wanted=0.9)  # exactly as many as wanted will do
+    with pytest.raises(
+        ValueError, match=r"only 90.0% of D_0's 1000 different documents .* wanted 95%.* --M 7 --K 32"
+    ):
+        require_distinct(found, 1000)
+    require_distinct(found, 1000, wanted=0.9)  # exactly as many as wanted will do
+
+
+def test_equal_documents_may_share_a_docid():
+    """Of 1000 documents 100 are copies: 900 docids tell all of the others apart."""
+    require_distinct(Report(1000, 0.9, used=[1.0] * 6, entropy=[5.0] * 6, error=0.2), 900)
+
+
+def test_error_of_equal_documents_is_a_finite_number():
+    x = torch.full((10, 4), 0.3) + 1e-8 * torch.randn(10, 4)
+    assert 0 <= report(x, torch.full((1, 2, 4), 0.3), torch.zeros(10, 1, dtype=torch.long)).error < 1
+    assert report(0 * x, torch.zeros(1, 2, 4), torch.zeros(10, 1, dtype=torch.long)).error == 0
 
 
 def test_suggested_docids_have_twice_the_bits_that_tell_documents_apart():
@@ -476,7 +491,9 @@ def test_pq_refuses_parts_of_unequal_width_with_one_that_fits(m, fits):
 
 
 def test_pq_refuses_fewer_documents_in_d0_than_centroids():
-    with pytest.raises(ValueError, match=r"found 100 documents in D_0, fewer than K=128 .*--K 4$"):
+    with pytest.raises(
+        ValueError, match=r"^K=128 centroids need 128 points, D_0 has 100 documents: pass --K 64$"
+    ):
         rq.fit_product(clustered_12(100), 2, 128, 0)
 
 

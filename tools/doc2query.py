@@ -7,7 +7,7 @@ Paper    section 4 and its appendix: docT5query pseudo-queries, 10 per MS MARCO 
 In       a folder with a published T5 that was trained for this, such as castorini/doc2query-t5-base-msmarco;
          documents as BEIR lines, MS MARCO's collection or NQ320k's list
 Out      JSON lines {"doc_id", "query"}, in document order, and beside them their settings and how far it got
-Next     data.read_pseudo_queries reads the file; train.py trains on it (--pseudo_queries)
+Next     reading.read_pseudo_queries reads the file; train.py trains on it (--pseudo_queries)
 Differs  the paper takes published pseudo-queries and does not state how they were drawn; our defaults are top-k
          sampling with k = 10 at temperature 1, as is usual for this checkpoint. Each document has its own random
          numbers, drawn from the seed and its id, so that its queries do not depend on batch, order or resuming.
@@ -32,10 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import command
-from data import EOS, PAD, UNK, load_tokenizer, read_jsonl, tokenize
+from data import EOS, PAD, UNK, load_tokenizer, tokenize
 from prepare import check_vocabulary
 from published import read_texts, read_tsv
 from queries import words
+from reading import read_documents
 from store import read_json, write_json
 from t5 import T5
 from weights import find_t5, read_published
@@ -135,12 +136,11 @@ def documents(args) -> Iterator[tuple[str, str]]:
         yield from ((pid, text) for _, pid, text in read_tsv(args.documents) if text.strip())
         return
     if args.documents.suffix == ".json":
-        yield from ((doc_id, text) for doc_id, text in read_texts(args.documents) if text)
+        yield from ((doc_id, text) for _, doc_id, text in read_texts(args.documents) if text)
         return
-    for _, row in read_jsonl(args.documents, ("_id", "text")):
-        title, text = " ".join(str(row.get("title") or "").split()), row["text"].strip()
+    for _, doc_id, title, text in read_documents(args.documents):
         if title or text:
-            yield row["_id"], f"{title}. {text}" if title else text
+            yield doc_id, f"{title}. {text}" if title else text
 
 
 # --------------------------------------------------------------------------------------------------- resuming
