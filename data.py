@@ -173,7 +173,8 @@ def read_boolq(
 def read_beir(folder: Path, skip_invalid: bool = False, store: Path | None = None) -> Collection:
     """A folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv, and, if present, qrels/train.tsv and order.
 
-    Raises one ValueError with all Problems; `skip_invalid` leaves them out instead. `store` is the documents' folder.
+    Raises one ValueError with all Problems; `skip_invalid` leaves them out instead, but that a document without a line
+    in the order comes last. `store` is the documents' folder.
     """
     corpus, queries, test, train, order = (folder / name for name in BEIR_FILES)
     problems = Problems(skip_invalid)
@@ -199,7 +200,7 @@ def read_beir(folder: Path, skip_invalid: bool = False, store: Path | None = Non
                 problems.add(place, "line that names no document, or one a second time", repr(doc_id))
         unnamed = [doc_id for doc_id in documents.row_of if doc_id not in listed]
         for doc_id in unnamed:
-            problems.add(order, "document without a line (with --skip_invalid it comes last)", repr(doc_id))
+            problems.add(order, "document without a line in the order", repr(doc_id))
         collection.order = [*listed, *unnamed]
     return settled(collection, folder)
 

@@ -13,7 +13,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,11 +30,13 @@ import arrays
 import data
 import dense
 import published
+import reading
 import search
 import store
 from data import Corpus
 from mixlora import MixConfig, add_mixture
 from queries import Idf, ListedPseudoQueries, query_digest, store_pseudo_queries, words
+from reading import Problems
 from rq import Trie
 from t5 import T5, T5Config
 from tools import doc2query
@@ -194,7 +198,7 @@ def change(files: dict[str, bytes], pick: int, how) -> tuple[dict[str, bytes], s
 
 # What a refusal says of a whole file, in place of a line.
 WHOLE = re.compile(
-    r"found no|have no |adds no document|do not name each|cannot be read|found \d+ bytes|not a SentencePiece|"
+    r"found no|have no |adds no document|document without a (line|pseudo-query)|cannot be read|found \d+ bytes|not a SentencePiece|"
     r"tokenizer has|not JSON|not the corpora|not the queries|no counts of words|found format|different runs|"
     r"found .*, first at .*:\d+|spans that do not|byte \d+ is not UTF-8|"
     r"malformed or cut JSON|: found .*, wanted a (JSON )?(list|object)"
@@ -244,11 +248,40 @@ BEIR = {
 }
 
 
+def well_formed_lines(raw: bytes) -> list[str]:
+    """The lines of a file that are UTF-8."""
+    lines = []
+    for number, line in enumerate(raw.split(b"\n")):
+        with suppress(UnicodeDecodeError):
+            lines.append(line.decode("utf-8" if number else "utf-8-sig").strip("\r\n"))
+    return [line for line in lines if line.strip()]
+
+
+def well_formed(raw: bytes) -> list[dict]:
+    """The lines of a file that are JSON objects with an id and a text, both strings."""
+    rows = []
+    for line in well_formed_lines(raw):
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()
+            if isinstance(row, dict) and isinstance(row.get("_id"), str) and isinstance(row.get("text"), str):
+                rows.append(row)
+    return rows
+
+
+def named(row: dict) -> bool:
+    """Has it an id that can be in a TREC file?"""
+    return bool(row["_id"]) and not any(c.isspace() or unicodedata.category(c) == "Cc" for c in row["_id"])
+
+
+def words_in(text: str) -> bool:
+    return any(c.isalnum() or c == "_" for c in text)
+
+
 def labels_of(raw: bytes) -> list[tuple[str, str, int]]:
-    rows = [line.split("\t") for line in lines_of(raw)]
-    return [
-        (query, doc_id, int(score)) for query, doc_id, score in (row for row in rows if row[0] != "query-id")
-    ]
+    rows = [line.split("\t") for line in well_formed_lines(raw)]
+    rows = [row for row in rows if len(row) == 3 and re.fullmatch(r"-?\d{1,9}", row[2].strip())]
+    return [(query, doc_id, int(score)) for query, doc_id, score in rows]
 
 
 @FUZZ
@@ -274,25 +307,33 @@ def test_beir_folder_is_read_as_written_or_refused_by_line(folder, pick, how, sk
     if found is None:
         return
     documents, ids = found.documents, list(found.documents.ids)
-    rows = [
-        (row["_id"], " ".join(str(row.get("title") or "").split()), row["text"].strip())
-        for row in objects_of(files["corpus.jsonl"])
-    ]
-    assert list(zip(ids, documents.titles, documents.texts)) == [row for row in rows if row[1] or row[2]]
-    assert len(set(ids)) == len(ids) and all(ids) and (skip_invalid or len(ids) == len(rows))
-    texts = {row["_id"]: row["text"].strip() for row in objects_of(files["queries.jsonl"])}
+    rows = {}
+    for row in well_formed(files["corpus.jsonl"]):
+        title = "" if row.get("title") is None or row["title"] != row["title"] else row["title"]
+        if named(row) and isinstance(title, str) and words_in(title + row["text"]):
+            rows.setdefault(row["_id"], (" ".join(title.split()), row["text"].strip()))
+    assert dict(zip(ids, zip(documents.titles, documents.texts))) == rows and list(rows) == ids
+    texts = {}
+    for row in well_formed(files["queries.jsonl"]):
+        if named(row):
+            texts.setdefault(row["_id"], row["text"].strip())
+    texts = {query: text for query, text in texts.items() if words_in(text)}
     qrels = {}
     for query, doc_id, score in labels_of(files["qrels/test.tsv"]):
-        if score > 0 and doc_id in ids and texts.get(query):
+        if score > 0 and doc_id in ids and query in texts:
             qrels.setdefault(query, {})[doc_id] = score
     assert found.qrels == qrels and found.test == {query: texts[query] for query in qrels}
     assert found.train == [
         (doc_id, texts[query], query)
         for query, doc_id, score in labels_of(files["qrels/train.tsv"])
-        if score > 0 and doc_id in ids and texts.get(query)
+        if score > 0 and doc_id in ids and query in texts
     ]
-    assert sorted(found.order) == sorted(ids)
-    assert found.order == [line.strip() for line in lines_of(files["order"]) if line.strip() in ids]
+    listed = [line.strip() for line in well_formed_lines(files["order"]) if line.strip() in ids]
+    assert found.order[: len(set(listed))] == list(dict.fromkeys(listed)) and sorted(found.order) == sorted(
+        ids
+    )
+    if not skip_invalid:  # nothing was left out
+        assert not found.problems.counts and len(ids) == len(lines_of(files["corpus.jsonl"]))
 
 
 BOOLQ = jsonl(
@@ -363,15 +404,22 @@ PSEUDO = jsonl(
 @example(PSEUDO + jsonl({"doc_id": "d1", "query": ""}), False)
 @example(b'{"doc_id": ' + HUGE + b', "query": "a"}', False)
 @example(PSEUDO + DEEP, True)
-def test_pseudo_queries_are_stored_by_document_or_refused_by_line(folder, how, strict):
+def test_pseudo_queries_are_stored_by_document_or_refused_by_line(folder, how, published_file):
     raw, corpora = content(PSEUDO, how), two_corpora()
+    problems = None if published_file else Problems()
     path, stored, excluded = folder / "pseudo.jsonl", folder / "pseudo", {query_digest("a test query")}
     path.write_bytes(raw)
     documents = [(corpus.ids, corpus.titles, corpus.texts) for corpus in corpora]
     counts = read_or_refused(
-        lambda: store_pseudo_queries(data.read_pseudo_queries(path), stored, documents, excluded, strict),
+        lambda: store_pseudo_queries(
+            reading.read_pseudo_queries(path, problems or reading.AT_ONCE),
+            stored,
+            documents,
+            excluded,
+            problems,
+        ),
         str(path),
-        "pseudo-queries: 3 documents have no",  # an empty file
+        "pseudo-queries: document without a pseudo-query",  # an empty file
     )
     if counts is None:
         assert not list(stored.rglob("starts.npy"))  # half a store does not count
@@ -386,7 +434,7 @@ def test_pseudo_queries_are_stored_by_document_or_refused_by_line(folder, how, s
     assert [pair for pair in pairs if pair not in made] == sorted(wanted, key=lambda pair: pair[0])
     assert {row for row, _ in pairs} == {0, 1, 2} and counts["kept"] == len(wanted)
     assert all(query and query_digest(query) not in excluded for _, query in pairs)
-    assert not strict or (not made and len(worded) == len(lines))
+    assert published_file or (not made and len(worded) == len(lines))
 
 
 PASSAGES = ["The cat sat on the mat, and the dog barked at it.", "A dog and a cat; the mat was red.", STRANGE]
@@ -439,7 +487,7 @@ def test_json_is_read_whole_or_refused_by_name(folder, raw, how):
 
 
 NQ320K = {
-    "corpus_lite.json": json.dumps(["Rome is old .", f" {STRANGE} \n", "", "Oslo"]).encode(),
+    "corpus_lite.json": json.dumps(["Rome is old .", f" {STRANGE} \n", "Bern", "Oslo"]).encode(),
     "train.json": json.dumps([["age of rome", 0], [["seine city", "another"], [1, 0]]]).encode(),
     "dev.json": json.dumps([[["how old is rome"], [0]], [[["norway"]], [[[3]]]]]).encode(),
     "train.json.qg.json": json.dumps([["rome old", 0], ["", 2], [["oslo"], 3]]).encode(),
@@ -464,9 +512,13 @@ def test_nq320k_is_read_as_written_or_refused_by_item(folder, pick, how):
 
     def reader():
         found = published.read_nq320k(folder / "nq", folder / "store")
-        return found, list(found.pseudo)
+        pseudo = list(found.pseudo)
+        found.problems.check()
+        return found, pseudo
 
-    read = read_or_refused(reader, name, *["train.json", "dev.json"] * (name == "corpus_lite.json"))
+    read = read_or_refused(
+        reader, name, f"{folder / 'nq'}: found no", *["train.json", "dev.json"] * (name == "corpus_lite.json")
+    )
     if read is None:
         return
     found, pseudo = read
@@ -512,10 +564,13 @@ def triples(raw: bytes) -> list[tuple[str, str, int]]:
 def test_msmarco_is_read_as_written_or_refused_by_line(folder, pick, how):
     files, name = change(MSMARCO, pick, how)
     write(folder / "marco", files)
-    others = {"collection.tsv": ["qrels.train.tsv", "qrels.dev.small.tsv"], "qrels.train.tsv": ["queries.train.tsv"],
-              "qrels.dev.small.tsv": ["queries.dev.small.tsv"]}  # fmt: skip
+    others = {"collection.tsv": ["qrels.train.tsv", "qrels.dev.small.tsv"], "queries.train.tsv": ["qrels.train.tsv"],
+              "queries.dev.small.tsv": ["qrels.dev.small.tsv"]}  # fmt: skip
     found = read_or_refused(
-        lambda: published.read_msmarco(folder / "marco", folder / "store"), name, *others.get(name, [])
+        lambda: published.read_msmarco(folder / "marco", folder / "store"),
+        name,
+        f"{folder / 'marco'}: found no",
+        *others.get(name, []),
     )
     if found is None:
         return
@@ -575,11 +630,14 @@ def test_authors_folders_are_read_as_written_or_refused_by_place(folder, pick, h
 
     def reader():
         found = published.read_authors(folder / "authors", folder / "store")
-        return found, list(found.pseudo)
+        pseudo = list(found.pseudo)
+        found.problems.check()
+        return found, pseudo
 
     part = str(folder / "authors" / name.partition("/")[0])
     others = {"full_collection": ["d0", "d1"], "eval_queries": [part], "train_queries": [part]}
-    read = read_or_refused(reader, str(folder / "authors" / name), *others.get(name.split("/")[1], []))
+    whole = f"{folder / 'authors'}: found no"
+    read = read_or_refused(reader, str(folder / "authors" / name), whole, *others.get(name.split("/")[1], []))
     if read is None:
         return
     found, pseudo = read
@@ -907,7 +965,7 @@ def test_missing_half_of_a_store_is_refused_by_name(tmp_path, name):
     "reader",
     [
         lambda path: data.read_beir(path.parent),
-        lambda path: list(data.read_pseudo_queries(path)),
+        lambda path: list(reading.read_pseudo_queries(path)),
         lambda path: data.load_tokenizer(path),
         lambda path: published.read_nq320k(path.parent),
         lambda path: published.read_msmarco(path.parent),
