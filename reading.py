@@ -93,15 +93,15 @@ def read_jsonl(path: Path, keys: tuple[str, ...], problems: Problems = AT_ONCE) 
 
 
 def read_documents(path: Path, problems: Problems = AT_ONCE) -> Iterator[tuple[str, str, str, str]]:
-    """(place, id, title, text) of BEIR lines; a title that is absent, null or NaN is none."""
-    for place, row in read_jsonl(path, ("_id", "text"), problems):
-        title = row.get("title")
-        if title is None or title != title:
-            title = ""
-        if isinstance(title, str):
-            yield place, row["_id"], " ".join(title.split()), row["text"].strip()
-        else:
-            problems.add(place, "title that is no string", f"of document {row['_id']!r}")
+    """(place, id, title, text) of BEIR lines. Title and text may be null or NaN, which is empty; a title may be absent."""
+    for place, row in read_jsonl(path, ("_id",), problems):
+        fields = {"title": row.get("title"), "text": row.get("text", False)}
+        fields = {name: "" if value is None or value != value else value for name, value in fields.items()}
+        wrong = [name for name, value in fields.items() if not isinstance(value, str)]
+        for name in wrong:
+            problems.add(place, f"{name} that is no string", f"of document {row['_id']!r}")
+        if not wrong:
+            yield place, row["_id"], " ".join(fields["title"].split()), fields["text"].strip()
 
 
 def read_pseudo_queries(path: Path, problems: Problems = AT_ONCE) -> Iterator[tuple[str, str, str]]:

