@@ -77,8 +77,7 @@ def query_score(e: Tensor, stats: Stats) -> Tensor:
 
 
 def calibrate(e: Tensor, experts: int, epsilon: float) -> Stats:
-    """Statistics of energies (Q, M) that count as in-distribution; a share `epsilon` of them lies beyond the threshold.
-    """
+    """Statistics of energies (Q, M) that count as in-distribution; a share `epsilon` of them lies beyond the threshold."""
     stats = Stats("calibrated", experts, e.mean(0), e.var(0))
     stats.threshold = float(torch.quantile(query_score(e, stats), 1 - epsilon, interpolation="higher"))
     return stats

@@ -69,7 +69,10 @@ def require_points(documents: int, centroids: int, pseudo: int = 0) -> None:
     to be fitted on them.
     """
     if documents * (1 + pseudo) < centroids:
-        held = f"D_0 has {documents} documents" + f" and {pseudo} pseudo-quer{'y' if pseudo == 1 else 'ies'} of each" * (pseudo > 0)
+        held = (
+            f"D_0 has {documents} documents"
+            + f" and {pseudo} pseudo-quer{'y' if pseudo == 1 else 'ies'} of each" * (pseudo > 0)
+        )
         smaller = max(2, 2 ** (documents.bit_length() - 1))
         raise ValueError(f"K={centroids} centroids need {centroids} points, {held}: pass --K {smaller}")
 

@@ -37,7 +37,9 @@ def texts(draw) -> str:
 def test_no_letter_and_no_mark_is_lost(text):
     assert "".join(words(text)) == text.replace(" ", "")
     folded = unicodedata.normalize("NFKC", text).casefold()
-    kept = {c for c in folded if unicodedata.category(c)[0] in "LM"}  # Ŀ is an L with a dot, which is no letter
+    kept = {
+        c for c in folded if unicodedata.category(c)[0] in "LM"
+    }  # Ŀ is an L with a dot, which is no letter
     assert set("".join(terms(text))) >= kept
     assert normalise(text).replace(" ", "") == folded.replace(" ", "")
 
