@@ -26,7 +26,7 @@ from arrays import Tokens, read_tensors, write_tensors, writing
 from bm25 import BM25
 from data import EOS, Corpus, tokenize
 from optim import Stage, fit, parameter_groups
-from reading import read_lines
+from reading import Problems, read_lines
 from t5 import T5
 
 WARMUP = 0.04  # share of a round's steps in which the learning rate rises (paper)
@@ -125,32 +125,41 @@ def hard_negatives(
     return Examples([query for _, query in pairs], torch.tensor(np.array(documents)), scores)
 
 
-def read_teacher(path: Path, corpus: Corpus, most: int = 200) -> Examples:
+def read_teacher(path: Path, corpus: Corpus, skip_invalid: bool = False, most: int = 200) -> Examples:
     """Teacher scores from JSON lines {"qid", "docids": [positive, negatives..], "scores": [..]} for D_0's queries.
 
     Negatives outside D_0 are dropped and at most `most` kept, as the paper does; a shorter line repeats its own.
-    Raises ValueError, with the line's number, where a line is malformed or its query or positive is unknown.
+    Raises ValueError with the places of lines that are malformed or whose query or positive is unknown, or leaves them
+    out.
     """
     text_of = dict(zip(corpus.train_ids, (query for _, query in corpus.train)))
     row_of, queries, documents, scores = {doc_id: row for row, doc_id in enumerate(corpus.ids)}, [], [], []
-    for place, line in read_lines(path):
+    problems = Problems(skip_invalid)
+    for place, line in read_lines(path, problems):
         try:
             item = json.loads(line)
             docids, values = item["docids"], np.array(item["scores"], float)
             query, rows = text_of.get(item["qid"]), [row_of.get(doc_id) for doc_id in docids]
             paired = isinstance(docids, list) and values.shape == (len(docids),)
-            if not (paired and (abs(values) <= np.finfo(np.float32).max).all()):
+            if not (paired and (abs(values) <= np.finfo(np.float32).max).all()) or bool in map(
+                type, item["scores"]
+            ):
                 raise ValueError("both must be lists, and the scores finite float32 numbers")
             known = query is not None and rows[0] is not None
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
-            raise ValueError(f"{place}: wanted qid, docids and as many scores ({error})") from None
+            problems.add(place, "wanted qid, docids and as many scores", error)
+            continue
         if not known:
-            raise ValueError(f"{place}: query {item['qid']!r} or its positive {docids[0]!r} is not in D_0")
+            problems.add(
+                place, "query or its positive is not in D_0's training set", f"{item['qid']}, {docids[0]}"
+            )
+            continue
         kept = [i for i, row in enumerate(rows) if row is not None][: most + 1]
         if len(kept) > 1:
             queries.append(query)
             documents.append([rows[i] for i in kept])
             scores.append(values[kept])
+    problems.check()
     if not queries:
         raise ValueError(f"{path}: found no query with a negative in D_0")
     k = max(map(len, documents)) - 1
@@ -300,7 +309,7 @@ class Training:
         """The queries of a round with their negatives: from the teacher's file, or from BM25, then self-mined."""
         config = self.config
         if path := teacher_of_round(config.teacher, number):
-            return read_teacher(Path(path), self.corpus)
+            return read_teacher(Path(path), self.corpus, config.skip_invalid)
         drawn = self.pseudo([row for row in self.corpus.rows for _ in range(config.dense_pseudo)])
         pairs = [*self.corpus.train, *drawn]
         if not pairs:

@@ -240,6 +240,10 @@ def check_sizes(config: Config, documents: int, log: store.Log) -> None:
     if documents < 2:
         raise ValueError("D_0 has 1 document, wanted 2 or more to tell apart; pass fewer or other --splits")
     chosen = sized(config, documents)
+    if chosen.docid_kind != "atomic" and documents > chosen.K**chosen.M:
+        raise ValueError(
+            f"--M {chosen.M} codes of --K {chosen.K} are fewer docids than D_0's {documents} documents; pass more"
+        )
     if not (chosen.docid_kind == "atomic" or chosen.docids):
         rq.require_points(documents, chosen.K, chosen.rq_pseudo if chosen.docid_kind == "rq" else 0)
     if chosen != config:
@@ -283,6 +287,8 @@ def dense_stage(run: Run) -> tuple[T5, list[Tensor]]:
         weights.start_from_lsa(model, passages[0])
     run.ready(model)
     run.checked(0, run.corpora[0].train)
+    for teacher in filter(None, config.teacher.split(",")):  # before any training
+        dense.read_teacher(Path(teacher), run.corpora[0], config.skip_invalid)
     dense.train(run, model, passages[0])
     if distributed.is_main_process():
         folder.mkdir(exist_ok=True)

@@ -18,9 +18,7 @@ from pathlib import Path
 from arrays import Documents
 from queries import has_word
 
-NO_ID = re.compile(
-    r"^$|[\s\x00-\x1f\x7f-\x9f]"
-)  # empty, or with what would break a line or a column of a TREC file
+NO_ID = re.compile(r"^$|[\s\x00-\x1f\x7f-\x9f]")  # empty, or would break a line or a column of a TREC file
 
 
 class Problems:
@@ -56,7 +54,7 @@ AT_ONCE = Problems(at_once=True)
 def read_lines(path: Path, problems: Problems = AT_ONCE) -> Iterator[tuple[str, str]]:
     """(place, line) of every non-blank line in UTF-8; place is `path:number`. Raises ValueError without the file."""
     if not path.is_file():
-        raise ValueError(f"found no file {path}; README lists the files of each layout")
+        raise ValueError(f"found no file {path}; docs/data.md lists the files of each layout")
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             try:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 import arrays
+import command
 import distributed
 from arrays import Chain, damaged, read_json, read_tensors, write, write_json, write_tensors
 from baselines import adapters, add_adapters, add_prompts
@@ -197,7 +198,8 @@ class LoadedRun:
         self.corpora = load_corpora(folder)
         self.finished = [t for t in range(len(self.corpora)) if (folder / f"D{t}.pt").is_file()]
         if not self.finished:
-            raise ValueError(f"found no finished corpus in {folder}; go on with train.py --resume {folder}")
+            to_do = command.quoted("python", "train.py", "--resume", folder)
+            raise ValueError(f"found no finished corpus in {folder}; go on with {to_do}")
         self.docids = load_docids(folder)
         self.ids = Chain([corpus.ids for corpus in self.corpora])
 
@@ -253,7 +255,8 @@ def new_folder(folder: Path, config: dict, overwrite: bool):
     held = lock(folder)
     if (folder / "corpus.json").exists():  # without it there is nothing to keep
         if not overwrite:
-            raise ValueError(f"{folder} holds a run: pass --resume {folder}, --overwrite or another --run")
+            to_do = f"pass {command.quoted('--resume', folder)}, --overwrite or another --run"
+            raise ValueError(f"{folder} holds a run: {to_do}")
         aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(aside)
         print(f"moved the earlier run to {aside}")

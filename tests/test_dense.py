@@ -208,9 +208,9 @@ def test_negatives_are_written_by_document_id(tmp_path):
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (line("q2", ["a", "b"], [1, 0]), "query 'q2' or its positive 'a' is not in D_0"),
-        (line(5, ["a", "b"], [1, 0]), "query 5 or its positive 'a'"),
-        (line("q1", ["later", "b"], [1, 0]), "its positive 'later' is not in D_0"),
+        (line("q2", ["a", "b"], [1, 0]), "query or its positive is not in D_0's training set .q2, a"),
+        (line(5, ["a", "b"], [1, 0]), "not in D_0's training set .5, a"),
+        (line("q1", ["later", "b"], [1, 0]), "not in D_0's training set .q1, later"),
         (line("q1", ["a", "b"], [1]), "as many scores"),
         (line("q1", ["a", "b"], [1, 0, 0]), "as many scores"),
         (line("q1", [], []), "as many scores"),
@@ -428,7 +428,7 @@ def config(**changes) -> SimpleNamespace:
         seed=0, query_length=16, clip=1.0, negatives=5, teacher="", dense_length=24, dense_warmup_steps=0,
         dense_rounds=0, dense_steps=0, dense_batch=16, dense_lr=3e-3, dense_contrastive=0.0,
         dense_margin=1.0, dense_scale=0.1, dense_pseudo=0, micro_batch=0, precision="float32",
-        save_negatives=False,
+        save_negatives=False, skip_invalid=False,
     )  # fmt: skip
     return SimpleNamespace(**(vars(fields) | changes))
 

@@ -460,7 +460,7 @@ def test_unfinished_run_counts_its_finished_corpora_and_says_what_to_do_without_
     assert store.LoadedRun(folder).finished == [0]
     (folder / "D0.pt").unlink()
     with pytest.raises(
-        ValueError, match=r"found no finished corpus .* go on with train.py --resume"
+        ValueError, match=r"found no finished corpus .* go on with python train.py --resume"
     ) as error:
         store.LoadedRun(folder)
     assert str(error.value).endswith(str(folder))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytrec_eval
 import torch
 from toy import TOY, toy_folder
 
@@ -444,10 +445,11 @@ def test_weights_from_a_folder_bring_their_tokenizer_and_are_checked_against_it(
     )  # fmt: skip
     (tmp_path / "t5").mkdir()
     (tmp_path / "t5" / "config.json").write_text(json.dumps(given))
+    torch.manual_seed(0)
     model = T5(T5Config(rows, 32, 16, 2, 64, 1, 2, codebooks=3, centroids=16))
     torch.save(to_published(model), tmp_path / "t5" / "pytorch_model.bin")
     (tmp_path / "t5" / "spiece.model").write_bytes(tokenizer)
-    flags = ["--data", str(toy), "--splits", "60,40", *TOY[2:], "--t5", str(tmp_path / "t5")]
+    flags = ["--data", str(toy), "--splits", "60,40", *TOY[2:], "--M", "4", "--t5", str(tmp_path / "t5")]
     train.execute(parse([*flags, "--run", str(tmp_path / "run")]), last=-1)  # no corpus
     assert (tmp_path / "run" / "tokenizer.model").read_bytes() == tokenizer
     assert store.load_model(tmp_path / "run" / "dense.pt")[0].config.vocab == rows
@@ -653,3 +655,34 @@ def test_a_batch_that_is_not_finite_moves_no_energies():
     alone = ood.new_stats("paper_code", 2, 3)
     ood.move(alone, ood.routed_energy_moments(good.scores, good.gates))
     assert torch.equal(stats[0].mean, alone.mean) and stats[0].mean.isfinite().all()
+
+
+def test_every_file_that_a_run_writes_can_be_read_by_what_it_is_for(finished, tmp_path):
+    """JSON is strict JSON, which knows no NaN; TREC files are what pytrec_eval reads, and give our own metrics."""
+    for path in [*finished.rglob("*.json"), finished / "metrics.jsonl"]:
+        for text in (
+            path.read_text("utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text("utf-8")]
+        ):
+            json.loads(
+                text, parse_constant=lambda name, path=path: pytest.fail(f"{path}: {name} is not JSON")
+            )
+    scoring.main([str(finished), "--trec", str(tmp_path)])
+    run, qrels = {}, {}
+    with (tmp_path / "after_D4.run").open() as file:
+        run = pytrec_eval.parse_run(file)
+    for t in range(5):
+        with (tmp_path / f"D{t}.qrels").open() as file:
+            qrels |= pytrec_eval.parse_qrel(file)
+    scored = pytrec_eval.RelevanceEvaluator(qrels, {"recall_10"}).evaluate(run)
+    results = store.read_json(finished / "results.json")["metrics"]["recall@10"]
+    assert np.mean([scored[q]["recall_10"] for q in qrels]) == pytest.approx(results["AP_micro"])
+
+
+def test_what_cannot_work_is_refused_while_reading(toy, tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"qid": "train0", "docids": ["d0"], "scores": [true]}\nno json\n')
+    flags = ["--data", str(toy), "--run", str(tmp_path / "run"), *TOY]
+    with pytest.raises(ValueError, match=r"--M 2 codes of --K 4 are fewer docids than D_0's 30 documents"):
+        train.main([*flags, "--M", "2", "--K", "4"])
+    with pytest.raises(ValueError, match=r"t\.jsonl:1: .*t\.jsonl:2: .*--skip_invalid"):
+        train.main([*flags, "--teacher", str(tmp_path / "t.jsonl")])
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()  # no step was taken

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bm25 import BM25
-from queries import Idf, PseudoQuerySampler, normalise, query_digest, terms, words
+from queries import QUESTION_WORDS, Idf, PseudoQuerySampler, fragments, normalise, query_digest, terms, words
 
 # A block of letters (and combining marks) of each of ten scripts.
 SCRIPTS = {
@@ -110,3 +110,18 @@ def test_pseudo_queries_have_a_query_s_length_and_the_words_of_their_language(te
     whole = set(words(text))
     if not glued:
         assert all(word in whole for query in drawn for word in query.split())
+
+
+def test_a_document_whose_words_are_a_test_query_is_asked_for_by_them_twice():
+    excluded = frozenset(map(query_digest, ("rome", "Rome?", *(f"{w} rome" for w in QUESTION_WORDS))))
+    sampler, rng = PseudoQuerySampler([""], ["Rome"], Idf(["Rome"]), excluded), random.Random(0)
+    drawn = {normalise(sampler.draw(0, rng)) for _ in range(20)}
+    assert drawn and all(
+        query_digest(query) not in excluded and set(query.split()) >= {"rome"} for query in drawn
+    )
+
+
+def test_fragments_of_chinese_are_parts_of_a_document_without_spaces():
+    text = "北京是中国的首都也是一座有着三千年历史的古城。" * 30
+    _, spans = fragments([""], [text], 20, random.Random(0))
+    assert all(40 < len(span) < 250 and " " not in span and set(span) <= set(text) for span in spans)
