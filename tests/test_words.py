@@ -1,14 +1,22 @@
 """Words, terms and the comparison of queries in any script: what a reader would call a word stays one, and no letter is lost."""
 
+import os
 import random
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data
+import store
+import train
 from bm25 import BM25
 from queries import QUESTION_WORDS, Idf, PseudoQuerySampler, fragments, normalise, query_digest, terms, words
+
+CASES = Path(os.environ.get("MIXLORA_CASES") or Path(__file__).parents[1] / "../shared/cases")
+needs_cases = pytest.mark.skipif(not CASES.is_dir(), reason=f"no folder {CASES}; set MIXLORA_CASES")
 
 # A block of letters (and combining marks) of each of ten scripts.
 SCRIPTS = {
@@ -125,3 +133,25 @@ def test_fragments_of_chinese_are_parts_of_a_document_without_spaces():
     text = "北京是中国的首都也是一座有着三千年历史的古城。" * 30
     _, spans = fragments([""], [text], 20, random.Random(0))
     assert all(40 < len(span) < 250 and " " not in span and set(span) <= set(text) for span in spans)
+
+
+SMALL = """--dense_warmup_steps 10 --dense_rounds 1 --dense_steps 5 --d0_steps 20 --steps 10 --width 64 --heads 4
+    --feed_forward 128 --encoder_blocks 1 --decoder_blocks 2 --layers 1 --vocab 500 --rq_pseudo 4 --dense_batch 16
+    --d0_batch 16 --batch 16 --pseudo_per_document 4 --splits 60,40 --K 4 --M 3""".split()  # those of the table of cases
+
+
+@needs_cases
+@pytest.mark.parametrize("case", ["chinese_bm25_zero/l_zh", "combining_marks/l_hi"])
+def test_a_corpus_in_chinese_and_one_in_hindi_are_trained_on_and_found_by_bm25(case, tmp_path):
+    train.main(["--data", str(CASES / case), "--run", str(tmp_path / "run"), *SMALL])
+    results = store.read_json(tmp_path / "run" / "results.json")
+    assert results["baselines"]["bm25"]["recall@1"]["AP"] > 0.7  # it was 0.0 in Chinese
+
+
+@needs_cases
+def test_two_hindi_words_that_differ_in_their_marks_are_two_queries():
+    collection = data.read_beir(CASES / "combining_marks" / "c_hi")
+    corpora, left_out = data.split(collection, "50,50", "random", 0)
+    texts = [text for corpus in corpora for text in corpus.test.values()]
+    assert len({normalise(text) for text in texts}) == len(texts)
+    assert "annotated queries that are also test queries" not in left_out
