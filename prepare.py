@@ -221,14 +221,10 @@ def merge_or_count(config: Config, collection: data.Collection, log: store.Log) 
 
 def sized(config: Config, documents: int) -> Config:
     """The config with M, K and vocab by the number of D_0's documents where they are 0."""
-    codebooks, centroids = rq.suggest(documents)
-    if documents >= ENOUGH or config.docids:
-        codebooks, centroids = 4, 128
-    if config.K:
-        centroids, codebooks = (
-            config.K,
-            max(codebooks, math.ceil(2 * math.log2(documents) / math.log2(config.K))),
-        )
+    codebooks, centroids = (4, 128) if documents >= ENOUGH or config.docids else rq.suggest(documents)
+    if config.K:  # at least twice the bits that tell the documents apart
+        codebooks = max(codebooks, math.ceil(2 * math.log2(documents) / math.log2(config.K)))
+        centroids = config.K
     if config.docid_kind == "pq":
         codebooks = next(m for m in range(codebooks, config.width + 1) if config.width % m == 0)
     vocab = min(8000, 500 + 50 * documents)
