@@ -228,7 +228,7 @@ def fragments(titles: Iterable, texts: Iterable, per_document: int, rng: random.
     """Titles and texts of spans of 25 to 100 words of the documents; half of them keep the title. Ours."""
     kept, spans = [], []
     for title, text in zip(titles, texts):
-        unspaced = UNSPACED_LETTER.search(text)
+        unspaced = 3 * len(UNSPACED_LETTER.findall(text)) > len(text)  # not for a foreign name in a page
         document = units(text) if unspaced else text.split() or title.split()
         for _ in range(per_document):
             length = rng.randint(25, 100)
