@@ -3,7 +3,7 @@
 Paper    none; the formulas are ours
 In       the Config of a run, a Workload
 Out      a Stage each, or a ValueError that names the flags with which the run fits
-Next     train.py asks once the corpora are read; tools/cost.py adds products, traffic and hours
+Next     prepare.py asks once the corpora are read; tools/cost.py adds products, traffic and hours
 Differs  the shape is the flags', also where published weights bring their own
 """
 

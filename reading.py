@@ -103,7 +103,7 @@ def read_documents(path: Path, problems: Problems = AT_ONCE) -> Iterator[tuple[s
 
 
 def read_pseudo_queries(path: Path, problems: Problems = AT_ONCE) -> Iterator[tuple[str, str, str]]:
-    """(place, document id, query) of JSON lines {"doc_id", "query"}, as doc2query.py writes them."""
+    """(place, document id, query) of JSON lines {"doc_id", "query"}, as tools/doc2query.py writes them."""
     for place, row in read_jsonl(path, ("doc_id", "query"), problems):
         yield place, row["doc_id"], row["query"]
 

@@ -7,7 +7,7 @@ Next     search.py and eval.py load a model from it; train.py skips what is done
 Differs  every file is whole or absent (arrays.py) and every checkpoint says what it was made for; a stopped stage goes
          on where it was, bit by bit, while the released code starts it again and pickles tries
 
-What leads up to a stage's first step (scan, growth, mined negatives) is not saved: it follows from the checkpoint
+What leads up to a stage's first step (scan, growth) is not saved: it follows from the checkpoint
 before it and from the seed, and is done again.
 """
 

@@ -3,7 +3,7 @@
 Paper    tables 1-2 (baselines), 4 (ladder), 5 (delta), 9 (docids), 11-12 (alpha), 13 (router losses), figures 1 and 3
 In       the name of an experiment; flags of train.py that hold for all of its runs, after --
 Out      OUT/SEED/RUN, a run folder each; OUT/NAME.json, which tools/plot.py draws, and OUT/NAME.md, the tables
-Next     RESULTS.md reports them
+Next     docs/results.md reports them
 Differs  the paper prints one run of each system; here seeds vary the split, all draws and all weights, and every row
          is tested against a reference by a paired bootstrap. Runs share what does not differ: a run starts from the
          dense, RQ and D_0 stages of its `start`, as hard links, so that its own flags hold from D_1 on. Rows about

@@ -4,7 +4,7 @@ Paper    figures 1 and 3: AP against BWT of each method; which experts the token
 In       results.json and ood.json of a run folder; or an experiment's JSON {"name", "rows"}
 Out      matplotlib Figures; `python -m tools.plot RUN` writes RUN/plots/*.svg and *.png, `python -m tools.plot
          EXPERIMENT.json` writes plots/NAME_*.svg and *.png beside the file
-Next     README shows them; nothing reads them
+Next     docs/results.md shows them; nothing reads them
 Differs  the paper's Figure 3 has one layer and the last model; here every mixed layer, after training on each
          corpus. matplotlib is a development requirement, imported only where something is drawn
 """
@@ -32,7 +32,7 @@ RC = {
     "legend.frameon": False, "figure.facecolor": "white",  # README is also read on a dark page
     "svg.hashsalt": "mixlora-dsi",  # else names inside an SVG are random
 }  # fmt: skip
-WIDTH = 8.0  # inches; README shows them at about 110 pixels an inch
+WIDTH = 8.0  # inches; docs/results.md shows them at about 110 pixels an inch
 
 
 @contextmanager
