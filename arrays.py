@@ -244,6 +244,15 @@ class Tokens(Items):
         return cls(ids[ids != 0].numpy(), np.stack([ends - lengths, ends], axis=1))
 
     @classmethod
+    def joined(cls, parts: list["Tokens"]) -> "Tokens":
+        """The texts of several stores as one, in memory where there is more than one."""
+        if len(parts) == 1:
+            return parts[0]
+        starts = np.cumsum([0, *(len(part.flat) for part in parts)])
+        spans = [part.spans + start for part, start in zip(parts, starts)]
+        return cls(np.concatenate([part.flat for part in parts]), np.concatenate(spans))
+
+    @classmethod
     def write(cls, path: Path, pieces: Iterable[list[int]], vocabulary: int) -> "Tokens":
         """Streams token ids into a store: two bytes a token where the vocabulary allows it."""
         writer = ItemsWriter(path, kind := token_kind(vocabulary))

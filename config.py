@@ -25,7 +25,7 @@ AT_LEAST_1 = (
     "pseudo_per_document d0_batch batch epochs ewc_samples beam"
 )
 AT_LEAST_2 = "query_length dense_length document_length"  # a text of one token is its </s>
-SHARES = "dropout lora_dropout d0_warmup warmup epsilon"
+SHARES = "dropout lora_dropout d0_warmup warmup epsilon dream_style"
 
 
 def flag(default, group: str, text: str, choices: str = ""):
@@ -41,7 +41,7 @@ class Config:
     data: str = flag("boolq", "data", "boolq, nq320k, msmarco, or a folder in BEIR layout")
     data_dir: str = flag("", "data", "folder of the published files of nq320k or msmarco (default data/NAME; fetched where absent)")
     preset: str = flag("", "data", "recipe: boolq, beir, nq320k, msmarco (default: that of --data, beir for a folder)")
-    method: str = flag("mixlora-dsi", "data", "mixlora-dsi, mixlora-dsi-pt, never-expand, always-expand; baselines: naive-expansion, base, dsi++, clever, promptdsi, corpusbrain++, incdsi, joint")
+    method: str = flag("mixlora-dsi", "data", "mixlora-dsi, paper (its recipe alone), dream (all weights train, ours); the paper's mixlora-dsi-pt, never-expand, always-expand; baselines: naive-expansion, base, dsi++, clever, promptdsi, corpusbrain++, incdsi, joint")
     run: str = flag("", "data", "run folder (default runs/<data>)")
     save_seconds: float = flag(600.0, "data", "between two saves of where a stage stands (latest.pt)")
     seed: int = flag(42, "data", "of splits, draws and weights (paper: 42)")
@@ -50,7 +50,8 @@ class Config:
     split_by: str = flag("auto", "data", "order (the folder's file `order`), random, topic (each D_t a topic of its own, ours), or auto: order where there is one", "auto order random topic")
     skip_invalid: bool = flag(False, "data", "leave out what is wrong in the files (documents without a word, ids with white space, labels of missing documents, malformed lines ..), and say how many")
     merge_equal: bool = flag(False, "data", "keep one of documents that are equal, with the labels and training queries of all")
-    tokenizer: str = flag("", "data", "a SentencePiece file (default: spiece.model beside --t5's weights, else trained on D_0)")
+    general: str = flag("", "data", "general text in place of T5's pre-training, never indexed: a folder whose corpus.jsonl holds it, boolq (its pages of one question) or none (ours)")
+    tokenizer: str = flag("", "data", "a SentencePiece file (default: spiece.model beside --t5's weights, else trained on D_0 and general text)")
     vocab: int = flag(8000, "data", "pieces of a tokenizer trained on D_0; 0: by the number of its documents (ours)")
     query_length: int = flag(64, "data", "tokens of a query (paper: 256 in training, 64 in evaluation)")
     pseudo_queries: str = flag("", "data", "JSON lines {doc_id, query} of tools.doc2query, or drawn: from the text (default: published ones, else drawn)")
@@ -102,10 +103,11 @@ class Config:
     router: str = flag("cosine", "mixture", "cosine (paper) or linear (Naive Expansion)", "cosine linear")
     router_row: str = flag("random", "mixture", "a new router row: random (released code) or ood_mean (ours)", "random ood_mean")
 
-    expand: str = flag("ood", "growth", "ood (paper), always, never, or fixed: D_0's experts go on training (ours, for comparison)", "ood always never fixed")
+    expand: str = flag("ood", "growth", "ood (paper), always, never, or fixed: D_0's experts all go on training (ours, for comparison)", "ood always never fixed")
     delta: float = flag(1.0, "growth", "percent of OOD queries above which a layer grows (paper: 1 on NQ320k)")
-    ood_mode: str = flag("calibrated", "growth", "calibrated (ours) or paper_code", "calibrated paper_code")
-    epsilon: float = flag(0.005, "growth", "calibrated: share of false alarms (ours)")
+    ood_mode: str = flag("paper_code", "growth", "paper_code, or pooled: both tails, on the scale of dreams (ours)", "paper_code pooled")
+    epsilon: float = flag(0.02, "growth", "pooled: share of false alarms (ours)")
+    evolve: bool = flag(False, "growth", "a layer that does not grow trains its newest expert (ours; paper: nothing)")
 
     d0_steps: int = flag(20_000, "training", "optimiser steps on D_0 (paper: 20,000 on NQ320k)")
     d0_batch: int = flag(1024, "training", "queries (paper: 1024)")
@@ -126,9 +128,17 @@ class Config:
     balance_coef: float = flag(0.0, "training", "balance loss (paper: 0.01, Naive Expansion only)")
     z_coef: float = flag(0.0, "training", "z loss (paper: 0.001, Naive Expansion only)")
     kl_coef: float = flag(0.1, "training", "alpha_2 of the KL to the previous model (paper)")
-    kl_old_coef: float = flag(0.0, "training", "weight of the same KL along random docids of earlier corpora (ours)")
     kl_reduction: str = flag("sum", "training", "over docid positions: sum (released code) or mean (paper)", "sum mean")
     slow: str = flag("grad", "training", "slow learner of the docid table on D_t: its gradient (grad, paper; AdamW undoes the scale but in clipping and where gradients are near its epsilon) or its learning rate (lr) times 0.01, or none", "grad lr none")
+
+    table_lr: float = flag(0.0, "training", "peak learning rate of the docid table on D_t (default, and paper: as --lr)")
+    attention_rank: int = flag(0, "training", "rank of un-routed LoRA on the decoder's attention to the query, from D_1 on (0: none; paper: none)")
+    attention_lr: float = flag(5e-3, "training", "its peak learning rate (ours)")
+
+    dreams: int = flag(0, "dreams", "pseudo-queries of earlier documents that are made from their docids for each D_t (ours)")
+    dream_batch: int = flag(512, "dreams", "dreams beside --batch new queries in a step, a multiple of these (ours)")
+    dream_kl: float = flag(2.0, "dreams", "weight of the KL to the previous model on dreams (ours)")
+    dream_style: float = flag(0.5, "dreams", "share of D_t's own queries that are dreams of its documents (ours)")
 
     sam_rho: float = flag(0.0, "baselines", "radius of adaptive SAM on D_t (paper: 0.15, DSI++ only)")
     ewc: float = flag(0.0, "baselines", "weight of the EWC penalty on D_t (paper: 0.5, CLEVER only)")
@@ -146,16 +156,16 @@ class Config:
 
 SMALL = dict(  # a T5 without published weights, on two cores
     query_length=32, pseudo_per_document=64, width=128, heads=4, feed_forward=512, encoder_blocks=2,
-    decoder_blocks=2, layers=2, dropout=0.0, M=4, K=128, rq_pseudo=24, dense_length=32,
-    dense_warmup_steps=160, dense_rounds=2, dense_steps=40, dense_batch=128, dense_lr=7e-4,
-    dense_contrastive=1.0, dense_margin=0.01, dense_scale=0.1, dense_pseudo=8, negatives=50, d0_steps=700,
+    decoder_blocks=2, layers=2, dropout=0.0, M=6, K=256, rq_pseudo=24, dense_length=32, beam=40,
+    dense_warmup_steps=400, dense_rounds=2, dense_steps=60, dense_batch=128, dense_lr=7e-4,
+    dense_contrastive=1.0, dense_margin=0.01, dense_scale=0.1, dense_pseudo=8, negatives=50, d0_steps=1000,
     d0_batch=256, d0_lr=2e-3, steps=300, batch=256, lr=5e-3, lora_rank=32, lora_alpha=64.0, warmup=0.03,
     d0_warmup=0.03,
-    router_row="ood_mean", d0_fragments=16, kl_coef=0.25, kl_old_coef=0.3,
+    d0_fragments=16, kl_coef=0.25,
 )  # fmt: skip
 PAPER = dict(splits="paper", t5="google-t5/t5-base")  # and the defaults of Config
 PRESETS = {
-    "boolq": SMALL,
+    "boolq": SMALL | dict(general="boolq"),
     "beir": SMALL | dict(M=0, K=0, vocab=0),  # by the number of documents: prepare.sized
     "nq320k": PAPER,
     "msmarco": PAPER | dict(
@@ -164,16 +174,18 @@ PRESETS = {
     ),
 }  # fmt: skip
 PLAIN_START = dict(d0_mixture=False)
-PLAIN = PLAIN_START | dict(mixture=False, kl_coef=0.0, kl_old_coef=0.0, slow="none")
+PLAIN = PLAIN_START | dict(mixture=False, kl_coef=0.0, slow="none")
 BASE = PLAIN | dict(lr=1e-3)
 METHODS = {
-    "mixlora-dsi": {},
+    "mixlora-dsi": {},  # the paper's recipe; the small presets add OURS
+    "paper": {},
+    "dream": PLAIN | dict(dreams=20_000, dream_kl=4.0, lr=1e-3, table_lr=5e-3),
     "never-expand": dict(expand="never"),
     "always-expand": dict(expand="always"),
     "mixlora-dsi-pt": PLAIN_START | dict(delta=10.0),
     "naive-expansion": PLAIN_START | dict(
-        expand="always", router="linear", router_row="random", align_coef=0.0, repel_coef=0.0, balance_coef=0.01,
-        z_coef=0.001, kl_coef=0.0, kl_old_coef=0.0, slow="none",
+        expand="always", router="linear", align_coef=0.0, repel_coef=0.0, balance_coef=0.01,
+        z_coef=0.001, kl_coef=0.0, slow="none",
     ),
     "base": BASE,
     "dsi++": BASE | dict(sam_rho=0.15),
@@ -183,6 +195,7 @@ METHODS = {
     "joint": PLAIN | dict(joint=True),
     "incdsi": PLAIN | dict(docid_kind="atomic", insert=True, d0_fragments=0),
 }  # fmt: skip
+OURS = dict(dreams=20_000, attention_rank=16, ood_mode="pooled", router_row="ood_mean", evolve=True)
 # Where the paper's recipe of a method differs from its own preset's (appendix E and the released scripts): methods
 # that start from the plain T5 take larger batches on NQ320k, BASE and its relatives fewer epochs; on MS MARCO they warm D_0 up less.
 FROM_PLAIN = [method for method in METHODS if not METHODS[method].get("d0_mixture", True)]
@@ -192,6 +205,7 @@ METHOD_RECIPES = (
     | {("msmarco", method): dict(d0_warmup=0.045) for method in FROM_PLAIN}
     | {("msmarco", "promptdsi"): dict(d0_warmup=0.045, prompts=6611)}
     | {(preset, "promptdsi"): dict(prompts=32) for preset in ("boolq", "beir")}
+    | {(preset, "mixlora-dsi"): OURS for preset in ("boolq", "beir")}
 )
 
 
@@ -202,6 +216,7 @@ class Command:
     config: Config
     resume: bool = False
     overwrite: bool = False
+    given: frozenset[str] = frozenset()  # settings that the command line names
 
 
 def parse(argv: list[str], checked: bool = True) -> Command:
@@ -228,7 +243,7 @@ def parse(argv: list[str], checked: bool = True) -> Command:
     given = vars(parser.parse_args(argv))
     overwrite, resume = given.pop("overwrite"), given.pop("resume", None)
     if resume is None:
-        return Command(settle(given, checked), overwrite=overwrite)
+        return Command(settle(given, checked), overwrite=overwrite, given=frozenset(given))
     if given:
         raise ValueError(f"--resume takes every setting from the run; remove --{' --'.join(given)}")
     return Command(saved_config(Path(resume)), resume=True)
@@ -246,6 +261,7 @@ def settle(given: dict, checked: bool) -> Config:
     recipe = PRESETS[preset] | METHODS[method] | METHOD_RECIPES.get((preset, method), {})
     config = Config(**(recipe | given | {"data": source, "method": method, "preset": preset}))
     config.t5 = "" if config.t5 == "none" else config.t5
+    config.general = "" if config.general == "none" else config.general
     config.d0_mask = config.d0_mask or config.mask
     config.device = config.device or default_device()
     config.precision = config.precision or ("bf16" if config.device.startswith("cuda") else "float32")
@@ -323,7 +339,8 @@ def rules(c: Config) -> list[tuple[bool, str]]:
         (not (c.mixture and of_plain_t5), "--prompts, --adapters, --joint and --insert are of methods without a mixture: --no-mixture"),
         (not c.prompts or c.t5 or c.decoder_blocks > 1, "--prompts go into the second decoder block; pass --decoder_blocks 2 or more"),
         (not c.joint or c.steps, "--joint trains for d0_steps + t * steps steps; pass --steps"),
-        (c.mixture or not (c.kl_coef or c.kl_old_coef), "without a mixture the encoder trains too and no teacher is cached: pass --kl_coef 0 --kl_old_coef 0"),
+        (c.mixture or not c.attention_rank, "--attention_rank is of methods with a mixture, the others train all of the attention: pass --attention_rank 0"),
+        (not c.dreams or (c.dream_batch % c.batch == 0 and c.dream_batch), f"--dream_batch {c.dream_batch}: wanted a multiple of --batch {c.batch}"),
         (listed, "--data msmarco has no pseudo-queries of its own: make them with python -m tools.doc2query and pass --pseudo_queries FILE, or pass --pseudo_queries drawn to draw them from the passages"),
         *((Path(path).is_file(), f"found no file {path}, which a flag names") for path in files if path),
     ]  # fmt: skip

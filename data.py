@@ -142,32 +142,82 @@ def read_boolq(
     seed: int, cache: Path = CACHE, store: Path | None = None, skip_invalid: bool = False
 ) -> Collection:
     """One document per Wikipedia page with two questions or more; a seeded draw makes one of them the test query."""
-    pages: dict[str, list[str]] = {}
-    questions: dict[str, list[str]] = {}
-    place_of, problems = {}, Problems(skip_invalid)
+    rng, problems = random.Random(f"{seed} boolq test queries"), Problems(skip_invalid)
+    collection = Collection(Documents(store), [], {}, {}, problems=problems)
+    for number, page in enumerate(boolq_pages(cache, problems)):
+        if len(page.questions) < 2:
+            continue
+        page_id, drawn = f"p{number}", rng.sample(page.questions, len(page.questions))
+        if not add_document(collection.documents, problems, page.place, page_id, page.title, page.text):
+            continue
+        collection.test[f"q{number}"], collection.qrels[f"q{number}"] = drawn[0], {page_id: 1}
+        annotated = enumerate(drawn[1 : 1 + BOOLQ_QUERIES_PER_PAGE])
+        collection.train += [(page_id, query, f"q{number}.{i}") for i, query in annotated]
+    return settled(collection, cache)
+
+
+def boolq_pages(cache: Path, problems: Problems) -> list["Page"]:
+    """Wikipedia pages by the place of their first line, each with its passages and the questions asked of it."""
+    pages: dict[str, Page] = {}
     for place, row in read_jsonl(fetch_boolq(cache), ("passage", "question"), problems):
         title, _, text = row["passage"].partition(" -- ")
         if not has_word(row["question"]):
             problems.add(place, "question without a word", repr(row["question"]))
             continue
-        place_of.setdefault(title, place)
-        if text not in pages.setdefault(title, []):
-            pages[title].append(text)
-        questions.setdefault(title, []).append(row["question"])
+        page = pages.setdefault(title, Page(place, title))
+        if text not in page.passages:
+            page.passages.append(text)
+        page.questions.append(row["question"])
+    return list(pages.values())
 
-    rng = random.Random(f"{seed} boolq test queries")
-    collection = Collection(Documents(store), [], {}, {}, problems=problems)
-    for page, title in enumerate(pages):
-        if len(questions[title]) < 2:
-            continue
-        doc_id, drawn = f"p{page}", rng.sample(questions[title], len(questions[title]))
-        text = " ".join(pages[title])
-        if not add_document(collection.documents, problems, place_of[title], doc_id, title, text):
-            continue
-        collection.test[f"q{page}"], collection.qrels[f"q{page}"] = drawn[0], {doc_id: 1}
-        annotated = enumerate(drawn[1 : 1 + BOOLQ_QUERIES_PER_PAGE])
-        collection.train += [(doc_id, query, f"q{page}.{i}") for i, query in annotated]
-    return settled(collection, cache)
+
+@dataclass
+class Page:
+    place: str
+    title: str
+    passages: list[str] = field(default_factory=list)
+    questions: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.passages)
+
+
+def read_general(
+    source: str, indexed: Iterable[str], store: Path | None, skip_invalid: bool = False, cache: Path = CACHE
+) -> tuple[Documents, int]:
+    """General text, which stands for T5's pre-training (ours): the corpus.jsonl of a folder, or `boolq`: pages of one question.
+
+    Its ids are its own. Documents whose text is one of the `indexed` texts are dropped; their number comes second. `store`
+    is the documents' folder. Raises ValueError where nothing is left.
+    """
+    problems, known, dropped = Problems(skip_invalid), set(map(text_digest, indexed)), 0
+    if source == "boolq":
+        lines = (
+            (p.place, f"p{i}", p.title, p.text, p.questions)
+            for i, p in enumerate(boolq_pages(cache, problems))
+        )
+        lines = (page for *page, questions in lines if len(questions) == 1)
+    elif not Path(source).is_dir():
+        raise ValueError(f"--general {source}: found no such folder; wanted one that holds corpus.jsonl")
+    else:
+        lines = read_documents(Path(source) / "corpus.jsonl", problems)
+    general = Documents(store)
+    for place, doc_id, title, text in lines:
+        if text_digest(text) in known:
+            dropped += 1
+        else:
+            add_document(general, problems, place, doc_id, title, text)
+    problems.check()
+    if not len(general):
+        equal = f" that is not indexed ({dropped} documents are)" if dropped else ""
+        raise ValueError(f"--general {source}: found no text{equal}; pass another folder, or --general none")
+    return general.close(), dropped
+
+
+def text_digest(text: str) -> bytes:
+    """What two texts share that are the same but for white space."""
+    return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest()
 
 
 def read_beir(folder: Path, skip_invalid: bool = False, store: Path | None = None) -> Collection:

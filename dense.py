@@ -14,6 +14,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -179,8 +180,9 @@ def write_teacher(path: Path, corpus: Corpus, examples: Examples) -> None:
     with writing(path) as file:
         for query, rows, scores in zip(examples.queries, examples.documents, examples.scores):
             if query in qid_of:
-                line = {"qid": qid_of[query], "docids": [corpus.ids[row] for row in rows.tolist()]}
-                line["scores"] = [round(score, 4) for score in scores.tolist()]
+                own = rows < len(corpus.ids)  # general text has no place in a teacher's file
+                line = {"qid": qid_of[query], "docids": [corpus.ids[row] for row in rows[own].tolist()]}
+                line["scores"] = [round(score, 4) for score in scores[own].tolist()]
                 file.write((json.dumps(line) + "\n").encode())
 
 
@@ -244,13 +246,14 @@ class Training:
 
     def __init__(self, run, model: T5, documents: Tokens):
         self.run, self.config, self.model, self.documents = run, run.config, model, documents
-        self.corpus, self.sampler = run.corpora[0], run.sampler(0)
+        self.corpus = run.corpora[0]
+        self.rows = range(len(documents))  # of D_0's documents, then of general text
         self.rng = random.Random(f"{self.config.seed} dense")
         self.generator = torch.Generator().manual_seed(self.config.seed)
 
     @cached_property
     def bm25(self) -> BM25:
-        return BM25(self.corpus.passages())
+        return BM25(chain(*(corpus.passages() for corpus in self.run.read_first)))
 
     def embed(self, queries: list[str], rows: Tensor, start: Tensor) -> Tensor:
         """Embeddings (B, 1 + k, D): of each query and of the windows of its documents (B, k), which begin at `start`."""
@@ -261,13 +264,17 @@ class Training:
 
     def pseudo(self, rows: list[int]) -> list[tuple[int, str]]:
         """A pseudo-query of each of these documents."""
-        return [(row, self.sampler.draw(row, self.rng)) for row in rows]
+        n, run = len(self.corpus.rows), self.run
+        return [
+            (row, run.draw(row, self.rng) if row < n else run.general_sampler.draw(row - n, self.rng))
+            for row in rows
+        ]
 
     def warmup_batch(self) -> list[tuple[int, str, int]]:
         """(row, query, first token of the document's window): half annotated queries, where there are some."""
         train, n, length = self.corpus.train, self.config.dense_batch, self.config.dense_length
         batch = self.rng.choices(train, k=n // 2) if train else []
-        batch += self.pseudo(self.rng.choices(self.corpus.rows, k=n - len(batch)))
+        batch += self.pseudo(self.rng.choices(self.rows, k=n - len(batch)))
         start = draw_windows(self.documents, torch.tensor([row for row, _ in batch]), length, self.generator)
         return [(*pair, token) for pair, token in zip(batch, start.tolist())]
 
@@ -310,7 +317,10 @@ class Training:
         config = self.config
         if path := teacher_of_round(config.teacher, number):
             return read_teacher(Path(path), self.corpus, config.skip_invalid)
-        drawn = self.pseudo([row for row in self.corpus.rows for _ in range(config.dense_pseudo)])
+        general = self.rows[len(self.corpus.rows) :]  # of each one is enough
+        drawn = self.pseudo(
+            [row for row in self.corpus.rows for _ in range(config.dense_pseudo)] + [*general]
+        )
         pairs = [*self.corpus.train, *drawn]
         if not pairs:
             raise ValueError("D_0 has no annotated query and --dense_pseudo is 0; pass --dense_pseudo 1")
@@ -335,7 +345,7 @@ class Training:
 def train(run, model: T5, documents: Tokens) -> None:
     """Trains the bi-encoder on D_0, in place: a contrastive warm-up, then MarginMSE in rounds of harder negatives.
 
-    documents: token ids of D_0's passages. Each round's examples are kept in the folder of `run` (prepare.Run), for
+    documents: token ids of the passages of D_0 and of general text. Each round's examples are kept in the folder of `run` (prepare.Run), for
     when it is stopped within the round, and with `save_negatives` for a cross-encoder.
     """
     config, training = run.config, Training(run, model, documents)

@@ -99,6 +99,7 @@ def stages(config, workload: Workload):
         activations = min(batch, config.micro_batch or batch) * example
         return Stage(name, t, n, trains, (4 + 2 + 4 * copies) * n + 12 * trains, activations)
 
+    attention = net.decoder_blocks * 4 * config.attention_rank * (net.width + net.heads * net.head_width)
     parts, length = parameters(net), min(workload.tokens, config.document_length)
     n, trains = sum(parts.values()), parts["words"] + parts["blocks"]
     if not config.t5:  # at most, all tokens of a document differ; the factors of the SVD and work on them
@@ -120,7 +121,9 @@ def stages(config, workload: Workload):
         parts, whole = parameters(net, mix), t == 0 or not config.mixture
         n, newest = sum(parts.values()), parts["mixture"] - before["mixture"]
         trains = n - bool(mix) * parts["words"] if whole else parts["docids"] + newest
-        old, kl = t and config.kl_old_coef > 0, t and config.kl_coef > 0
+        if t and config.attention_rank:
+            n, trains = n + attention, trains + attention
+        old, kl = config.dream_batch / config.batch if t and config.dreams else 0, t and config.kl_coef > 0
         scores = logits(net, config.mask) + 2 * (old + kl) * logits(net)  # a KL has the previous model's too
         example = 14 * scores + (1 + old) * kept(net, mix, query, config.M, whole, again)
         copies = 2 * max(0, t - (not config.ewc_protect_d0)) if config.ewc else 0  # EWC's F and theta

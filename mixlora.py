@@ -8,7 +8,8 @@ Differs  top-2 is deterministic (the released code drops the second expert at ra
          router row is normalised inside the forward instead of overwritten, all experts are computed as one
          product, and what is frozen is a parameter of its own instead of a gradient mask. New router rows may
          start from the mean of the out-of-distribution inputs (`ood_mean`), where the released code draws
-         them at random. A layer whose experts are all frozen leaves their dropout out.
+         them at random. A layer whose experts are all frozen leaves their dropout out. LoRA on the attention to
+         the query is ours.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t5 import T5, FeedForward, dropout
+from t5 import T5, Attention, FeedForward, dropout
 
 
 @dataclass(frozen=True)
@@ -145,20 +146,23 @@ class MixedFeedForward(nn.Module):
         return add_delta(u, "out", u @ self.plain.w_out.T), route
 
     @torch.no_grad()
-    def freeze_all(self) -> None:
-        """Moves every trainable expert and router row to the frozen ones, bit by bit."""
+    def freeze(self, but: int = 0) -> None:
+        """Freezes every expert and router row but the last few, bit by bit."""
+        n = len(self) - but
+        router = torch.cat([self.router_old, self.router_new])
         for name in ("in_a", "in_b", "out_a", "out_b"):
-            setattr(self.old, name, nn.Parameter(self.stacked(name), requires_grad=False))
-            setattr(self.new, name, nn.Parameter(getattr(self.new, name)[:0].clone()))
-        self.router_old = nn.Parameter(torch.cat([self.router_old, self.router_new]), requires_grad=False)
-        self.router_new = nn.Parameter(self.router_new[:0].clone())
+            every = self.stacked(name)
+            setattr(self.old, name, nn.Parameter(every[:n].clone(), requires_grad=False))
+            setattr(self.new, name, nn.Parameter(every[n:].clone()))
+        self.router_old = nn.Parameter(router[:n].clone(), requires_grad=False)
+        self.router_new = nn.Parameter(router[n:].clone())
 
     def add_expert(self, direction: Tensor | None = None) -> None:
         """Freezes what is there and adds one trainable expert with B = 0, so that its delta starts at zero.
 
         `direction` (D,) starts its router row; without one the row is drawn at random, as published.
         """
-        self.freeze_all()
+        self.freeze()
         feed_forward, width = self.plain.w_in.shape
         device = self.plain.w_in.device
         self.new = Experts(1, width, feed_forward, self.config.rank).to(device)
@@ -208,6 +212,50 @@ def routes_of(model: T5, source: Tensor, padding: Tensor, codes: Tensor) -> list
             route = block.ff.route(y)
         routes.append(route)
     return routes
+
+
+# ------------------------------------------------------------------------------------------ LoRA on attention
+
+
+class LowRankAttention(Attention):
+    """Attention whose W_q, W_k, W_v and W_o are W + B A with W frozen: plain LoRA, without a router. Ours.
+
+    MixLoRA (Li et al., 2024) has it beside the routed experts, and new documents need it: what they are asked by is
+    read through the attention to the query.
+    """
+
+    def __init__(self, plain: Attention, rank: int):
+        nn.Module.__init__(self)
+        self.heads, self.dropout, self.after, self.plain = plain.heads, plain.dropout, plain.after, plain
+        for name in "qkvo":
+            n_out, n_in = getattr(plain, name).shape
+            a = (torch.rand(rank, n_in) * 2 - 1) * n_in**-0.5  # Kaiming, as the experts'
+            self.register_parameter(f"{name}_a", nn.Parameter(a))
+            self.register_parameter(f"{name}_b", nn.Parameter(torch.zeros(n_out, rank)))
+
+    def adapted(self, name: str) -> Tensor:
+        w, a, b = getattr(self.plain, name), getattr(self, f"{name}_a"), getattr(self, f"{name}_b")
+        return torch.addmm(w, b, a)
+
+    q, k = property(lambda self: self.adapted("q")), property(lambda self: self.adapted("k"))
+    v, o = property(lambda self: self.adapted("v")), property(lambda self: self.adapted("o"))
+
+
+def add_attention_lora(model: T5, rank: int) -> None:
+    """Puts LoRA of this rank on the cross-attention of every decoder block; its deltas start at zero."""
+    for block in model.decoder:
+        adapted = LowRankAttention(block.cross_attention, rank).to(model.word.device)
+        block.cross_attention = adapted.train(block.training)
+
+
+def attention_lora(model: T5) -> list[LowRankAttention]:
+    return [b.cross_attention for b in model.decoder if isinstance(b.cross_attention, LowRankAttention)]
+
+
+def attention_parameters(model: T5) -> list[tuple[str, nn.Parameter]]:
+    """Name and parameter of every A and B on attention."""
+    ends = tuple(f"cross_attention.{name}_{side}" for name in "qkvo" for side in "ab")
+    return [(name, p) for name, p in model.named_parameters() if name.endswith(ends)]
 
 
 # ---------------------------------------------------------------------------------------------- router losses

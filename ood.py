@@ -2,7 +2,8 @@
 
 Paper    section 3.2, Eq. 2 and Table 5: energy of the router's scores, a threshold per docid position, delta
          percent
-In       router scores (Q, M, E) of one layer for all pseudo-queries of D_t; statistics of earlier corpora
+In       router scores (Q, M, E) of one layer for all pseudo-queries of D_t, and for dreams; statistics of earlier
+         corpora
 Out      a Decision: the share of OOD queries, and True if the layer should grow
 Next     train.py acts on it through MixedFeedForward.add_expert(), and settles the statistics after each corpus
 Differs  two modes. `paper_code` follows the released code: moving averages gathered in training, one
@@ -10,8 +11,9 @@ Differs  two modes. `paper_code` follows the released code: moving averages gath
          Its mean sits where half of all tokens are, so without any shift it flags from 0 % to 99.6 % of
          queries, depending on the batch size. A new expert starts from expert 0's statistics after the first
          corpus; the released code never stores these where D_0 trained the mixture, and starts from zeros.
-         `calibrated`, the default, measures D_t once after training on it and allows a stated share of false
-         alarms.
+         `pooled` is ours: unseen documents have lower energies than learnt ones, so both tails count; energies
+         are measured on the scale of dreams by the same model (dream.py), so those of different ages compare;
+         and the reference holds how every earlier corpus looked when it arrived.
 """
 
 import math
@@ -20,8 +22,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-MODES = ("calibrated", "paper_code")
-MERGE = 0.5  # calibrated: weight of the newest corpus in the statistics
+MODES = ("pooled", "paper_code")
+SKETCH = 512  # quantiles that stand for a corpus's queries in the pooled reference
 
 
 def energy(scores: Tensor) -> Tensor:
@@ -35,10 +37,18 @@ class Stats:
 
     mode: str
     experts: int  # E of the layer when these numbers hold
-    mean: Tensor  # calibrated: (M,); paper_code: (E, M)
-    variance: Tensor  # the same shape
-    threshold: float = math.inf  # calibrated: the (1 - epsilon) quantile of the queries' standardised energy
+    mean: Tensor  # paper_code: (E, M)
+    variance: Tensor  # paper_code: (E, M)
     base: dict[str, Tensor] = field(default_factory=dict)  # paper_code: expert 0's (M,) after corpus 1
+    arrivals: Tensor = field(
+        default_factory=lambda: torch.empty(0, SKETCH)
+    )  # pooled: a sketch of each corpus, (n, 512)
+    newest: Tensor = field(
+        default_factory=lambda: torch.empty(0, SKETCH)
+    )  # pooled: of the last one once learnt, (0 or 1, 512)
+    dreams: Tensor = field(
+        default_factory=lambda: torch.tensor([0.0, 1.0])
+    )  # pooled: median and interquartile range
 
     def state(self) -> dict:
         return vars(self).copy()
@@ -50,8 +60,9 @@ class Decision:
 
     expand: bool
     ood_percent: float  # share of the corpus's queries that are OOD
+    tails: list[float]  # percent of queries below and above what is known
     delta: float  # percent beyond the expected share that it takes to expand
-    threshold: list[float]  # calibrated: [c]; paper_code: max_e of the thresholds, per position
+    threshold: list[float]  # pooled: z of both ends; paper_code: max_e of the thresholds, per position
     energy_mean: float
     energy_std: float
     energy_quantiles: list[float]  # 5, 50 and 95 %
@@ -61,40 +72,54 @@ def new_stats(mode: str, experts: int, positions: int) -> Stats:
     """Statistics of a layer before its first corpus. `paper_code` starts at zero, as the released code does."""
     if mode not in MODES:
         raise ValueError(f"found ood_mode={mode!r}, wanted one of {', '.join(MODES)}")
-    shape = (experts, positions) if mode == "paper_code" else (positions,)
-    return Stats(mode, experts, torch.zeros(shape), torch.zeros(shape))
+    return Stats(mode, experts, torch.zeros(experts, positions), torch.zeros(experts, positions))
 
 
-def query_score(e: Tensor, stats: Stats) -> Tensor:
-    """How far out of what the layer has seen each query lies: energies (Q, M) -> (Q,).
+# --------------------------------------------------------------------------------------------------------- pooled
 
-    Calibrated: the largest standardised energy of its positions; paper_code: the largest excess over its position's
-    threshold.
+
+def raw_score(scores: Tensor) -> Tensor:
+    """-log mean_e exp(score_e), mean over positions: (Q, M, E) -> (Q,). An expert more does not move it by itself."""
+    return (energy(scores) + math.log(scores.shape[-1])).mean(1)
+
+
+def measure(stats: Stats, dreams: Tensor) -> None:
+    """pooled: takes the scale from dreams of known docids (Q, M, E), scored by the same model. In place.
+
+    Where all dreams score alike, their interquartile range of 0 counts as 1.
     """
-    if stats.mode == "paper_code":
-        return (e - _paper_threshold(stats, 0.0)).max(dim=1).values
-    return ((e - stats.mean) / stats.variance.sqrt().clamp(min=1e-6)).max(dim=1).values
+    low, middle, high = torch.quantile(raw_score(dreams), torch.tensor([0.25, 0.5, 0.75]))
+    stats.dreams = torch.stack([middle, high - low if high > low else torch.tensor(1.0)])
 
 
-def calibrate(e: Tensor, experts: int, epsilon: float) -> Stats:
-    """Statistics of energies (Q, M) that count as in-distribution; a share `epsilon` of them lies beyond the threshold."""
-    stats = Stats("calibrated", experts, e.mean(0), e.var(0))
-    stats.threshold = float(torch.quantile(query_score(e, stats), 1 - epsilon, interpolation="higher"))
-    return stats
+def standardised(scores: Tensor, stats: Stats) -> Tensor:
+    """z: how far each query lies from the dreams' median, in interquartile ranges: (Q, M, E) -> (Q,)."""
+    return (raw_score(scores) - stats.dreams[0]) / stats.dreams[1]
 
 
-def merge(old: Stats, new: Stats, weight: float = MERGE) -> Stats:
-    """Moving average over corpora of calibrated statistics; `weight` is the new one's share."""
-    if old.experts != new.experts:
-        raise ValueError(
-            f"found statistics of {old.experts} experts, wanted {new.experts}; call grow() first"
-        )
+def sketch(z: Tensor) -> Tensor:
+    """(Q,) -> (512,) quantiles, at the middles of as many equal shares."""
+    values = z.sort().values
+    at = (torch.arange(SKETCH) + 0.5) / SKETCH * (len(values) - 1)
+    return values[at.floor().long()].lerp(values[at.ceil().long()], at.frac())
 
-    def mix(a, b):
-        return (1 - weight) * a + weight * b
 
-    variance, threshold = mix(old.variance, new.variance), mix(old.threshold, new.threshold)
-    return Stats("calibrated", new.experts, mix(old.mean, new.mean), variance, threshold)
+def reference(stats: Stats) -> Tensor:
+    """z of everything that is known, ascending: every sketch with equal weight."""
+    return torch.cat([stats.arrivals, stats.newest]).flatten().sort().values
+
+
+def known_range(stats: Stats, epsilon: float) -> Tensor:
+    """(2,): between these lies the central 1 - epsilon of the reference."""
+    return torch.quantile(reference(stats), torch.tensor([epsilon / 2, 1 - epsilon / 2]))
+
+
+def arrive(stats: Stats, scores: Tensor) -> None:
+    """pooled: keeps how D_t (Q, M, E) looks to the model that has not trained on it. In place."""
+    stats.arrivals = torch.cat([stats.arrivals, sketch(standardised(scores, stats))[None]])
+
+
+# ----------------------------------------------------------------------------------------------------- paper_code
 
 
 def routed_energy_moments(scores: Tensor, gates: Tensor) -> Tensor:
@@ -129,7 +154,7 @@ def remember_base(stats: Stats) -> None:
 
 
 class MovingEnergies:
-    """paper_code: statistics of all layers, moved once a step by the whole batch. In the other mode, nothing."""
+    """Statistics of all layers, moved once a step by the whole batch. In mode `pooled`, nothing."""
 
     def __init__(self, stats: list[Stats], only_new: bool = False):
         """After D_0 only layers that grew take part (`only_new`)."""
@@ -160,59 +185,69 @@ class MovingEnergies:
             vars(stat).update(state)
 
 
-def settle(stats: list[Stats], scores: list[Tensor], epsilon: float, first_mixture: bool) -> list[Stats]:
-    """The layers' statistics after a corpus, from its router scores (Q, M, E) by the model that has learnt it.
+def _paper_threshold(stats: Stats, sigmas: float = 0.0) -> Tensor:
+    """(M,): an energy above this lies above the threshold of every expert."""
+    return (stats.mean + sigmas * stats.variance.clamp(min=0).sqrt()).max(0).values
+
+
+# ------------------------------------------------------------------------------------------------------ both modes
+
+
+def settle(stats: list[Stats], scores: list[Tensor], first_mixture: bool) -> None:
+    """After a corpus: what its queries (Q, M, E) look like to the model that has learnt it. In place.
 
     `first_mixture`: there were no statistics before it.
     """
-    if all(stat.mode == "paper_code" for stat in stats):
-        for stat in stats if first_mixture else []:
-            remember_base(stat)
-        return stats
-    new = [calibrate(energy(s), s.shape[-1], epsilon) for s in scores]
-    return new if first_mixture else list(map(merge, stats, new))
+    for stat, of_layer in zip(stats, scores):
+        if stat.mode == "paper_code":
+            if first_mixture:
+                remember_base(stat)
+        elif first_mixture:
+            arrive(stat, of_layer)
+        else:
+            stat.newest = sketch(standardised(of_layer, stat))[None]
 
 
 def grow(stats: Stats) -> None:
-    """One expert more, in place: one of average score lowers every energy by ln((N + 1) / N), and so do the means."""
+    """One expert more, in place. paper_code: one of average score lowers every energy by ln((N + 1) / N), and so do the
+    means.
+    """
     shift = math.log(stats.experts) - math.log(stats.experts + 1)
     stats.experts += 1
-    stats.mean = stats.mean + shift
     if stats.mode == "paper_code":
+        stats.mean = stats.mean + shift
         base = stats.base or {"mean": stats.mean[0] - shift, "variance": stats.variance[0]}
         stats.base = {"mean": base["mean"] + shift, "variance": base["variance"]}
         stats.mean = torch.cat([stats.mean, stats.base["mean"][None]])
         stats.variance = torch.cat([stats.variance, stats.base["variance"][None]])
 
 
-def is_ood(e: Tensor, stats: Stats, sigmas: float = 0.0) -> Tensor:
-    """Which queries are out-of-distribution for a layer: energies (Q, M) -> (Q,) bool.
+def tails(scores: Tensor, stats: Stats, epsilon: float, sigmas: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Which queries (Q, M, E) lie below and which above what is known: two (Q,) bool, that is OOD. paper_code: above alone.
 
     `sigmas` raises paper_code's thresholds to mean + sigmas * standard deviation; it is 0 in every published run.
     """
-    if stats.mode == "calibrated":
-        return query_score(e, stats) > stats.threshold
-    return (e > _paper_threshold(stats, sigmas)).any(1)
+    if stats.mode == "pooled":
+        z, (low, high) = standardised(scores, stats), known_range(stats, epsilon)
+        return z < low, z > high
+    above = (energy(scores) > _paper_threshold(stats, sigmas)).any(1)
+    return torch.zeros_like(above), above
 
 
-def _paper_threshold(stats: Stats, sigmas: float) -> Tensor:
-    """(M,): an energy above this lies above the threshold of every expert."""
-    return (stats.mean + sigmas * stats.variance.clamp(min=0).sqrt()).max(0).values
-
-
-def histogram(e: Tensor, control: Tensor, stats: Stats, bins: int = 60) -> dict:
-    """Counts of query scores for tools/plot.py: energies of a corpus (Q, M) and of a control (Q', M), in the same bins.
-
-    Scores beyond the middle 99.8 % are counted in the outermost bins.
+def histogram(scores: Tensor, stats: Stats, epsilon: float, bins: int = 60) -> dict:
+    """Counts for tools/plot.py: z of a corpus's queries and of the reference or, of paper_code, the largest excess of a
+    query's energies over their thresholds. Values beyond the middle 99.8 % are counted in the outermost bins.
     """
-    scores = [query_score(part, stats) for part in (e, control)]
-    threshold = stats.threshold if stats.mode == "calibrated" else 0.0
-    both = torch.cat(scores).sort().values
-    ends = both[[round(q * (len(both) - 1)) for q in (0.001, 0.999)]].tolist()
-    low, high = min(*ends, threshold), max(*ends, threshold)
+    if stats.mode == "pooled":
+        values, ends = [standardised(scores, stats), reference(stats)], known_range(stats, epsilon).tolist()
+    else:
+        values, ends = [(energy(scores) - _paper_threshold(stats)).max(1).values], [0.0]
+    every = torch.cat(values).sort().values
+    outer = every[[round(q * (len(every) - 1)) for q in (0.001, 0.999)]].tolist()
+    low, high = min(*outer, *ends), max(*outer, *ends)
     edges = torch.linspace(low, high if high > low else low + 1, bins + 1)
-    counts = [torch.histogram(s.clamp(low, float(edges[-1])), edges).hist.int().tolist() for s in scores]
-    return {"edges": edges.tolist(), "queries": counts[0], "control": counts[1], "threshold": threshold}
+    counts = [torch.histogram(v.clamp(low, float(edges[-1])), edges).hist.int().tolist() for v in values]
+    return {"edges": edges.tolist(), "thresholds": ends} | dict(zip(("queries", "reference"), counts))
 
 
 def decide(scores: Tensor, stats: Stats, delta: float, epsilon: float, sigmas: float = 0.0) -> Decision:
@@ -221,13 +256,14 @@ def decide(scores: Tensor, stats: Stats, delta: float, epsilon: float, sigmas: f
     Args:
         scores: (Q, M, E) router scores of the corpus's pseudo-queries, in evaluation mode.
         delta: percent of queries, beyond the expected false alarms, above which the layer expands.
-        epsilon: the share of false alarms that calibration allowed; paper_code expects none.
+        epsilon: the share of the reference that counts as false alarms; paper_code expects none.
     """
-    e = energy(scores)  # (Q, M)
-    percent = 100 * is_ood(e, stats, sigmas).sum().item() / len(e)
-    calibrated = stats.mode == "calibrated"
-    expand = percent - (100 * epsilon if calibrated else 0.0) > delta
-    threshold = [stats.threshold] if calibrated else _paper_threshold(stats, sigmas).tolist()
+    below, above = (100 * flagged.double().mean().item() for flagged in tails(scores, stats, epsilon, sigmas))
+    pooled, e = stats.mode == "pooled", energy(scores)  # (Q, M)
+    percent = below + above
+    expand = percent - 100 * epsilon * pooled > delta
+    threshold = known_range(stats, epsilon) if pooled else _paper_threshold(stats, sigmas)
     sample = e.flatten()[:: max(1, e.numel() // 1_000_000)]  # torch.quantile takes 16 million values at most
     quantiles = torch.quantile(sample, torch.tensor([0.05, 0.5, 0.95])).tolist()
-    return Decision(expand, percent, delta, threshold, e.mean().item(), e.std().item(), quantiles)
+    numbers = e.mean().item(), e.std().item(), quantiles
+    return Decision(expand, percent, [below, above], delta, threshold.tolist(), *numbers)

@@ -10,8 +10,9 @@ Differs  see dense.py and rq.py; the tokenizer is trained on D_0 where no publis
 import math
 import random
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import arrays
 import data
 import dense
 import distributed
+import dream
 import eval as scoring
 import memory
 import published
@@ -32,11 +34,22 @@ import weights
 from arrays import ArrayWriter, Chain, Tokens, open_array
 from bm25 import BM25
 from config import Config
+from dream import Dreams, dreams
 from reading import Problems, read_pseudo_queries
 from search import Ranking
 from t5 import T5, T5Config
 
 ENOUGH = 1500  # documents of D_0 for the small presets' M, K and vocab; of fewer, these follow from the number (ours)
+
+
+@dataclass
+class Prepared:
+    """What training on D_0 and on every D_t starts from."""
+
+    bi_encoder: T5
+    books: Tensor  # (M, K, D) codebooks; of atomic docids (1, N, D)
+    codes: Tensor  # (N, M) docids of all corpora
+    dreams: Dreams | None
 
 
 class Run:
@@ -60,6 +73,7 @@ class Run:
         distributed.wait()
         self.corpora = store.load_corpora(folder)
         self.config = config = sized(config, len(self.corpora[0].rows))
+        self.general = store.load_general(folder)  # text that stands for pre-training, or None
         self.excluded = store.load_excluded(folder)  # digests of test queries: no pseudo-query may be one
         if distributed.is_main_process() and not (folder / "tokenizer.model").exists():
             store.write(folder / "tokenizer.model", self._tokenizer())
@@ -80,9 +94,19 @@ class Run:
         """Document ids of D_0..D_T, by document row."""
         return Chain([corpus.ids for corpus in self.corpora])
 
+    @property
+    def read_first(self) -> list[data.Corpus]:
+        """What tokenizer, bi-encoder and quantiser are fitted on: D_0 and, where there is some, general text."""
+        return [self.corpora[0], self.general] if self.general else [self.corpora[0]]
+
+    @cached_property
+    def general_sampler(self) -> queries.PseudoQuerySampler:
+        """Draws pseudo-queries of the general text, by its own rows."""
+        return queries.PseudoQuerySampler(self.general.titles, self.general.texts, self.idf, self.excluded)
+
     @cached_property
     def idf(self) -> queries.Idf:
-        """Inverse document frequencies of D_0's words."""
+        """Inverse document frequencies of the words of D_0 and of general text."""
         return queries.Idf.load(self.folder / "idf.json")
 
     def sampler(self, t: int) -> queries.PseudoQuerySampler | queries.ListedPseudoQueries:
@@ -107,7 +131,7 @@ class Run:
         """The SentencePiece model that --tokenizer names, that comes with the weights, or that D_0 trains."""
         path = Path(self.config.tokenizer) if self.config.tokenizer else self.t5 and self.t5 / "spiece.model"
         if not path:
-            return data.train_tokenizer(self.corpora[0].passages(), self.config.vocab)
+            return data.train_tokenizer(chain(*(c.passages() for c in self.read_first)), self.config.vocab)
         data.load_tokenizer(path)
         return path.read_bytes()
 
@@ -167,7 +191,13 @@ def read(config: Config, folder: Path, log: store.Log) -> None:
         collection = published.read(config.data, place, log.line, reading, config.skip_invalid)
     else:
         collection = data.read_beir(Path(config.data), config.skip_invalid, reading)
-    equal = merge_or_count(config, collection, log)
+    equal, general = merge_or_count(config, collection, log), None
+    if config.general:
+        place, texts = folder / "documents" / "general", collection.documents.texts
+        general, dropped = data.read_general(config.general, texts, place, config.skip_invalid)
+        log.line(
+            f"general text: {len(general)} documents, never indexed; {dropped} left out that are indexed"
+        )
     splits, spare = config.splits, 0
     if splits == "paper":
         splits, spare = published.paper_split(config.data, collection)
@@ -200,7 +230,7 @@ def read(config: Config, folder: Path, log: store.Log) -> None:
         log.line(f"{name}: {value}")
     if config.data not in ("boolq", *published.BENCHMARKS):
         manifest["files"] = data.describe_files(Path(config.data))
-    store.save_corpora(folder, config.data, corpora, left_out, manifest | equal)
+    store.save_corpora(folder, config.data, corpora, left_out, manifest | equal, general)
     shutil.rmtree(reading)
 
 
@@ -221,7 +251,7 @@ def merge_or_count(config: Config, collection: data.Collection, log: store.Log) 
 
 def sized(config: Config, documents: int) -> Config:
     """The config with M, K and vocab by the number of D_0's documents where they are 0."""
-    codebooks, centroids = (4, 128) if documents >= ENOUGH or config.docids else rq.suggest(documents)
+    codebooks, centroids = (6, 256) if documents >= ENOUGH or config.docids else rq.suggest(documents)
     if config.K:  # at least twice the bits that tell the documents apart
         codebooks = max(codebooks, math.ceil(2 * math.log2(documents) / math.log2(config.K)))
         centroids = config.K
@@ -258,17 +288,18 @@ def report_changes(config: Config, folder: Path, log: store.Log) -> None:
 # ------------------------------------------------------------------------------------------------- bi-encoder
 
 
-def dense_stage(run: Run) -> tuple[T5, list[Tensor]]:
-    """The bi-encoder trained on D_0, and by it the embeddings (n, D) of each corpus's documents, on disk."""
+def dense_stage(run: Run) -> T5:
+    """The bi-encoder, trained on D_0 and general text; it embeds the documents of each corpus (n, D), on disk."""
     config, path, folder = run.config, run.folder / "dense.pt", run.folder / "embeddings"
     if path.exists():
         drop_examples(run)
-        return run.ready(store.load_model(path)[0]), open_embeddings(run)
+        return run.ready(store.load_model(path)[0])
+    everything = [*run.read_first, *run.corpora[1:]]
     if distributed.is_main_process():
-        for t in range(len(run.corpora)):
-            document_tokens(run, t)
+        for corpus in everything:
+            document_tokens(run, corpus)
     distributed.wait()
-    passages = [document_tokens(run, t) for t in range(len(run.corpora))]
+    passages = Tokens.joined([document_tokens(run, corpus) for corpus in run.read_first])
     torch.manual_seed(config.seed)
     if run.t5:
         model = weights.read_published(run.t5, config.M, config.K, config.dropout)
@@ -280,22 +311,23 @@ def dense_stage(run: Run) -> tuple[T5, list[Tensor]]:
             encoder_blocks=config.encoder_blocks, decoder_blocks=config.decoder_blocks, dropout=config.dropout,
             codebooks=config.M, centroids=config.K,
         ))  # fmt: skip
-        weights.start_from_lsa(model, passages[0])
+        weights.start_from_lsa(model, passages)
     run.ready(model)
     run.checked(0, run.corpora[0].train)
     for teacher in filter(None, config.teacher.split(",")):  # before any training
         dense.read_teacher(Path(teacher), run.corpora[0], config.skip_invalid)
-    dense.train(run, model, passages[0])
+    dense.train(run, model, passages)
     if distributed.is_main_process():
         folder.mkdir(exist_ok=True)
-        for t, tokens in enumerate(passages):
-            embeddings = ArrayWriter(folder / f"D{t}.npy", (len(tokens), model.config.width))
+        for corpus in everything:
+            tokens = document_tokens(run, corpus)
+            embeddings = ArrayWriter(folder / f"{corpus.name}.npy", (len(tokens), model.config.width))
             dense.embed(model, tokens, out=embeddings.values)
             embeddings.close()
         store.save_model(path, model, [])
         drop_examples(run)
     distributed.wait()
-    return model, open_embeddings(run)
+    return model
 
 
 def drop_examples(run: Run) -> None:
@@ -304,21 +336,21 @@ def drop_examples(run: Run) -> None:
         examples.unlink(missing_ok=True)  # another process may have been faster
 
 
-def document_tokens(run: Run, t: int) -> Tokens:
-    """Token ids of D_t's documents, in a store that is written once."""
-    length = run.config.document_length
-    place = run.folder / "cache" / f"documents_{length}_D{t}.bin"
-    n = len(run.corpora[t].rows)
+def document_tokens(run: Run, corpus: store.StoredCorpus) -> Tokens:
+    """Token ids of a corpus's documents, in a store that is written once."""
+    length, n = run.config.document_length, len(corpus.rows)
+    place = run.folder / "cache" / f"documents_{length}_{corpus.name}.bin"
 
     def report(cut: int) -> None:
         if cut:
-            run.log.line(f"D{t}: {cut} of {n} documents are cut at --document_length {length}")
+            run.log.line(f"{corpus.name}: {cut} of {n} documents are cut at --document_length {length}")
 
-    return data.tokenize_passages(run.tokenizer, run.corpora[t].passages(), length, place, report)
+    return data.tokenize_passages(run.tokenizer, corpus.passages(), length, place, report)
 
 
-def open_embeddings(run: Run) -> list[Tensor]:
-    return [open_array(run.folder / "embeddings" / f"D{t}.npy") for t in range(len(run.corpora))]
+def open_embeddings(run: Run, corpora: list[store.StoredCorpus]) -> list[Tensor]:
+    """(n, D) of each of these corpora."""
+    return [open_array(run.folder / "embeddings" / f"{corpus.name}.npy") for corpus in corpora]
 
 
 def check_vocabulary(pieces: int, rows: int, name: str) -> None:
@@ -333,15 +365,16 @@ def check_vocabulary(pieces: int, rows: int, name: str) -> None:
 # ----------------------------------------------------------------------------------------------------- docids
 
 
-def docid_stage(run: Run, bi_encoder: T5, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
+def docid_stage(run: Run, bi_encoder: T5) -> tuple[Tensor, Tensor]:
     """Codebooks (M, K, D) fitted on D_0, and the docids (N, M) of every corpus by them.
 
     Of atomic docids, "codebooks" are (1, N, D): the documents' own embeddings.
     """
     path = run.folder / "rq.pt"
     if distributed.is_main_process() and not path.exists():
+        embeddings = open_embeddings(run, run.corpora)
         books, codes = make_docids(run, bi_encoder, embeddings)
-        report = rq.report(embeddings[0], books, codes[: len(embeddings[0])])
+        report = docid_report(run, books, codes)
         run.log.line(f"docids of D0: {report}")
         groups = data.equal_documents(run.corpora[0].titles, run.corpora[0].texts)
         rq.require_distinct(report, len(embeddings[0]) - sum(len(group) - 1 for group in groups))
@@ -350,6 +383,25 @@ def docid_stage(run: Run, bi_encoder: T5, embeddings: list[Tensor]) -> tuple[Ten
         store.write_tensors(path, books)
     distributed.wait()
     return store.read_tensors(path), store.load_docids(run.folder)
+
+
+def docid_report(run: Run, books: Tensor, codes: Tensor) -> rq.Report:
+    """How well docids tell D_0's documents apart."""
+    d0 = open_embeddings(run, run.corpora[:1])[0]
+    return rq.report(d0, books, codes[: len(d0)])
+
+
+def find_dreams(run: Run, bi_encoder: T5, books: Tensor, wanted: bool) -> Dreams | None:
+    """Where the settings ask for dreams, what draws them. Too few words: a warning or, if they are `wanted`, ValueError."""
+    if not (run.config.dreams or run.config.ood_mode == "pooled"):
+        return None
+    found = dreams(bi_encoder, run.tokenizer, books)
+    if not found:
+        text = f"the tokenizer has fewer than {dream.TOP} words, too few for dreams"
+        if wanted:
+            raise ValueError(f"{text}; pass a larger --vocab, or --dreams 0")
+        run.log.line(f"warning: {text}; going on without")
+    return found
 
 
 def make_docids(run: Run, bi_encoder: T5, embeddings: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -367,6 +419,8 @@ def make_docids(run: Run, bi_encoder: T5, embeddings: list[Tensor]) -> tuple[Ten
         if config.rq_pseudo:
             drawn = run.tokens(run.pseudo_queries(0, config.rq_pseudo, "quantiser"))
             points = torch.cat([d0, dense.embed(bi_encoder, drawn, 1024)])
+        if run.general:
+            points = torch.cat([points, *open_embeddings(run, [run.general])])
         books = rq.fit(points, config.M, config.K, config.seed)
     return books, torch.cat([rq.encode(part, books, beam, device=run.device) for part in embeddings])
 
@@ -405,9 +459,10 @@ def decoded(books: Tensor, codes: Tensor):
 # ------------------------------------------------------------------------------------------------- references
 
 
-def references(run: Run, bi_encoder: T5, embeddings: list[Tensor]) -> dict[str, dict]:
+def references(run: Run, bi_encoder: T5) -> dict[str, dict]:
     """BM25 and the bi-encoder (exact search, later documents added), after each corpus: rows of the results."""
     evaluations: dict[str, list] = {"bm25": [], "dense": []}
+    embeddings = open_embeddings(run, run.corpora)
     for t in range(len(run.corpora)):
         corpora = run.corpora[: t + 1]
         index = BM25(passage for corpus in corpora for passage in corpus.passages())

@@ -8,6 +8,7 @@ Differs  the released code runs encoder, all 24 blocks and a second model again 
          is cached here is kept in bfloat16 on CUDA, and in float32 on the CPU
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import ood
 from arrays import scratch
 from data import PAD
 from mixlora import mixed_layers, routes_of
 from t5 import T5
+
+BATCH = 512  # queries together
 
 
 def kept_as(device: torch.device) -> torch.dtype:
@@ -31,14 +33,14 @@ class SourceCache:
     """Encoder outputs of many queries without their padding."""
 
     @torch.no_grad()
-    def __init__(self, model: T5, ids: Tensor, batch: int = 512, folder: Path | None = None):
+    def __init__(self, model: T5, ids: Tensor, folder: Path | None = None):
         """ids (Q, S). With a folder the outputs lie in a nameless file there (see `arrays.scratch`)."""
         model.eval()
         lengths = (ids != PAD).sum(1)
         self.start, self.lengths, self.folder = lengths.cumsum(0) - lengths, lengths, folder
         device = model.word.device
         self.flat = scratch(folder, (int(lengths.sum()), model.config.width), kept_as(device))  # (tokens, D)
-        for rows in lengths.argsort().split(batch):
+        for rows in lengths.argsort().split(BATCH):
             width = int(lengths[rows].max())
             source, _ = model.encode(ids[rows, :width].to(device))
             at = torch.arange(width) < lengths[rows, None]
@@ -67,11 +69,17 @@ class Scan:
 
 @torch.no_grad()
 def scan(
-    model: T5, cache: SourceCache, codes: Tensor, stats: list[ood.Stats], batch: int = 512, hidden: bool = True
-) -> Scan:  # fmt: skip
-    """Runs the decoder over cached queries with docids (Q, M). Directions need the layers' statistics.
+    model: T5,
+    cache: SourceCache,
+    codes: Tensor,
+    is_ood: Callable | None = None,
+    n_new: int = 0,
+    hidden: bool = True,
+) -> Scan:
+    """Runs the decoder over cached queries with docids (Q, M).
 
-    Without `hidden` it ends at the last mixed layer's router.
+    Directions are of the first `n_new` queries; `is_ood(layer, scores)` tells which of a batch are OOD for a layer,
+    (B, M, E) -> (B,). Without `hidden` it ends at the last mixed layer's router.
     """
     model.eval()
     device, layers = model.word.device, len(mixed_layers(model))
@@ -79,7 +87,7 @@ def scan(
     scores = [[] for _ in range(layers)]
     every, flagged = torch.zeros(2, layers, model.config.width)
     by_length = cache.lengths.argsort()
-    for rows in by_length.split(batch):
+    for rows in by_length.split(BATCH):
         inputs = *cache.get(rows, device), codes[rows].to(device)
         if hidden:
             out, routes = model.docid_hidden(*inputs)
@@ -88,10 +96,9 @@ def scan(
             routes = routes_of(model, *inputs)
         for layer, route in enumerate(routes):
             scores[layer].append(route.scores.cpu())
-            unit = F.normalize(route.x.float().cpu(), dim=-1)
-            every[layer] += unit.sum((0, 1))
-            if stats:
-                is_ood = ood.is_ood(ood.energy(route.scores.cpu()), stats[layer])
-                flagged[layer] += unit[is_ood].sum((0, 1))
+            if (new := rows < n_new).any():
+                unit = F.normalize(route.x.float().cpu()[new], dim=-1)
+                every[layer] += unit.sum((0, 1))
+                flagged[layer] += unit[is_ood(layer, scores[layer][-1][new])].sum((0, 1))
     direction = [one if one.any() else other for one, other in zip(flagged, every)]
     return Scan(kept, [torch.cat(parts)[by_length.argsort()] for parts in scores], direction)

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -33,9 +34,9 @@ import distributed
 from arrays import Chain, damaged, read_json, read_tensors, write, write_json, write_tensors
 from baselines import adapters, add_adapters, add_prompts
 from data import Corpus, excluded_queries, load_tokenizer
-from mixlora import MixConfig, add_mixture, mixed_layers
+from mixlora import MixConfig, add_attention_lora, add_mixture, attention_lora, mixed_layers
 from ood import Stats
-from queries import Idf
+from queries import Idf, passages
 from rq import Trie
 from t5 import T5, T5Config
 
@@ -56,8 +57,12 @@ def ids_sha256(corpus: Corpus) -> str:
     return hashlib.sha256("".join(f"{doc_id}\n" for doc_id in corpus.ids).encode()).hexdigest()
 
 
-def save_corpora(folder: Path, source: str, corpora: list[Corpus], left_out: dict, manifest: dict) -> None:
-    """The documents and queries of each corpus, D_0's IDF, the digests of all test queries; corpus.json is last."""
+def save_corpora(
+    folder: Path, source: str, corpora: list[Corpus], left_out: dict, manifest: dict, general=None
+) -> None:
+    """The documents and queries of each corpus, IDF of D_0 and the general text, digests of all test queries; corpus.json is
+    last. `general` (arrays.Documents) is in its place already.
+    """
     with arrays.writing(folder / "doc_ids.txt") as file:
         for t, corpus in enumerate(corpora):
             documents = arrays.Documents(folder / "documents" / f"D{t}")
@@ -67,11 +72,12 @@ def save_corpora(folder: Path, source: str, corpora: list[Corpus], left_out: dic
             documents.close()
             queries = {name: getattr(corpus, name) for name in QUERIES}
             write_json(folder / "queries" / f"D{t}.json", queries)
-    Idf(corpora[0].passages()).save(folder / "idf.json")
+    read = chain(corpora[0].passages(), passages(general.titles, general.texts) if general else ())
+    Idf(read).save(folder / "idf.json")
     arrays.write_array(folder / "excluded.npy", np.array(sorted(excluded_queries(corpora)), np.uint64))
     listed = [dict(first_row=c.first_row, documents=len(c.ids), ids_sha256=ids_sha256(c)) for c in corpora]
     about = {"format": FORMAT, "source": source, "manifest": manifest, "left_out": left_out}
-    write_json(folder / "corpus.json", about | {"corpora": listed})
+    write_json(folder / "corpus.json", about | {"corpora": listed, "general": len(general or ())})
 
 
 class StoredCorpus(Corpus):
@@ -79,8 +85,8 @@ class StoredCorpus(Corpus):
 
     rows = range(0)  # in place of Corpus's, which would open the ids
 
-    def __init__(self, folder: Path, t: int, rows: range):
-        self.folder, self.name, self.first_row, self.rows = folder, f"D{t}", rows.start, rows
+    def __init__(self, folder: Path, name: str, rows: range):
+        self.folder, self.name, self.first_row, self.rows = folder, name, rows.start, rows
 
     def __getattr__(self, name: str):  # of what is not there yet
         if name in ("ids", "titles", "texts"):
@@ -111,13 +117,19 @@ def load_corpora(folder: Path) -> list[Corpus]:
             rows = range(row, row + item["documents"])
             if item["first_row"] != row or not rows:
                 raise TypeError("rows do not follow each other")
-            corpora.append(StoredCorpus(folder, t, rows))
+            corpora.append(StoredCorpus(folder, f"D{t}", rows))
             row = rows.stop
         if not corpora:
             raise TypeError("it lists none")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the corpora of a run ({error!r})") from None
     return corpora
+
+
+def load_general(folder: Path) -> StoredCorpus | None:
+    """The general text of a run, whose rows are its own, or None."""
+    n = read_json(folder / "corpus.json").get("general", 0)
+    return StoredCorpus(folder, "general", range(n)) if n else None
 
 
 def load_excluded(folder: Path) -> frozenset[int]:
@@ -155,12 +167,18 @@ def check_stamp(path: Path, value: dict) -> None:
 
 def save_model(path: Path, model: T5, stats: list[Stats]) -> None:
     """A model with its shape, its experts, adapters or prompts, and the OOD statistics of its layers."""
-    layers, bottlenecks, prompts = mixed_layers(model), adapters(model), model.prefix
+    layers, lora, bottlenecks, prompts = (
+        mixed_layers(model),
+        attention_lora(model),
+        adapters(model),
+        model.prefix,
+    )
     value = stamp(path.parent) | {
         "t5": asdict(model.config),
         "mix": asdict(layers[0].config) if layers else None,
         "frozen": [len(layer.old) for layer in layers],
         "trainable": [len(layer.new) for layer in layers],
+        "attention_rank": len(lora[0].q_a) if lora else None,
         "adapters": len(bottlenecks[0].down) if bottlenecks else None,
         "prompts": [len(prompts.topics), prompts.length] if prompts is not None else None,
         "model": model.state_dict(),
@@ -177,6 +195,8 @@ def load_model(path: Path, device: str = "cpu") -> tuple[T5, list[Stats]]:
         model = T5(T5Config(**value["t5"]))
         if value["mix"]:
             add_mixture(model, MixConfig(**value["mix"]), value["frozen"], value["trainable"])
+        if value["attention_rank"]:
+            add_attention_lora(model, value["attention_rank"])
         if value["adapters"]:
             add_adapters(model, value["adapters"])
         if value["prompts"]:

@@ -6,9 +6,10 @@ Out      a run folder (store.py) and the results table
 Next     search.py answers queries from the run folder, eval.py scores it again
 Differs  plain AdamW in place of 8-bit; the docid mask is on for plain T5 on D_0 too; D_0 starts from the
          bi-encoder's weights; D_t's frozen encoder outputs and the previous model's hidden states are computed
-         once, by the scan. The small preset, for a T5 without published weights, adds two things of its own: on D_0
-         part of each batch asks for fragments of documents (`d0_fragments`), and on D_t a second KL term holds
-         the model along docids of earlier corpora (`kl_old_coef`); neither sees an earlier corpus's text.
+         once, by the scan. Ours, each by a flag: on D_0 part of each batch asks for general text (`general`) or
+         fragments of documents (`d0_fragments`); on D_t dreams hold the model to what it said of earlier docids
+         (dream.py, `dreams`), LoRA adapts the attention to the query (`attention_rank`), and a layer that does not
+         grow trains its newest expert (`evolve`). None of them sees an earlier corpus's text.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import baselines
@@ -28,6 +30,7 @@ import command
 import data
 import dense
 import distributed
+import dream
 import eval as scoring
 import mixlora
 import ood
@@ -38,15 +41,19 @@ import rq
 import store
 from config import Command, mix_config, parse
 from losses import docid_cross_entropy, kl_to_previous, router_losses
-from mixlora import mixed_layers
+from mixlora import attention_lora, mixed_layers
 from optim import Stage, fit, parameter_groups
-from prepare import Run
-from scan import Scan, SourceCache, scan
+from prepare import Prepared, Run
+from scan import SourceCache, scan
 from t5 import T5, segment_logits
 
-FRAGMENT_SHARE = 0.4  # of D_0's batches, where there are fragments (ours)
-CALIBRATION_QUERIES = 20_000  # pseudo-queries of D_0 on which its energies are measured (ours)
-CONTROL_QUERIES = 2000  # fresh ones of D_{t-1} that the scan of D_t watches for false alarms (ours)
+FRAGMENT_SHARE, GENERAL_SHARE = (
+    0.4,
+    0.3,
+)  # of D_0's batches: fragments or, where there is some, general text (ours)
+FRESH_QUERIES = 8000  # pseudo-queries of a corpus on which its energies are measured once it is known (ours)
+YARDSTICK = 4000  # dreams that give energies their scale (ours)
+FAR = 10  # percent of the queries just learnt that may lie outside what was known, before a warning (ours)
 SLOW_FACTOR = 0.01  # of the docid table's gradient or learning rate on D_t (paper)
 
 
@@ -86,9 +93,9 @@ class FirstCorpus(Training):
     With `last` (joint retraining) on the documents of D_0..D_last.
     """
 
-    def __init__(self, run: Run, bi_encoder: T5, books: Tensor, codes: Tensor, last: int = 0):
-        """books (M, K, D), codes (N, M): what prepare.docid_stage returns."""
-        self.run, self.config, self.last, self.codes = run, run.config, last, codes
+    def __init__(self, run: Run, made: Prepared, last: int = 0):
+        self.run, self.config, self.last, self.made = run, run.config, last, made
+        bi_encoder, books, codes = made.bi_encoder, made.books, made.codes
         config, self.corpus, self.draw = run.config, run.corpora[0], run.draw
         if last:
             self.corpus = data.joined(run.corpora[: last + 1])
@@ -105,31 +112,39 @@ class FirstCorpus(Training):
         self.stats = self.new_stats(run)
         self.energies = ood.MovingEnergies(self.stats)
         self.rng = random.Random(f"{config.seed} D{last}")
-        self.targets, self.n_fragments = codes.to(run.device), len(self.corpus.rows) * config.d0_fragments
-        if self.n_fragments:
-            self.add_fragments(bi_encoder, books)
+        self.targets, self.extra = codes.to(run.device), None
+        if run.general and config.docid_kind != "atomic":
+            self.extra, share = run.general_sampler, GENERAL_SHARE
+            embedded = prepare.open_embeddings(run, [run.general])[0]
+        elif config.d0_fragments:
+            self.extra, share = self.fragments(), FRAGMENT_SHARE
+            passages = list(queries.passages(self.extra.titles, self.extra.texts))
+            embedded = dense.embed(
+                bi_encoder, data.tokenize(run.tokenizer, passages, config.document_length), 256
+            )
+        if self.extra:
+            docids = rq.encode(embedded, books, device=run.device)  # they follow those of the documents
+            self.targets, self.n_extra = (
+                torch.cat([self.targets, docids.to(run.device)]),
+                int(share * config.d0_batch),
+            )
 
     def sampler(self, titles: Sequence[str], texts: Sequence[str]) -> queries.PseudoQuerySampler:
         idf = queries.Idf(self.corpus.passages()) if self.last else self.run.idf
         return queries.PseudoQuerySampler(titles, texts, idf, self.run.excluded)
 
-    def add_fragments(self, bi_encoder: T5, books: Tensor) -> None:
-        """Spans of documents that are learnt as documents of their own; their docids follow those of the documents."""
-        corpus, length = self.corpus, self.config.document_length
-        titles, texts = queries.fragments(corpus.titles, corpus.texts, self.config.d0_fragments, self.rng)
-        self.of_fragments = self.sampler(titles, texts)
-        passages = list(queries.passages(titles, texts))
-        embedded = dense.embed(bi_encoder, data.tokenize(self.run.tokenizer, passages, length), 256)
-        docids = rq.encode(embedded, books, device=self.run.device)
-        self.targets = torch.cat([self.targets, docids.to(self.run.device)])
+    def fragments(self) -> queries.PseudoQuerySampler:
+        """Spans of documents that are learnt as documents of their own, where there is no general text."""
+        titles, texts = self.corpus.titles, self.corpus.texts
+        return self.sampler(*queries.fragments(titles, texts, self.config.d0_fragments, self.rng))
 
     def next_batch(self) -> list[tuple[int, str]]:
         """(row of `targets`, pseudo-query)"""
         config, rng = self.config, self.rng
         batch = [(row, self.draw(row, rng)) for row in rng.choices(self.corpus.rows, k=config.d0_batch)]
-        if self.n_fragments:
-            rows = rng.choices(range(self.n_fragments), k=int(FRAGMENT_SHARE * config.d0_batch))
-            batch[: len(rows)] = [(len(self.codes) + row, self.of_fragments.draw(row, rng)) for row in rows]
+        if self.extra:
+            rows = rng.choices(self.extra.rows, k=self.n_extra)
+            batch[: len(rows)] = [(len(self.made.codes) + row, self.extra.draw(row, rng)) for row in rows]
         return batch
 
     def loss(self, batch: list[tuple[int, str]]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -151,8 +166,8 @@ class FirstCorpus(Training):
         )  # fmt: skip
         fit_and_check_frozen(self.run, self.model, stage)
         if self.stats:
-            scores = router_scores(self.run, self.model, self.codes, 0, CALIBRATION_QUERIES, "calibration")
-            self.stats = ood.settle(self.stats, scores, config.epsilon, first_mixture=True)
+            measure_dreams(self.run, self.model, self.made, self.stats, 0)
+            ood.settle(self.stats, fresh_scores(self.run, self.model, self.made, 0), first_mixture=True)
         return State(self.model.eval(), self.stats)
 
 
@@ -160,33 +175,57 @@ class FirstCorpus(Training):
 
 
 class LaterCorpus(Training):
-    """Training on D_t, t >= 1, from the model before it and D_t's pseudo-queries alone."""
+    """Training on D_t, t >= 1, from the model before it, D_t's pseudo-queries, and dreams: of its own and of old docids."""
 
-    def __init__(self, run: Run, t: int, books: Tensor, codes: Tensor, previous: State):
-        """books (M, K, D), codes (N, M): what prepare.docid_stage returns."""
-        self.run, self.config, self.t, self.books, self.codes = run, run.config, t, books, codes
+    def __init__(self, run: Run, t: int, made: Prepared, previous: State):
+        self.run, self.config, self.t, self.made = run, run.config, t, made
         self.model, self.stats = previous.model, previous.stats
         torch.manual_seed(self.config.seed + 1 + t)
-        self.generator = torch.Generator().manual_seed(self.config.seed + t)  # of earlier docids and batches
+        self.generator = torch.Generator().manual_seed(self.config.seed + t)  # of dreams and batches
         run.ready(self.model)
-        pairs = run.training_queries(t)
-        self.ids, self.docids = run.tokens(pairs), codes[[row for row, _ in pairs]]  # (Q, S), (Q, M)
+        self.ids, self.docids = self.queries()
         self.table_before = self.model.rq.detach().clone()
         self.first_mixture = self.config.mixture and not mixed_layers(self.model)
-        self.cache, self.before, self.before_old, self.memory = None, None, None, []
+        self.cache, self.before, self.memory = None, None, []
         self.record = {"decisions": []}
 
+    def queries(self) -> tuple[Tensor, Tensor]:
+        """Token ids (Q, S) and docids (Q, M): `n_plain` pseudo-queries of D_t, dreams of its documents, which with them
+        are `n_new`, and `n_old` dreams of earlier docids.
+        """
+        config, run, codes, dreams = self.config, self.run, self.made.codes, self.made.dreams
+        pairs = run.training_queries(self.t)
+        self.n_plain = self.n_new = len(pairs)
+        self.n_old = config.dreams if dreams else 0
+        if not self.n_old:
+            return run.tokens(pairs), codes[[row for row, _ in pairs]]
+        # Half of the new queries are dreams too: or the model would tell old from new by their style
+        self.n_plain -= min(int(config.dream_style * len(pairs)), len(pairs) - 1)
+        order = torch.randperm(len(pairs), generator=self.generator).tolist()
+        pairs = [pairs[i] for i in order]
+        ends = [corpus.rows.stop for corpus in run.corpora[: self.t]]
+        old = dream.choose(ends, self.n_old, self.generator)
+        docids = torch.cat([codes[[row for row, _ in pairs]], codes[old]])
+        asked, dreamt = run.tokens(pairs[: self.n_plain]), dreams.draw(docids[self.n_plain :], self.generator)
+        width = max(asked.shape[1], dreamt.shape[1])
+        return torch.cat([F.pad(ids, (0, width - ids.shape[1])) for ids in (asked, dreamt)]), docids
+
     def scan(self) -> None:
-        """D_t by the model before it: encoder outputs, router scores, and the KL's teacher states."""
-        config = self.config
-        if config.mixture or config.prompts:  # the encoder is frozen
-            self.cache = SourceCache(self.model, self.ids, folder=self.run.folder / "cache")
-        if config.mixture:
-            self.before = scan(self.model, self.cache, self.docids, self.stats)
-        if config.kl_old_coef:  # an old docid for each query: what the model says where new documents are not
-            n_old = self.run.corpora[self.t].first_row
-            self.old_docids = self.codes[torch.randint(n_old, (len(self.ids),), generator=self.generator)]
-            self.before_old = scan(self.model, self.cache, self.old_docids, [])
+        """D_t by the model before it: encoder outputs, router scores, and the teacher states of both KL terms."""
+        config, model = self.config, self.model
+        frozen, teacher = config.mixture or config.prompts, bool(config.kl_coef or self.n_old)
+        if not (frozen or teacher):
+            return
+        measure_dreams(self.run, model, self.made, self.stats, self.t - 1)
+        cache = SourceCache(model, self.ids, folder=self.run.folder / "cache")
+
+        def is_ood(layer: int, scores: Tensor) -> Tensor:
+            below, above = ood.tails(scores, self.stats[layer], config.epsilon)
+            return below | above
+
+        self.before = scan(model, cache, self.docids, is_ood, self.n_plain if self.stats else 0, teacher)
+        if frozen:
+            self.cache = cache
 
     def grow(self) -> None:
         """Adds what trains on D_t beside the docid table, and freezes the rest."""
@@ -198,76 +237,79 @@ class LaterCorpus(Training):
             self.record["decisions"] = self.expand()
         else:
             baselines.add_parts(self.run, model)
+        if config.attention_rank and not attention_lora(model):
+            mixlora.add_attention_lora(model, config.attention_rank)
         if config.mixture or config.prompts or config.adapters:
             freeze_old(model)
-        baselines.extend_table(model, baselines.table_so_far(self.run, self.t, self.books))
+        baselines.extend_table(model, baselines.table_so_far(self.run, self.t, self.made.books))
         self.run.ready(model)
         if config.ewc:
-            self.memory = baselines.ewc_memory(self.run, self.t, self.codes)
+            self.memory = baselines.ewc_memory(self.run, self.t, self.made.codes)
 
     def expand(self) -> list[dict]:
-        """Decides for every mixed layer whether D_t makes it grow, and adds the experts. Returns the numbers.
-
-        Beside them stands what the detector says where nothing is new: fresh pseudo-queries of D_{t-1}, which no
-        training saw (where they come from a file, those of the file).
-        """
+        """Decides for every mixed layer whether D_t makes it grow, and adds the experts. Returns the numbers."""
         config, t, records = self.config, self.t, []
-        control = router_scores(self.run, self.model, self.codes, t - 1, CONTROL_QUERIES, "control")
         for number, (layer, stat) in enumerate(zip(mixed_layers(self.model), self.stats)):
-            scores = self.before.scores[number]
+            scores = self.before.scores[number][: self.n_plain]
             decision = ood.decide(scores, stat, config.delta, config.epsilon)
-            false_alarms = ood.decide(control[number], stat, config.delta, config.epsilon)
             expand = config.expand == "always" or (config.expand == "ood" and decision.expand)
             expand = distributed.agree(expand)  # processes may differ in a last bit, not in their experts
-            histogram = ood.histogram(ood.energy(scores), ood.energy(control[number]), stat)
+            histogram = ood.histogram(scores, stat, config.epsilon)
+            if stat.mode == "pooled":
+                ood.arrive(stat, scores)
             experts = len(layer)
             if expand:
                 layer.add_expert(self.before.direction[number] if config.router_row == "ood_mean" else None)
                 ood.grow(stat)
             elif config.expand != "fixed":
-                layer.freeze_all()
+                layer.freeze(but=int(config.evolve))
+            below, above = decision.tails
             self.run.log.line(
-                f"D{t} layer {number}: {decision.ood_percent:.1f}% of queries OOD (control "
-                f"{false_alarms.ood_percent:.1f}%, delta {decision.delta:g}%) -> experts {experts} to {len(layer)}"
+                f"D{t} layer {number}: {decision.ood_percent:.1f}% of queries OOD ({below:.1f}% below, {above:.1f}% above "
+                f"what is known, delta {decision.delta:g}%) -> experts {experts} to {len(layer)}"
             )
-            records.append(asdict(decision) | {
-                "expanded": expand, "control_percent": false_alarms.ood_percent, "histogram": histogram,
-                "control_expand": false_alarms.expand, "experts": [experts, len(layer)],
-            })  # fmt: skip
+            grown = {"expanded": expand, "histogram": histogram, "experts": [experts, len(layer)]}
+            records.append(asdict(decision) | grown)
         return records
 
+    def next_batch(self) -> Tensor:
+        """(B, 1 + R) rows of `ids`: a new query and R dreams of earlier docids beside it, in every part of a batch."""
+        new = next(self.order)[:, None]
+        each = self.config.dream_batch // self.config.batch if self.n_old else 0
+        old = torch.randint(self.n_old or 1, (len(new), each), generator=self.generator)
+        return torch.cat([new, self.n_new + old], dim=1)
+
     def loss(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of D_t's queries in `rows` (B,)."""
+        """Of a part of a batch of `next_batch`."""
         config, model, device = self.config, self.model, self.run.device
-        docids, past = self.docids[rows].to(device), None
+        new, old = rows[:, 0], rows[:, 1:].flatten()
+        rows, n, past = torch.cat([new, old]), len(new), None
+        docids = self.docids[rows].to(device)
         if self.cache:
-            source, padding = self.cache.get(rows, device)
-            past = model.past(source, padding)
-            cross = model.cross_keys_values(source)  # frozen, as the source is
+            cross, padding = self.cache.get(rows, device)
+            past = model.past(cross, padding)
+            if not attention_lora(model):
+                cross = model.cross_keys_values(cross)  # frozen, as the source is
         else:
-            cross, padding = model.encode(self.ids[rows].to(device))
-        targets = docids
-        if config.kl_old_coef:  # each query with its own docid and an old one, in one pass
-            targets = torch.stack([docids, self.old_docids[rows].to(device)], dim=1).flatten(0, 1)  # (2B, M)
-        hidden, routes = model.docid_hidden(cross, padding, targets, past)
+            ids = self.ids[rows]
+            cross, padding = model.encode(ids[:, : int((ids != data.PAD).sum(1).max())].to(device))
+        hidden, routes = model.docid_hidden(cross, padding, docids, past)
         logits = segment_logits(hidden, model.rq)  # shared by all terms
-        if config.kl_old_coef:
-            logits_old, hidden, logits = logits[1::2], hidden[::2], logits[::2]
-            routes = [route.rows(slice(0, None, 2)) for route in routes]
-        terms = {"ce": docid_cross_entropy(model, hidden, docids, config.mask, logits)}
+        terms = {"ce": docid_cross_entropy(model, hidden[:n], docids[:n], config.mask, logits[:n])}
         if config.kl_coef:
-            terms["kl"] = config.kl_coef * self.kl(logits, self.before, rows)
-        if config.kl_old_coef:
-            terms["kl_old"] = config.kl_old_coef * self.kl(logits_old, self.before_old, rows)
+            terms["kl"] = config.kl_coef * self.kl(logits[:n], new)
+        if len(old):
+            terms["dream"] = config.dream_kl * self.kl(logits[n:], old)
         if self.memory:
             terms["ewc"] = config.ewc * baselines.ewc_penalty(model, self.memory)
+        routes = [route.rows(slice(n)) for route in routes]
         terms |= router_losses(routes, config)
         self.energies.see(routes)
         return sum(terms.values()), terms
 
-    def kl(self, logits: Tensor, teacher: Scan, rows: Tensor) -> Tensor:
-        """KL of the previous model's codes to ours: logits (B, M, K), the teacher's states of `rows` (B,). Eq. 6."""
-        hidden = teacher.hidden[rows].to(self.run.device).float()
+    def kl(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """KL of the previous model's codes to ours: logits (B, M, K) of the queries in `rows` (B,). Eq. 6."""
+        hidden = self.before.hidden[rows].to(self.run.device).float()
         logits_before = segment_logits(hidden, self.table_before)
         return kl_to_previous(logits[..., : logits_before.shape[-1]], logits_before, self.config.kl_reduction)
 
@@ -278,45 +320,66 @@ class LaterCorpus(Training):
     def train(self) -> None:
         config, model = self.config, self.model
         self.energies = ood.MovingEnergies(self.stats, only_new=True)
-        order = dense.Batches(len(self.ids), config.batch, self.generator)
-        table_lr = config.lr * (SLOW_FACTOR if config.slow == "lr" else 1.0)
-        groups = parameter_groups([("rq", model.rq)], table_lr)
-        groups += parameter_groups([(n, p) for n, p in model.named_parameters() if n != "rq"], config.lr)
+        self.order = dense.Batches(self.n_new, config.batch, self.generator)
+        table_lr = (config.table_lr or config.lr) * (SLOW_FACTOR if config.slow == "lr" else 1.0)
+        lora = dict(mixlora.attention_parameters(model))
+        rest = [(n, p) for n, p in model.named_parameters() if n != "rq" and n not in lora]
+        groups = parameter_groups([("rq", model.rq)], table_lr) + parameter_groups(rest, config.lr)
+        groups += parameter_groups(lora.items(), config.attention_lr)
         self.record["trainable_parameters"] = sum(p.numel() for group in groups for p in group["params"])
         stage = Stage(
-            f"D{self.t}", groups, config.steps or math.ceil(config.epochs * len(self.ids) / config.batch), config.warmup,
-            order.__next__, self.loss, {"order": order, "energies": self.energies}, self.before_clip, self.after_step,
-            climb=partial(baselines.climb, rho=config.sam_rho) if config.sam_rho else None,
+            f"D{self.t}", groups, config.steps or math.ceil(config.epochs * self.n_new / config.batch), config.warmup,
+            self.next_batch, self.loss, {"order": self.order, "energies": self.energies}, self.before_clip,
+            self.after_step, climb=partial(baselines.climb, rho=config.sam_rho) if config.sam_rho else None,
         )  # fmt: skip
         fit_and_check_frozen(self.run, model, stage)
 
     def settle(self) -> None:
-        """Statistics of the energies, now that D_t is known, and which experts its tokens use."""
-        if not mixed_layers(self.model):
+        """Which experts D_t's tokens use, and statistics of its energies, now that it is known."""
+        layers = mixed_layers(self.model)
+        if not layers:
             return
-        scores = scan(self.model, self.cache, self.docids, [], hidden=False).scores
-        self.stats = ood.settle(self.stats, scores, self.config.epsilon, self.first_mixture)
-        active = mixed_layers(self.model)[0].config.active
-        self.record["routing"] = [mixlora.top_gates(s, active).mean((0, 1)).tolist() for s in scores]
+        gates = [layers[0].config.active]
+        scores = fresh_scores(self.run, self.model, self.made, self.t)
+        self.record["routing"] = [mixlora.top_gates(s, *gates).mean((0, 1)).tolist() for s in scores]
         self.record["first_choice"] = [mixlora.first_choice_share(s).tolist() for s in scores]
+        measure_dreams(self.run, self.model, self.made, self.stats, self.t)
+        if self.config.ood_mode == "pooled" and not self.first_mixture:
+            self.report_distance(scores)
+        ood.settle(self.stats, scores, self.first_mixture)
+
+    def report_distance(self, scores: list[Tensor]) -> None:
+        """How many of the queries just learnt lie outside what was known: the model forgets once it tells them from dreams."""
+        percent = []
+        for of_layer, stat in zip(scores, self.stats):
+            known = replace(stat, newest=stat.newest[:0])  # its arrival included
+            percent.append(ood.decide(of_layer, known, 0.0, self.config.epsilon).ood_percent)
+        self.record["distance_percent"] = percent
+        shares = ", ".join(f"{p:.1f}%" for p in percent)
+        self.run.log.line(
+            f"D{self.t}: by layer {shares} of the queries just learnt lie outside what was known"
+        )
+        if max(percent) > FAR:
+            self.run.log.line(
+                f"warning: above {FAR}% the model tells new queries from dreams, and later corpora may make it forget; "
+                "pass a larger --dream_kl or --dream_batch"
+            )
 
 
-def learn(
-    run: Run, t: int, bi_encoder: T5, books: Tensor, codes: Tensor, previous: State | None
-) -> tuple[State, dict]:
+def learn(run: Run, t: int, made: Prepared, previous: State | None) -> tuple[State, dict]:
     """The model after D_t and a record of the stage for results.json.
 
     D_0, and by joint retraining every corpus, begins anew; IncDSI trains nothing; all others go on.
     """
     if t == 0 or run.config.joint:
-        state = FirstCorpus(run, bi_encoder, books, codes, last=t).train()
+        state = FirstCorpus(run, made, last=t).train()
         n_trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
         return state, {"decisions": [], "trainable_parameters": n_trained} if t else {}
     if run.config.insert:
-        added = baselines.insert(run, t, books[0], previous.model)
+        added = baselines.insert(run, t, made.books[0], previous.model)
         baselines.extend_table(previous.model, added[None])
         return previous, {"decisions": [], "trainable_parameters": added[run.corpora[t].first_row :].numel()}
-    stage = LaterCorpus(run, t, books, codes, previous)
+    stage = LaterCorpus(run, t, made, previous)
     stage.scan()
     stage.grow()
     stage.train()
@@ -327,11 +390,23 @@ def learn(
 # -------------------------------------------------------------------------------------- what both of them need
 
 
-def router_scores(run: Run, model: T5, codes: Tensor, t: int, count: int, purpose: str) -> list[Tensor]:
-    """Router scores (Q, M, E) of each mixed layer for fresh pseudo-queries of D_t."""
-    pairs = run.sample(t, count, purpose)
-    cache = SourceCache(model, run.tokens(pairs))
-    return scan(model, cache, codes[[row for row, _ in pairs]], [], hidden=False).scores
+def fresh_scores(run: Run, model: T5, made: Prepared, t: int) -> list[Tensor]:
+    """Router scores (Q, M, E) of each mixed layer for pseudo-queries of D_t that no training saw, unless they are listed."""
+    pairs = run.sample(t, FRESH_QUERIES, "fresh")
+    docids = made.codes[[row for row, _ in pairs]]
+    return scan(model, SourceCache(model, run.tokens(pairs)), docids, hidden=False).scores
+
+
+def measure_dreams(run: Run, model: T5, made: Prepared, stats: list[ood.Stats], t: int) -> None:
+    """Takes the scale of the layers' energies from dreams of D_0..D_t. In place; where there are no dreams, nothing."""
+    if run.config.ood_mode != "pooled" or not (stats and made.dreams):
+        return
+    generator = torch.Generator().manual_seed(run.config.seed)
+    rows = dream.choose([corpus.rows.stop for corpus in run.corpora[: t + 1]], YARDSTICK, generator)
+    docids = made.codes[rows]
+    cache = SourceCache(model, made.dreams.draw(docids, generator))
+    for stat, scores in zip(stats, scan(model, cache, docids, hidden=False).scores):
+        ood.measure(stat, scores)
 
 
 def freeze_old(model: T5) -> None:
@@ -378,11 +453,14 @@ def train(asked: Command, log: store.Log, last: int | None = None) -> dict:
     with done.stage("data"):
         run = Run(config, folder, log)
     with done.stage("dense"):
-        bi_encoder, embeddings = prepare.dense_stage(run)
+        bi_encoder = prepare.dense_stage(run)
     with done.stage("rq") as record:
-        books, codes = prepare.docid_stage(run, bi_encoder, embeddings)
+        books, codes = prepare.docid_stage(run, bi_encoder)
         if "rq" not in done:
-            record["docids"] = asdict(rq.report(embeddings[0], books, codes[: len(embeddings[0])]))
+            record["docids"] = asdict(prepare.docid_report(run, books, codes))
+    made = Prepared(
+        bi_encoder, books, codes, prepare.find_dreams(run, bi_encoder, books, "dreams" in asked.given)
+    )
 
     evaluations, state = [], None
     for t in range(len(run.corpora)):
@@ -398,7 +476,7 @@ def train(asked: Command, log: store.Log, last: int | None = None) -> dict:
         with done.stage(name) as record:
             begin = time.monotonic()
             previous = state or (State(*run.after(t - 1)) if t else None)
-            state, learnt = learn(run, t, bi_encoder, books, codes, previous)
+            state, learnt = learn(run, t, made, previous)
             record |= learnt | {"experts": [len(layer) for layer in mixed_layers(state.model)]}
             record["training_seconds"] = time.monotonic() - begin
             if distributed.is_main_process():
@@ -409,7 +487,7 @@ def train(asked: Command, log: store.Log, last: int | None = None) -> dict:
     peak, references = scoring.peak_memory(), {}
     with done.stage("baselines"):
         if config.baselines and distributed.is_main_process():
-            references = prepare.references(run, bi_encoder, embeddings)
+            references = prepare.references(run, bi_encoder)
     if not distributed.is_main_process():
         return {}
     metrics = scoring.summarise(evaluations, config.seed)
