@@ -410,11 +410,13 @@ def measure_dreams(run: Run, model: T5, made: Prepared, stats: list[ood.Stats], 
 
 
 def freeze_old(model: T5) -> None:
-    """Leaves the docid table and what was added (the newest experts and router rows, or a baseline's adapters or
-    prompts) to train, and nothing else.
+    """Leaves the docid table and what was added (the newest experts and router rows, LoRA on attention, or a baseline's
+    adapters or prompts) to train, and nothing else.
     """
     model.requires_grad_(False)
     model.rq.requires_grad_(True)
+    for _, p in mixlora.attention_parameters(model):
+        p.requires_grad_(True)
     baselines.unfreeze_parts(model)
     for layer in mixed_layers(model):
         grew = len(layer.new) > 0  # an empty tensor that trains would cost the old experts' gradients
