@@ -15,13 +15,16 @@ import torch
 
 import rq
 import search
+from dream import MOST, NOISE
 from mixlora import MixConfig, expert_parameters
 from t5 import T5Config
 
 LONGEST_QUERY = 20  # tokens, to which a batch of short questions is padded
 SCAN_BATCH, EMBED_BATCH = 512, 64  # texts together in scan.scan and dense.embed
 LSA_PAIR = 80  # measured bytes of a document and a piece in it: 20 of the sparse matrix, work of its products
-Workload = namedtuple("Workload", "documents tokens")  # documents of each of D_0..D_T, tokens of one
+LONGEST_DREAM = MOST + NOISE + 1  # tokens
+# documents of each of D_0..D_T, tokens of one, documents of general text
+Workload = namedtuple("Workload", "documents tokens general", defaults=[0])
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,26 @@ def network(config) -> T5Config:
 def mixture(config, t: int) -> MixConfig | None:
     """The mixed layers on D_t, None for a plain T5. At most: every layer grows at every corpus but the first."""
     grown = t - (not config.d0_mixture)
-    experts = config.experts + (config.expand != "never") * grown
+    experts = config.experts + (config.expand in ("ood", "always")) * grown
     return MixConfig(config.layers, experts, config.lora_rank) if config.mixture and grown >= 0 else None
+
+
+def trained_experts(config, t: int) -> int:
+    """Of each mixed layer on D_t: all of the first mixture, then a new one, the newest (--evolve) or none."""
+    mix, before = mixture(config, t), mixture(config, t - 1) if t else None
+    if not mix or not before or config.expand == "fixed":
+        return mix.experts if mix else 0
+    return max(mix.experts - before.experts, int(config.evolve))
+
+
+def attention_parameters(config, net: T5Config) -> int:
+    """Of LoRA on the attention to the query of every decoder block, which is there from D_1 on."""
+    return net.decoder_blocks * 4 * config.attention_rank * (net.width + net.heads * net.head_width)
+
+
+def dreams_each(config, t: int) -> int:
+    """R: dreams of earlier documents beside each new query of a step on D_t."""
+    return config.dream_batch // config.batch if t and config.dreams else 0
 
 
 def parameters(net: T5Config, mix: MixConfig | None = None) -> dict[str, int]:
@@ -61,8 +82,9 @@ def parameters(net: T5Config, mix: MixConfig | None = None) -> dict[str, int]:
     return parts | {"blocks": net.encoder_blocks * encoder + net.decoder_blocks * decoder + ends}
 
 
-def kept(net, mix, source: int, target: int, encode=True, recompute=False) -> int:
-    """Bytes that autograd keeps under bfloat16 autocast of one text: `source` tokens, `target` docid positions.
+def kept(net, mix, source: int, target: int, encode=True, recompute=False, tokens=0) -> int:
+    """Bytes that autograd keeps under bfloat16 autocast of one text: `source` tokens, `target` docid positions. Of the
+    source `tokens` are no padding (all if 0).
 
     Per position 4 bytes of the residual stream and of its normalised copy, 2 of every input of a product (cast anew
     for each), 1 of a dropout mask; per score 7: its softmax in both precisions, and a mask. To the source each head
@@ -70,14 +92,18 @@ def kept(net, mix, source: int, target: int, encode=True, recompute=False) -> in
     With `recompute`, and about so without gradients, a block keeps its input, and one block is whole.
     """
     D, F, H, inner = net.width, net.feed_forward, net.heads, net.heads * net.head_width
-    encoder, decoder = (n * (26 * D + 8 * inner + 5 * F) + 7 * H * n**2 for n in (source, target))
+    tokens = tokens or source
+    encoder, decoder = (  # queries, keys and values are padded
+        n * (26 * D + 2 * inner + 5 * F) + padded * 6 * inner + 7 * H * padded**2
+        for n, padded in ((tokens, source), (target, target))
+    )
     across = 11 * D + 4 * inner + (5 + 2 * encode) * H * source + (2 + 2 * encode) * H * D
     decoder += target * across + 4 * D * source
     mixed = target * (7 * D + 3 * F + 8 * mix.experts * mix.rank) if mix else 0  # beside the decoder's
     encoders, decoders, layers = encode * net.encoder_blocks, net.decoder_blocks, mix.layers if mix else 0
-    ends = 14 * D * (encode * source + target) + encode * 4 * H * source**2  # and the encoder's bias
+    ends = 14 * D * (encode * tokens + target) + encode * 4 * H * source**2  # and the encoder's bias
     if recompute:
-        return ends + 4 * D * (encoders * source + decoders * target) + max(encode * encoder, decoder + mixed)
+        return ends + 4 * D * (encoders * tokens + decoders * target) + max(encode * encoder, decoder + mixed)
     return ends + encoders * encoder + decoders * decoder + layers * mixed
 
 
@@ -99,11 +125,11 @@ def stages(config, workload: Workload):
         activations = min(batch, config.micro_batch or batch) * example
         return Stage(name, t, n, trains, (4 + 2 + 4 * copies) * n + 12 * trains, activations)
 
-    attention = net.decoder_blocks * 4 * config.attention_rank * (net.width + net.heads * net.head_width)
     parts, length = parameters(net), min(workload.tokens, config.document_length)
+    first = workload.documents[0] + workload.general  # documents that are read first
     n, trains = sum(parts.values()), parts["words"] + parts["blocks"]
     if not config.t5:  # at most, all tokens of a document differ; the factors of the SVD and work on them
-        pairs, factors = workload.documents[0] * length, (workload.documents[0] + net.vocab) * net.width
+        pairs, factors = first * length, (first + net.vocab) * net.width
         yield Stage("latent semantic analysis", None, n, 0, 4 * n + LSA_PAIR * pairs + 16 * factors, 0)
     asked, window = (kept(net, None, tokens, 1, True, again) for tokens in (query, config.dense_length))
     rounds = config.dense_rounds * config.dense_steps  # a positive and a negative each
@@ -113,23 +139,24 @@ def stages(config, workload: Workload):
     document = kept(net, None, length, 1, recompute=True)
     yield Stage("document embeddings", None, n, 0, 4 * n, EMBED_BATCH * document)
     most = max(rq.POINTS_PER_CENTROID * config.K, rq.MOST_POINTS)
-    points = min(workload.documents[0] * (1 + config.rq_pseudo), most)
+    points = min(workload.documents[0] * config.rq_pseudo + first, most)
     held = points + 3 * min(points * rq.BEAM, most)  # residuals and their two terms
     yield Stage("codebooks and docids", None, 0, 0, 0, 0 if config.docids else 4 * config.width * held)
     for t in range(len(workload.documents)):
-        mix, before = mixture(config, t), parameters(net, mixture(config, t - 1))
+        mix, old, kl = mixture(config, t), dreams_each(config, t), t and config.kl_coef > 0
         parts, whole = parameters(net, mix), t == 0 or not config.mixture
-        n, newest = sum(parts.values()), parts["mixture"] - before["mixture"]
-        trains = n - bool(mix) * parts["words"] if whole else parts["docids"] + newest
-        if t and config.attention_rank:
-            n, trains = n + attention, trains + attention
-        old, kl = config.dream_batch / config.batch if t and config.dreams else 0, t and config.kl_coef > 0
+        attention = attention_parameters(config, net) if t else 0
+        n = sum(parts.values()) + attention
+        newest = parts["mixture"] * trained_experts(config, t) // mix.experts if mix else 0
+        trains = n - bool(mix) * parts["words"] if whole else parts["docids"] + newest + attention
         scores = logits(net, config.mask) + 2 * (old + kl) * logits(net)  # a KL has the previous model's too
-        example = 14 * scores + (1 + old) * kept(net, mix, query, config.M, whole, again)
+        padded = max(query, LONGEST_DREAM) if old else query  # dreams share a batch with queries
+        asked, dreamt = (kept(net, mix, padded, config.M, whole, again, m) for m in (query, LONGEST_DREAM))
+        example = 14 * scores + asked + old * dreamt
         copies = 2 * max(0, t - (not config.ewc_protect_d0)) if config.ewc else 0  # EWC's F and theta
         copies += t > 0 and config.sam_rho > 0  # the values before SAM climbs
         yield training("training", t, n, trains, config.batch if t else config.d0_batch, example, copies)
-        if mix:
+        if mix or t and (config.dreams or config.kl_coef):
             yield Stage("scans", t, n, 0, 4 * n, SCAN_BATCH * kept(net, mix, query, config.M, recompute=True))
         cached = query + 2 * config.beam * config.M  # positions, the beams' twice, since they are reordered
         cached *= net.decoder_blocks * 2 * config.width * 4  # keys and values in float32

@@ -17,7 +17,7 @@ import weights
 from arrays import Tokens
 from config import Config, parse
 from memory import Stage, Workload
-from mixlora import MixConfig, add_mixture, mixed_layers
+from mixlora import MixConfig, add_attention_lora, add_mixture, mixed_layers
 from published import BENCHMARKS
 from t5 import T5, T5Config
 
@@ -74,15 +74,20 @@ def test_parameters_are_those_of_a_real_model(net, mix):
     assert parts["blocks"] + parts["mixture"] == count(model.encoder, model.decoder, *ends)
 
 
-@pytest.mark.parametrize("expand", ["always", "never"])
-def test_trained_parameters_are_those_that_training_leaves_unfrozen(expand):
-    config = small_settings(expand=expand)
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(
+    "expand, evolve", [("always", False), ("never", False), ("never", True), ("fixed", True)]
+)
+def test_trained_parameters_are_those_that_training_leaves_unfrozen(expand, evolve, rank):
+    config = small_settings(expand=expand, evolve=evolve, attention_rank=rank)
     model, held = on_meta(memory.network(config), MixConfig(layers=2, experts=2, rank=4)), stages(config)
     model.word.requires_grad_(False)
     assert held["training", 0].trained == count(model, training=True)
     assert held["training", 0].parameters == count(model)
     for layer in mixed_layers(model):
-        layer.add_expert() if expand == "always" else layer.freeze_all()
+        if expand != "fixed":
+            layer.add_expert() if expand == "always" else layer.freeze(but=int(evolve))
+    add_attention_lora(model, rank)
     train.freeze_old(model)
     assert held["training", 1].trained == count(model, training=True)
     assert held["training", 1].parameters == count(model)
@@ -132,9 +137,11 @@ def saved_bytes(model: T5, function) -> int:
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("mix", [None, MIX])
-def test_activation_bytes_are_what_autograd_keeps(mix):
-    """Within 5%: left out is what has one number per token, counted the bias, which is merely alive."""
+@pytest.mark.parametrize("mix, tokens", [(None, 24), (MIX, 24), (None, 9)])
+def test_activation_bytes_are_what_autograd_keeps(mix, tokens):
+    """Within 5%: left out is what has one number per token, counted the bias, which is merely alive. Beside longer
+    queries dreams are of 9 tokens and padding.
+    """
     net = replace(NET, width=64, head_width=16, feed_forward=256)
     torch.manual_seed(0)
     model = T5(net)
@@ -142,12 +149,62 @@ def test_activation_bytes_are_what_autograd_keeps(mix):
         add_mixture(model, mix)
     model.train()
     ids, codes = torch.randint(1, 60, (8, 24)), torch.randint(16, (8, 3))
+    ids[:, tokens:] = 0
     with torch.autocast("cpu", torch.bfloat16):
         whole = saved_bytes(model, lambda: model.docid_hidden(*model.encode(ids), codes))
         source = [tensor.detach() for tensor in model.encode(ids)]
         alone = saved_bytes(model, lambda: model.docid_hidden(*source, codes))
-    assert 8 * memory.kept(net, mix, 24, 3) == pytest.approx(whole, rel=0.05)
+    assert 8 * memory.kept(net, mix, 24, 3, tokens=tokens) == pytest.approx(whole, rel=0.05)
     assert 8 * memory.kept(net, mix, 24, 3, encode=False) == pytest.approx(alone, rel=0.05)
+
+
+def test_lora_on_attention_keeps_what_a_decoder_that_trains_alone_does():
+    """Its W + B A aside, of which there is one for a batch."""
+    net = replace(NET, width=64, head_width=16, feed_forward=256)
+    torch.manual_seed(0)
+    model = T5(net)
+    add_attention_lora(model, 4)
+    train.freeze_old(model.train())
+    codes, (source, padding) = torch.randint(16, (8, 3)), model.encode(torch.randint(1, 60, (8, 24)))
+    with torch.autocast("cpu", torch.bfloat16):
+        held = saved_bytes(model, lambda: model.docid_hidden(source.detach(), padding, codes))
+    assert held <= 8 * memory.kept(net, None, 24, 3, encode=False) < 1.4 * held
+
+
+def test_dreams_beside_each_new_query_are_held_with_it():
+    """By hand: 16 dreams beside each of 32 queries; `dream` trains an encoder that sees 9 tokens of each."""
+    ours, bare = (settings("--dreams", dreams, "--dream_batch", "512") for dreams in ("20000", "0"))
+    net, difference = memory.network(ours), {}
+    for t in (0, 1):
+        held, without = (stages(config)["training", t] for config in (ours, bare))
+        difference[t] = held.activations - without.activations
+        assert held.weights == without.weights
+    each = memory.kept(net, memory.mixture(ours, 1), 20, 8, encode=False)
+    assert difference == {0: 0, 1: 32 * 16 * (each + 14 * 2 * 8 * 2048)}
+    whole = settings("--method", "dream", "--batch", "32")
+    asked, dreamt = (memory.kept(net, None, 20, 8, tokens=tokens) for tokens in (20, 9))
+    logits = 8 * 2048
+    assert stages(whole)["training", 1].activations == 32 * (
+        asked + 14 * logits + 16 * (dreamt + 28 * logits)
+    )
+    assert ("scans", 1) in stages(whole) and ("scans", 0) not in stages(whole)
+
+
+def test_general_text_is_analysed_and_quantised_with_d0():
+    """7,128 pages beside 1,551, as of the default stream: 80 bytes of each piece, 16 of each factor; points of D."""
+    config = small_settings(t5="", vocab=8000, width=128, rq_pseudo=24)
+    (bare, held), points = (
+        (
+            {stage.name: stage for stage in memory.stages(config, Workload((1551, 258), 256, general))}
+            for general in (0, 7128)
+        ),
+        [1551 * 25, 1551 * 25 + 7128],
+    )
+    name = "latent semantic analysis"
+    assert held[name].weights - bare[name].weights == 80 * 7128 * 256 + 16 * 7128 * 128
+    name = "codebooks and docids"
+    quantised = [4 * 128 * (n + 3 * min(5 * n, 200_000)) for n in points]
+    assert [bare[name].activations, held[name].activations] == quantised
 
 
 def test_recomputation_keeps_the_inputs_of_blocks_and_one_whole_block():
