@@ -258,12 +258,12 @@ def decide(scores: Tensor, stats: Stats, delta: float, epsilon: float, sigmas: f
         delta: percent of queries, beyond the expected false alarms, above which the layer expands.
         epsilon: the share of the reference that counts as false alarms; paper_code expects none.
     """
-    below, above = (100 * flagged.double().mean().item() for flagged in tails(scores, stats, epsilon, sigmas))
+    below, above = (100 * flags.sum().item() / len(flags) for flags in tails(scores, stats, epsilon, sigmas))
     pooled, e = stats.mode == "pooled", energy(scores)  # (Q, M)
     percent = below + above
     expand = percent - 100 * epsilon * pooled > delta
     threshold = known_range(stats, epsilon) if pooled else _paper_threshold(stats, sigmas)
     sample = e.flatten()[:: max(1, e.numel() // 1_000_000)]  # torch.quantile takes 16 million values at most
     quantiles = torch.quantile(sample, torch.tensor([0.05, 0.5, 0.95])).tolist()
-    numbers = e.mean().item(), e.std().item(), quantiles
+    numbers = e.mean().item(), e.std(correction=0).item(), quantiles
     return Decision(expand, percent, [below, above], delta, threshold.tolist(), *numbers)

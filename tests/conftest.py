@@ -14,9 +14,11 @@ import pytest  # noqa: E402
 from toy import TOY, toy_folder  # noqa: E402
 
 import train  # noqa: E402
-from config import parse  # noqa: E402
+from config import METHOD_RECIPES, parse  # noqa: E402
 
-train.CALIBRATION_QUERIES, train.CONTROL_QUERIES = 500, 50  # enough for made-up corpora
+train.FRESH_QUERIES, train.YARDSTICK = 200, 200  # enough for made-up corpora, whose preset is beir
+for method in ("mixlora-dsi", "dream"):
+    METHOD_RECIPES["beir", method] = METHOD_RECIPES.get(("beir", method), {}) | dict(dreams=200)
 
 
 @pytest.fixture(scope="session")

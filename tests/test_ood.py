@@ -10,18 +10,24 @@ from hypothesis import strategies as st
 import ood
 from mixlora import top_gates
 from ood import (
+    SKETCH,
     Stats,
-    calibrate,
+    arrive,
     decide,
     energy,
     grow,
-    is_ood,
-    merge,
+    known_range,
+    measure,
     move,
     new_stats,
-    query_score,
+    raw_score,
+    reference,
     remember_base,
     routed_energy_moments,
+    settle,
+    sketch,
+    standardised,
+    tails,
 )
 
 POSITIONS = 8
@@ -45,17 +51,34 @@ def with_energy(e: torch.Tensor, experts: int = 2) -> torch.Tensor:
     return (-e - math.log(experts))[..., None].expand(*e.shape, experts)
 
 
+def with_raw(raw, experts: int = 2, positions: int = 2) -> torch.Tensor:
+    """Equal scores (Q, positions, E) of queries whose raw scores are these."""
+    return -torch.as_tensor(raw, dtype=torch.float32)[:, None, None].expand(-1, positions, experts)
+
+
 def flagged(count: int, total: int, stats: Stats) -> torch.Tensor:
-    """Scores of `total` queries, the first `count` of which are far above any threshold."""
-    e = torch.full((total, stats.mean.shape[-1]), -5.0)
+    """Scores of `total` queries, `count` of which lie far above any threshold; in mode pooled every other one below."""
+    e = torch.full((total, stats.mean.shape[-1]), -5.0 if stats.mode == "paper_code" else 0.0)
     e[:count, -1] = 5.0
+    if stats.mode == "pooled":
+        e[:count:2, -1] = -5.0
+        return -e[..., None].expand(-1, -1, stats.experts)
     return with_energy(e, stats.experts)
 
 
 def fixed(mode: str, positions: int = 2) -> Stats:
-    """Statistics with a threshold of 0 in the one mode and of 3 standard deviations of 1 in the other."""
-    shape = (2, positions) if mode == "paper_code" else (positions,)
-    return Stats(mode, 2, torch.zeros(shape), torch.ones(shape), threshold=3.0)
+    """Statistics with a threshold of 0 at every position or, of mode pooled, at both ends."""
+    stats = new_stats(mode, 2, positions)
+    stats.arrivals = torch.zeros(int(mode == "pooled"), SKETCH)
+    return stats
+
+
+def known(scores: torch.Tensor, dreams: torch.Tensor) -> Stats:
+    """What a layer of mode pooled knows after its first corpus."""
+    stats = new_stats("pooled", scores.shape[-1], scores.shape[1])
+    measure(stats, dreams)
+    settle([stats], [scores], first_mixture=True)
+    return stats
 
 
 # ----------------------------------------------------------------------------------------------------- energy
@@ -80,16 +103,12 @@ def test_energy_equals_its_formula_and_an_average_expert_lowers_it_by_a_constant
 # ----------------------------------------------------------------------------------- growth of the statistics
 
 
-def test_grow_shifts_calibrated_means_and_nothing_else():
-    stats = Stats("calibrated", 2, torch.tensor([-1.5, -1.2]), torch.tensor([0.1, 0.2]), 2.5)
+def test_grow_leaves_what_pooled_statistics_know_alone():
+    stats = known(draw(100, seed=1), draw(100, seed=2))
+    before = {name: getattr(stats, name).clone() for name in ("arrivals", "newest", "dreams")}
     grow(stats)
-    assert (
-        stats.experts == 3 and stats.threshold == 2.5 and stats.variance.tolist() == pytest.approx([0.1, 0.2])
-    )
-    assert stats.mean.tolist() == pytest.approx([-1.5 + math.log(2 / 3), -1.2 + math.log(2 / 3)])
-    grow(stats)
-    assert stats.experts == 4
-    assert stats.mean.tolist() == pytest.approx([-1.5 + math.log(2 / 4), -1.2 + math.log(2 / 4)])
+    assert stats.experts == 3
+    assert all(torch.equal(getattr(stats, name), value) for name, value in before.items())
 
 
 def test_grow_gives_new_experts_the_recalibrated_base_of_paper_code():
@@ -117,22 +136,113 @@ def test_grow_without_a_base_starts_from_the_first_expert():
     assert stats.variance[2].item() == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("mode", ["calibrated", "paper_code"])
+@pytest.mark.parametrize("mode", ood.MODES)
 def test_growth_by_an_average_expert_changes_no_verdict(mode):
     seen, new = draw(2000, seed=1), draw(2000, mean=0.83, seed=2)
-    if mode == "calibrated":
-        stats = calibrate(energy(seen), 2, 0.01)
+    if mode == "pooled":
+        stats = known(seen, draw(1000, seed=3))
     else:
         stats = new_stats(mode, 2, POSITIONS)
         for part in seen.split(32):
             update(stats, part, top_gates(part, 2))
-    before = is_ood(energy(new), stats)
-    assert (
-        0.02 < before.float().mean() < 0.98
-    )  # a shift that splits the queries, or this test would say little
+    before = torch.stack(tails(new, stats, 0.02))
+    assert 0.02 < before.float().sum(0).mean() < 0.98  # a shift that splits the queries
     grow(stats)
     average = new.logsumexp(-1, keepdim=True) - math.log(2)
-    assert torch.equal(is_ood(energy(torch.cat([new, average], -1)), stats), before)
+    assert torch.equal(torch.stack(tails(torch.cat([new, average], -1), stats, 0.02)), before)
+
+
+# ------------------------------------------------------------------------------------------ pooled, by hand
+
+
+def test_raw_score_by_hand():
+    scores = torch.tensor([[[0.0, math.log(3)], [0.0, 0.0]], [[-1.0, -1.0], [2.0, 2.0]]])  # (Q, M, E)
+    # -log((1 + 3) / 2) and 0; 1 and -2
+    assert raw_score(scores).tolist() == pytest.approx([-math.log(2) / 2, -0.5], abs=1e-6)
+
+
+@settings(max_examples=30, deadline=None, database=None, derandomize=True)
+@given(st.integers(1, 6), st.integers(1, 5), st.sampled_from([1.0, 30.0]), st.integers(0, 999))
+def test_an_expert_of_average_score_moves_no_raw_score(experts, positions, spread, seed):
+    """Whether scores are cosines or a linear router's logits."""
+    torch.manual_seed(seed)
+    scores = spread * torch.randn(7, positions, experts)
+    average = scores.logsumexp(-1, keepdim=True) - math.log(experts)
+    grown = raw_score(torch.cat([scores, average], -1))
+    torch.testing.assert_close(grown, raw_score(scores), rtol=1e-5, atol=1e-5)
+
+
+def test_the_scale_is_the_median_and_interquartile_range_of_dreams():
+    stats = new_stats("pooled", 2, 2)
+    measure(stats, with_raw([4.0, 0.0, 2.0, 1.0, 3.0]))
+    assert stats.dreams.tolist() == [2.0, 2.0]
+    assert standardised(with_raw([2.0, 5.0, -2.0]), stats).tolist() == [0.0, 1.5, -2.0]
+
+
+def test_dreams_that_score_alike_count_as_an_interquartile_range_of_1():
+    stats = new_stats("pooled", 2, 2)
+    measure(stats, with_raw([3.0, 3.0, 3.0]))
+    assert stats.dreams.tolist() == [3.0, 1.0] and standardised(with_raw([5.0]), stats).tolist() == [2.0]
+
+
+def test_a_sketch_holds_the_quantiles_at_the_middles_of_equal_shares():
+    middles = (torch.arange(SKETCH) + 0.5) / SKETCH
+    torch.testing.assert_close(sketch(torch.tensor([1.0, 0.0])), middles)
+    torch.testing.assert_close(sketch(torch.arange(1001.0).flip(0)), 1000 * middles)
+    assert sketch(torch.tensor([7.0])).tolist() == [7.0] * SKETCH
+    z = torch.randn(3000, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(sketch(z), torch.quantile(z, middles), rtol=1e-4, atol=1e-5)
+
+
+def test_each_corpus_has_the_same_weight_in_the_reference_whatever_its_size():
+    stats = new_stats("pooled", 2, 2)
+    arrive(stats, with_raw([-1.0] * 1000))
+    arrive(stats, with_raw([3.0]))
+    stats.newest = torch.full((1, SKETCH), 2.0)
+    assert reference(stats).tolist() == [-1.0] * SKETCH + [2.0] * SKETCH + [3.0] * SKETCH
+
+
+def test_the_known_range_is_the_central_share_of_the_reference():
+    stats = new_stats("pooled", 2, 2)
+    stats.arrivals = torch.arange(512.0)[None]
+    assert known_range(stats, 0.2).tolist() == pytest.approx([51.1, 459.9], abs=1e-3)
+    below, above = tails(with_raw([51.0, 51.2, 459.8, 460.0]), stats, 0.2)
+    assert below.tolist() == [True, False, False, False] and above.tolist() == [False, False, False, True]
+
+
+def test_after_its_first_corpus_a_layer_holds_that_corpus_as_it_arrived_alone():
+    stats = [new_stats("pooled", 2, 2), new_stats("paper_code", 2, 2)]
+    settle(stats, [with_raw([1.0, 2.0])] * 2, first_mixture=True)
+    assert stats[0].arrivals.shape == (1, SKETCH) and len(stats[0].newest) == 0
+    torch.testing.assert_close(stats[0].arrivals[0], sketch(torch.tensor([1.0, 2.0])))
+    assert stats[1].base.keys() == {"mean", "variance"} and not len(stats[1].arrivals)
+
+
+def test_every_arrival_is_kept_and_of_what_is_learnt_the_newest_alone():
+    stats = new_stats("pooled", 2, 2)
+    settle([stats], [with_raw([0.0])], first_mixture=True)
+    for t in (1.0, 2.0):
+        measure(stats, with_raw([t - 1, t, t + 1]))  # median t, interquartile range 1
+        arrive(stats, with_raw([11 * t]))
+        settle([stats], [with_raw([6 * t])], first_mixture=False)
+        assert stats.newest.tolist() == [[5 * t] * SKETCH]
+    assert stats.arrivals[:, 0].tolist() == [0.0, 10.0, 20.0]
+
+
+@pytest.mark.parametrize("scores", [with_raw([0.5]), torch.tensor([[[0.5, 0.5]]])], ids=["query", "code"])
+def test_a_corpus_of_one_query_is_measured_learnt_and_judged(scores):
+    stats = known(scores, scores)
+    arrive(stats, scores)
+    settle([stats], [scores], first_mixture=False)
+    same, other = (decide(s, stats, 1.0, 0.02) for s in (scores, scores + 1))
+    assert (same.ood_percent, same.expand) == (0.0, False) and (other.ood_percent, other.expand) == (
+        100,
+        True,
+    )
+    assert all(
+        math.isfinite(number) for number in (same.energy_mean, same.energy_std, *same.energy_quantiles)
+    )
+    assert sum(ood.histogram(scores, stats, 0.02)["queries"]) == 1
 
 
 # -------------------------------------------------------------------------------------------- moving averages
@@ -247,135 +357,101 @@ def test_paper_code_flags_a_query_with_any_token_above_all_experts():
             [-1.7, -1.7],
         ]
     )
-    assert is_ood(e, stats).tolist() == [False, True, True, False, False]
-    assert is_ood(e, stats, sigmas=1.2).tolist() == [False, False, False, False, False]  # 0.12 higher
-    assert is_ood(e, stats, sigmas=0.8).tolist() == [False, True, True, False, False]  # 0.08 higher
-    decision = decide(with_energy(e), stats, delta=1.0, epsilon=0.5)
-    assert decision.ood_percent == pytest.approx(40) and decision.expand
-    assert decision.threshold == pytest.approx([-1.2, -1.5])
-
-
-def test_calibrated_scores_a_query_by_its_most_unusual_position():
-    stats = Stats("calibrated", 2, torch.tensor([-1.0, -2.0]), torch.tensor([0.04, 0.25]), threshold=2.0)
-    e = torch.tensor([[-0.8, -1.5], [-0.5, -3.0], [-1.5, -0.9]])  # (1, 1), (2.5, -2), (-2.5, 2.2)
-    assert query_score(e, stats).tolist() == pytest.approx([1.0, 2.5, 2.2], abs=1e-5)
-    assert is_ood(e, stats).tolist() == [False, True, True]
-    assert decide(with_energy(e), stats, delta=60.0, epsilon=0.005).expand
-    assert not decide(with_energy(e), stats, delta=60.0, epsilon=0.08).expand  # 66.7 - 8 < 60
+    scores = -e[..., None]  # of one expert, whose energies are exact
+    assert tails(scores, stats, 0.5)[1].tolist() == [False, True, True, False, False]
+    assert not tails(scores, stats, 0.5, sigmas=1.2)[1].any()  # 0.12 higher
+    assert tails(scores, stats, 0.5, sigmas=0.8)[1].tolist() == [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]  # 0.08 higher
+    assert not tails(scores - 5, stats, 0.5)[0].any()  # however low, none is below
+    decision = decide(scores, stats, delta=1.0, epsilon=0.5)
+    assert decision.ood_percent == pytest.approx(40) and decision.tails == [0, decision.ood_percent]
+    assert decision.expand and decision.threshold == pytest.approx([-1.2, -1.5])
 
 
 @settings(max_examples=40, deadline=None, database=None, derandomize=True)
-@given(st.integers(2, 700), st.sampled_from([0.001, 0.005, 0.01, 0.05, 0.3]), st.integers(0, 999))
-def test_calibration_data_has_at_most_its_share_of_false_alarms(queries, epsilon, seed):
+@given(st.integers(1, 700), st.sampled_from([0.001, 0.02, 0.05, 0.3]), st.integers(0, 999))
+def test_a_first_corpus_has_its_share_of_false_alarms_and_would_not_grow_by_itself(queries, epsilon, seed):
     scores = draw(queries, seed=seed)
-    stats = calibrate(energy(scores), 2, epsilon)
-    share = is_ood(energy(scores), stats).float().mean().item()
-    assert epsilon - 2 / queries < share <= epsilon + 1e-6
-    assert not decide(scores, stats, delta=0.0, epsilon=epsilon).expand
+    stats = known(scores, draw(200, seed=seed + 1))
+    below, above = (flags.double().mean().item() for flags in tails(scores, stats, epsilon))
+    slack = 2 / queries + 1 / SKETCH  # two queries, and a value of the sketch
+    assert abs(below - epsilon / 2) <= slack and abs(above - epsilon / 2) <= slack
+    assert not decide(scores, stats, delta=200 * slack, epsilon=epsilon).expand
 
 
-def test_calibration_equals_its_definition():
-    e = energy(draw(1000))
-    stats = calibrate(e, 2, 0.01)
-    columns = [e[:, i].double() for i in range(POSITIONS)]
-    means = [float(column.sum()) / 1000 for column in columns]
-    variances = [float((column - m).pow(2).sum()) / 999 for column, m in zip(columns, means)]
-    assert stats.mean.tolist() == pytest.approx(means, abs=1e-5)
-    assert stats.variance.tolist() == pytest.approx(variances, rel=1e-3)
-    z = sorted(
-        max((row[i] - means[i]) / variances[i] ** 0.5 for i in range(POSITIONS))
-        for row in e.double().tolist()
-    )
-    assert stats.threshold == pytest.approx(z[990], rel=1e-3)  # 9 of 1000 lie beyond it
-    assert int((query_score(e, stats) > stats.threshold).sum()) == 9
-
-
-def test_constant_energies_calibrate_to_no_false_alarm():
-    e = torch.full((50, POSITIONS), -1.5)
-    stats = calibrate(e, 2, 0.01)
-    assert not is_ood(e, stats).any() and is_ood(e + 0.01, stats).all()
-
-
-@pytest.mark.parametrize("mode", ["calibrated", "paper_code"])
+@pytest.mark.parametrize("mode", ood.MODES)
 @pytest.mark.parametrize("delta", [1.0, 5.0, 7.0, 10.0, 35.0])
 def test_a_share_of_exactly_delta_does_not_expand(mode, delta):
-    stats, epsilon = fixed(mode), 0.005
-    expected = 5 if mode == "calibrated" else 0  # of 1000 queries: the false alarms that calibration allows
+    stats, epsilon = fixed(mode), 0.02
+    expected = 20 if mode == "pooled" else 0  # of 1000 queries: the false alarms
     count = round(10 * delta) + expected
     at = decide(flagged(count, 1000, stats), stats, delta, epsilon)
     assert at.ood_percent == pytest.approx(count / 10)
+    assert at.tails == pytest.approx(
+        [count / 20, count / 20] if mode == "pooled" else [0, count / 10], abs=0.1
+    )
     assert not at.expand
     assert decide(flagged(count + 1, 1000, stats), stats, delta, epsilon).expand
 
 
 def test_decision_reports_the_energies_it_saw():
     e = -1.5 + torch.arange(100.0)[:, None].expand(100, 2) / 100
-    decision = decide(with_energy(e), fixed("calibrated"), 1.0, 0.005)
+    decision = decide(with_energy(e), fixed("pooled"), 1.0, 0.02)
     assert decision.energy_mean == pytest.approx(-1.005, abs=1e-5)
-    assert decision.energy_std == pytest.approx(e.double().std().item(), rel=1e-5)
+    assert decision.energy_std == pytest.approx(e.double().std(correction=0).item(), rel=1e-5)
     assert decision.energy_quantiles == pytest.approx([-1.5, -1.0, -0.6], abs=0.06)
-    assert (decision.delta, decision.threshold) == (1.0, [3.0])
+    assert (decision.delta, decision.threshold) == (1.0, [0.0, 0.0])
 
 
 def test_unknown_mode_is_refused_by_name():
-    with pytest.raises(ValueError, match="found ood_mode='quantile', wanted one of calibrated, paper_code"):
+    with pytest.raises(ValueError, match="found ood_mode='quantile', wanted one of pooled, paper_code"):
         new_stats("quantile", 2, 8)
 
 
-def test_before_any_corpus_calibrated_statistics_flag_nothing_and_paper_code_starts_at_zero():
-    assert not is_ood(energy(draw(10, mean=-1.0)), new_stats("calibrated", 2, POSITIONS)).any()
+def test_before_any_corpus_pooled_statistics_are_empty_and_paper_code_starts_at_zero():
+    assert len(reference(new_stats("pooled", 2, POSITIONS))) == 0
     stats = new_stats("paper_code", 2, POSITIONS)
     assert stats.mean.shape == (2, POSITIONS) and not stats.mean.any() and not stats.variance.any()
-
-
-# ---------------------------------------------------------------------------------------------------- merging
-
-
-def test_merge_weights_the_newer_corpus():
-    old = Stats("calibrated", 3, torch.tensor([-1.0]), torch.tensor([0.1]), 2.0)
-    new = Stats("calibrated", 3, torch.tensor([-2.0]), torch.tensor([0.3]), 4.0)
-    merged = merge(old, new, 0.25)
-    assert merged.mean.item() == pytest.approx(-1.25) and merged.variance.item() == pytest.approx(0.15)
-    assert merged.threshold == pytest.approx(2.5) and merged.experts == 3
-    assert torch.equal(merge(old, new, 1.0).mean, new.mean) and torch.equal(
-        merge(old, new, 0.0).mean, old.mean
-    )
-
-
-def test_merge_refuses_statistics_of_another_number_of_experts():
-    two, three = (Stats("calibrated", n, torch.zeros(1), torch.ones(1), 2.0) for n in (2, 3))
-    with pytest.raises(ValueError, match=r"found statistics of 2 experts, wanted 3; call grow\(\)"):
-        merge(two, three, 0.5)
-    grow(two)
-    assert merge(two, three, 0.5).experts == 3
 
 
 # ------------------------------------------------------------------------------------------ shift or no shift
 
 
-@pytest.mark.parametrize("queries, delta", [(32, 10.0), (128, 5.0), (1024, 1.0), (8192, 1.0)])
-@pytest.mark.parametrize("experts, sigma", [(2, 0.01), (2, 0.05), (3, 0.05)])
-def test_calibrated_expands_for_a_shift_and_only_then_whatever_the_size(queries, delta, experts, sigma):
-    # A handful of queries cannot measure 1 %, so delta is larger there.
-    stats = calibrate(energy(draw(4096, experts, sigma=sigma, seed=1)), experts, 0.005)
+@pytest.mark.parametrize("queries, delta", [(32, 10.0), (128, 5.0), (1024, 2.0), (8192, 1.0)])
+@pytest.mark.parametrize("experts, scale", [(2, 1.0), (3, 1.0), (3, 40.0)], ids=["cosine", "three", "linear"])
+def test_pooled_grows_for_a_shift_either_way_and_only_then_whatever_the_size(queries, delta, experts, scale):
+    """A handful of queries cannot measure 1 %, so delta is larger there. A linear router's scores have any size."""
+
+    def scores(queries: int, seed: int, mean: float = 0.5) -> torch.Tensor:
+        return scale * draw(queries, experts, mean=mean, seed=seed)
+
+    stats = known(scores(4096, 1), scores(4000, 2, mean=0.55))
     for seed in range(10, 15):
-        assert not decide(draw(queries, experts, sigma=sigma, seed=seed), stats, delta, 0.005).expand
-        shifted = decide(draw(queries, experts, mean=0.5, sigma=sigma, seed=seed), stats, delta, 0.005)
-        assert shifted.expand and shifted.ood_percent == 100
+        assert not decide(scores(queries, seed), stats, delta, 0.02).expand
+        for mean, tail in ((0.8, 0), (0.2, 1)):  # higher scores are lower energies
+            shifted = decide(scores(queries, seed, mean), stats, delta, 0.02)
+            assert shifted.expand and shifted.tails[tail] == shifted.ood_percent == 100
 
 
-@pytest.mark.parametrize("batch", [32, 128, 1024])
-def test_calibrated_statistics_after_corpora_without_shift_still_do_not_expand(batch):
-    # Statistics of three corpora merged, the layer grown between them by an expert like the others.
-    stats = calibrate(energy(draw(4096, 2, seed=1)), 2, 0.005)
-    for t in (2, 3):
-        grow(stats)
-        scores = draw(4 * batch + 2048, 2, seed=t)
-        scores = torch.cat(
-            [scores, (scores.logsumexp(-1, keepdim=True) - math.log(2)).expand(-1, -1, t - 1)], -1
-        )
-        assert not decide(scores, stats, 1.0, 0.005).expand
-        stats = merge(stats, calibrate(energy(scores), t + 1, 0.005), 0.5)
+@pytest.mark.parametrize("measured", [True, False])
+def test_energies_of_models_of_different_ages_compare_only_on_the_scale_of_dreams(measured):
+    """Each corpus moves and widens the scores of all queries alike; without a shift, none is to grow."""
+    stats, grown = known(draw(2048, seed=1), draw(2000, mean=0.8, seed=2)), 0
+    for t in (1, 2, 3):
+        aged = [0.2 * t + (1 + 0.1 * t) * draw(2048, mean=mean, seed=10 * t + seed)
+                for seed, mean in enumerate((0.8, 0.85, 0.85))]  # fmt: skip
+        dreams, arriving, learnt = aged
+        if measured:
+            measure(stats, dreams)
+        grown += decide(arriving, stats, 1.0, 0.02).expand
+        arrive(stats, arriving)
+        settle([stats], [learnt], first_mixture=False)
+    assert grown == (0 if measured else 3)
 
 
 def trained_on(batch: int, experts: int, sigma: float, steps: int = 150) -> Stats:
@@ -430,26 +506,30 @@ def test_growth_follows_table_5(percents, delta, experts):
     assert total == experts
 
 
-@pytest.mark.parametrize("mode", ood.MODES)
-def test_a_histogram_counts_each_query_on_its_side_of_the_threshold(mode):
-    """Where the threshold is an edge of the bins, those to its right hold just the queries that are OOD."""
-    e, control = torch.randn(400, 3) + 1.0, torch.randn(300, 3)
-    stats = ood.new_stats(mode, 2, 3)
-    stats.mean, stats.variance = stats.mean + 0.3, stats.variance + 4.0
-    stats.threshold = 50.0  # beyond every score, and so the last edge
-    found = ood.histogram(e, control, stats, bins=20)
-    assert sum(found["queries"]) == 400 and sum(found["control"]) == 300 and len(found["edges"]) == 21
-    scores = query_score(e, stats)
-    if mode == "calibrated":
-        assert found["threshold"] == found["edges"][-1] == 50.0
-    else:
-        assert found["threshold"] == 0 and torch.equal(scores > 0, ood.is_ood(e, stats))
-    low, high = found["edges"][5], found["edges"][10]
-    inside = ((scores >= low) & (scores < high)).sum().item()
-    assert abs(sum(found["queries"][5:10]) - inside) <= 1  # one may fall on an edge by rounding
+def test_a_histogram_counts_each_query_on_its_side_of_the_ends_of_what_is_known():
+    """Queries beyond an end lie in the bins beyond it or in the one that holds it."""
+    scores, epsilon = draw(400, mean=0.84, seed=3), 0.3
+    stats = known(draw(300, seed=1), draw(300, seed=2))
+    found = ood.histogram(scores, stats, epsilon, bins=20)
+    assert sum(found["queries"]) == 400 and sum(found["reference"]) == SKETCH and len(found["edges"]) == 21
+    assert found["thresholds"] == known_range(stats, epsilon).tolist()
+    left, right = torch.tensor(found["edges"][:-1]), torch.tensor(found["edges"][1:])
+    counts, (low, high) = torch.tensor(found["queries"]), found["thresholds"]
+    for flags, beyond, touching in zip(
+        tails(scores, stats, epsilon), (right <= low, left >= high), (left < low, right > high)
+    ):
+        assert 0 < counts[beyond].sum() <= flags.sum() <= counts[touching].sum() < 400
+
+
+def test_a_histogram_of_paper_code_counts_the_largest_excess_over_the_thresholds():
+    stats = Stats("paper_code", 2, torch.tensor([[-1.0, -2.0], [-3.0, -1.0]]), torch.zeros(2, 2))
+    e = torch.tensor([[-1.5, -3.0], [-1.0, -0.5], [-3.0, -1.15]])  # excess -.5, .5 and -.15
+    found = ood.histogram(-e[..., None], stats, 0.02, bins=10)
+    assert found["thresholds"] == [0.0] and found["queries"] == [1, 0, 0, 1, 0, 0, 0, 0, 0, 1]
+    assert "reference" not in found
 
 
 def test_a_histogram_of_equal_scores_is_one_bar():
-    stats = ood.Stats("calibrated", 2, torch.zeros(2), torch.ones(2), threshold=1.0)
-    found = ood.histogram(torch.ones(7, 2), torch.ones(3, 2), stats)
-    assert sum(found["queries"]) == max(found["queries"]) == 7 and max(found["control"]) == 3
+    scores = with_raw([1.0] * 7)
+    found = ood.histogram(scores, known(scores, scores), 0.02)
+    assert sum(found["queries"]) == max(found["queries"]) == 7 and max(found["reference"]) == SKETCH
