@@ -147,6 +147,7 @@ class Config:
     prompts: int = flag(0, "baselines", "prefix prompts of PromptDSI's pool, one a topic (paper: 283 to 310 on NQ320k)")
     adapters: bool = flag(False, "baselines", "CorpusBrain++'s bottleneck adapters, in both stacks, train on D_t")
     joint: bool = flag(False, "baselines", "on D_t train anew on all of D_0..D_t, by d0_steps + t * steps steps (ours)")
+    rehearsal: bool = flag(False, "baselines", "pseudo-queries of the earlier documents' text in place of dreams of them: an upper bound that the method forbids (ours)")
     insert: bool = flag(False, "baselines", "on D_t train nothing; find each new document's row of an atomic table (IncDSI)")
 
     beam: int = flag(10, "search", "partial docids kept (paper)")

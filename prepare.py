@@ -11,7 +11,7 @@ import math
 import random
 import shutil
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 
@@ -398,7 +398,7 @@ def find_dreams(run: Run, bi_encoder: T5, books: Tensor, wanted: bool) -> Dreams
     found = dreams(bi_encoder, run.tokenizer, books)
     if not found:
         text = f"the tokenizer has fewer than {dream.TOP} words, too few for dreams"
-        if wanted:
+        if wanted and run.config.dreams:
             raise ValueError(f"{text}; pass a larger --vocab, or --dreams 0")
         run.log.line(f"warning: {text}; going on without")
     return found
@@ -459,9 +459,11 @@ def decoded(books: Tensor, codes: Tensor):
 # ------------------------------------------------------------------------------------------------- references
 
 
-def references(run: Run, bi_encoder: T5) -> dict[str, dict]:
-    """BM25 and the bi-encoder (exact search, later documents added), after each corpus: rows of the results."""
-    evaluations: dict[str, list] = {"bm25": [], "dense": []}
+def references(run: Run, made: Prepared) -> dict[str, dict]:
+    """BM25 and the bi-encoder, after each corpus: rows of the results. `dense` is its exact search, `quantised` that among
+    the vectors that docids stand for.
+    """
+    evaluations: dict[str, list] = {"bm25": [], "dense": [], "quantised": []}
     embeddings = open_embeddings(run, run.corpora)
     for t in range(len(run.corpora)):
         corpora = run.corpora[: t + 1]
@@ -470,13 +472,16 @@ def references(run: Run, bi_encoder: T5) -> dict[str, dict]:
         def by_bm25(texts: list[str], index=index) -> list[Ranking]:
             return [index.top(text, 10) for text in texts]
 
-        def by_bi_encoder(texts: list[str], t=t) -> list[Ranking]:
-            embedded = dense.embed(bi_encoder, data.tokenize(run.tokenizer, texts, run.config.query_length))
-            scores, rows = dense.nearest(embedded, chunks_of(embeddings[: t + 1]), 10, run.device)
+        def by_bi_encoder(texts: list[str], documents: list) -> list[Ranking]:
+            embedded = dense.embed(made.bi_encoder, data.tokenize(run.tokenizer, texts, run.config.query_length))
+            scores, rows = dense.nearest(embedded, documents, 10, run.device)
             return [list(zip(*pair)) for pair in zip(rows.tolist(), scores.tolist())]
 
+        exact = list(chunks_of(embeddings[: t + 1]))
+        quantised = list(decoded(made.books, made.codes[: corpora[-1].rows.stop]))
         evaluations["bm25"].append(scoring.evaluate(corpora, by_bm25))
-        evaluations["dense"].append(scoring.evaluate(corpora, by_bi_encoder))
+        evaluations["dense"].append(scoring.evaluate(corpora, partial(by_bi_encoder, documents=exact)))
+        evaluations["quantised"].append(scoring.evaluate(corpora, partial(by_bi_encoder, documents=quantised)))
     for name, stages in evaluations.items():
         store.write_json(run.folder / f"evaluation_{name}.json", asdict(stages[-1]))
     return {name: scoring.summarise(stages, run.config.seed) for name, stages in evaluations.items()}

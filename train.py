@@ -207,8 +207,11 @@ class LaterCorpus(Training):
         old = dream.choose(ends, self.n_old, self.generator)
         docids = torch.cat([codes[[row for row, _ in pairs]], codes[old]])
         asked, dreamt = run.tokens(pairs[: self.n_plain]), dreams.draw(docids[self.n_plain :], self.generator)
-        width = max(asked.shape[1], dreamt.shape[1])
-        return torch.cat([F.pad(ids, (0, width - ids.shape[1])) for ids in (asked, dreamt)]), docids
+        if config.rehearsal:
+            rng = random.Random(f"{config.seed} rehearsal {self.t}")
+            stored = run.tokens([(row, run.draw(row, rng)) for row in old.tolist()])
+            dreamt = stacked(dreamt[: -self.n_old], stored)
+        return stacked(asked, dreamt), docids
 
     def scan(self) -> None:
         """D_t by the model before it: encoder outputs, router scores, and the teacher states of both KL terms."""
@@ -409,6 +412,12 @@ def measure_dreams(run: Run, model: T5, made: Prepared, stats: list[ood.Stats], 
         ood.measure(stat, scores)
 
 
+def stacked(*parts: Tensor) -> Tensor:
+    """Token ids (n, S) of several batches as one, padded with 0."""
+    width = max(ids.shape[1] for ids in parts)
+    return torch.cat([F.pad(ids, (0, width - ids.shape[1])) for ids in parts])
+
+
 def freeze_old(model: T5) -> None:
     """Leaves the docid table and what was added (the newest experts and router rows, LoRA on attention, or a baseline's
     adapters or prompts) to train, and nothing else.
@@ -471,8 +480,10 @@ def train(asked: Command, log: store.Log, last: int | None = None) -> dict:
         name, checkpoint = f"D{t}", folder / f"D{t}.pt"
         if name in done and checkpoint.exists():
             log.line(f"D{t} is done already")
-            evaluations.append(scoring.Evaluation(**store.read_json(folder / f"evaluation_D{t}.json")))
-            state = None
+            state, path = None, folder / f"evaluation_D{t}.json"
+            if not path.exists() and distributed.is_main_process():
+                store.write_json(path, asdict(scoring.evaluate_after(run, t, run.ready(run.after(t)[0]), codes)))
+            evaluations.append(scoring.Evaluation(**store.read_json(path)))
             continue
         done.records.pop(name, None)  # its checkpoint is gone
         with done.stage(name) as record:
@@ -489,7 +500,7 @@ def train(asked: Command, log: store.Log, last: int | None = None) -> dict:
     peak, references = scoring.peak_memory(), {}
     with done.stage("baselines"):
         if config.baselines and distributed.is_main_process():
-            references = prepare.references(run, bi_encoder)
+            references = prepare.references(run, made)
     if not distributed.is_main_process():
         return {}
     metrics = scoring.summarise(evaluations, config.seed)
