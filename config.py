@@ -24,7 +24,7 @@ AT_LEAST_1 = (
     "width heads feed_forward encoder_blocks decoder_blocks dense_batch negatives layers lora_rank "
     "pseudo_per_document d0_batch batch epochs ewc_samples beam"
 )
-AT_LEAST_2 = "query_length dense_length document_length"  # a text of one token is its </s>
+AT_LEAST_2 = "query_length dense_length document_length dream_words"  # a text of one token is its </s>
 SHARES = "dropout lora_dropout d0_warmup warmup epsilon dream_style"
 
 
@@ -138,6 +138,8 @@ class Config:
     dreams: int = flag(0, "dreams", "pseudo-queries of earlier documents that are made from their docids for each D_t (ours)")
     dream_batch: int = flag(512, "dreams", "dreams beside --batch new queries in a step, a multiple of these (ours)")
     dream_kl: float = flag(2.0, "dreams", "weight of the KL to the previous model on dreams (ours)")
+    dream_words: int = flag(4, "dreams", "words at most of its document in a dream, 2 at least (ours)")
+    dream_noise: int = flag(4, "dreams", "words at most that are drawn by their frequency alone (ours)")
     dream_style: float = flag(0.5, "dreams", "share of D_t's own queries that are dreams of its documents (ours)")
 
     sam_rho: float = flag(0.0, "baselines", "radius of adaptive SAM on D_t (paper: 0.15, DSI++ only)")

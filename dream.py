@@ -26,11 +26,22 @@ CHUNK = 1024  # docids whose inner products with all words are held at a time
 
 
 class Dreams:
-    """Draws bags of words that queries for a document with this docid would hold."""
+    """Draws bags of words that queries for a document with this docid would hold: 2 to `most` of these, and up to `noise`
+    from the tokenizer's prior, without which the model keeps bags of words and forgets queries.
+    """
 
-    def __init__(self, pieces: Tensor, embeddings: Tensor, prior: Tensor, books: Tensor):
+    def __init__(
+        self,
+        pieces: Tensor,
+        embeddings: Tensor,
+        prior: Tensor,
+        books: Tensor,
+        most: int = MOST,
+        noise: int = NOISE,
+    ):
         """pieces (W,) token ids of words, their embeddings (W, D) as queries and log-probabilities (W,); books (M, K, D)."""
         self.pieces, self.embeddings, self.prior, self.books = pieces, embeddings, prior.double().exp(), books
+        self.most, self.noise = most, noise
 
     def words(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """The TOP words of docids (n, M), nearest first: numbers among the pieces, and probabilities, each (n, TOP)."""
@@ -40,32 +51,32 @@ class Dreams:
         return best.indices, p / p.sum(1, keepdim=True)
 
     def draw(self, codes: Tensor, generator: torch.Generator) -> Tensor:
-        """A dream of each docid (n, M): token ids (n, MOST + NOISE + 1), shuffled, with a trailing </s>, padded with 0."""
-        parts = []
+        """A dream of each docid (n, M): token ids (n, most + noise + 1), shuffled, with a trailing </s>, padded with 0."""
+        most, noise, parts = self.most, self.noise, []
         for part in codes.split(CHUNK):
             words, p = self.words(part)
-            own = words.gather(1, torch.multinomial(p, MOST, generator=generator))
-            noise = torch.multinomial(self.prior, len(part) * NOISE, True, generator=generator).view(
-                -1, NOISE
+            own = words.gather(1, torch.multinomial(p, most, generator=generator))
+            others = torch.multinomial(self.prior, len(part) * (noise or 1), True, generator=generator).view(
+                len(part), -1
             )
-            n_own = torch.randint(FEWEST, MOST + 1, (len(part), 1), generator=generator)
-            n_noise = torch.randint(NOISE + 1, (len(part), 1), generator=generator)
-            kept = torch.cat([torch.arange(MOST) < n_own, torch.arange(NOISE) < n_noise], dim=1)
+            n_own = torch.randint(min(FEWEST, most), most + 1, (len(part), 1), generator=generator)
+            n_noise = torch.randint(noise + 1, (len(part), 1), generator=generator)
+            kept = torch.cat([torch.arange(most) < n_own, torch.arange(others.shape[1]) < n_noise], dim=1)
             order = torch.rand(kept.shape, generator=generator).masked_fill(~kept, 2.0).argsort(1)
-            ids = self.pieces[torch.cat([own, noise], dim=1)].masked_fill(~kept, PAD).gather(1, order)
+            ids = self.pieces[torch.cat([own, others], dim=1)].masked_fill(~kept, PAD).gather(1, order)
             ids = torch.cat([ids, ids.new_full((len(ids), 1), PAD)], dim=1)
             parts.append(ids.scatter(1, n_own + n_noise, EOS))
         return torch.cat(parts)
 
 
-def dreams(bi_encoder, tokenizer, books: Tensor) -> Dreams | None:
+def dreams(bi_encoder, tokenizer, books: Tensor, most: int = MOST, noise: int = NOISE) -> Dreams | None:
     """Dreams by this bi-encoder, or None where the tokenizer has fewer words than a docid takes."""
     pieces = word_pieces(tokenizer)
     if len(pieces) < TOP:
         return None
     asked = torch.stack([pieces, torch.full_like(pieces, EOS)], dim=1)
     prior = torch.tensor([tokenizer.get_score(piece) for piece in pieces.tolist()])
-    return Dreams(pieces, dense.embed(bi_encoder, asked, 1024), prior, books)
+    return Dreams(pieces, dense.embed(bi_encoder, asked, 1024), prior, books, most, noise)
 
 
 def word_pieces(tokenizer) -> Tensor:

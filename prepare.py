@@ -395,7 +395,7 @@ def find_dreams(run: Run, bi_encoder: T5, books: Tensor, wanted: bool) -> Dreams
     """Where the settings ask for dreams, what draws them. Too few words: a warning or, if they are `wanted`, ValueError."""
     if not (run.config.dreams or run.config.ood_mode == "pooled"):
         return None
-    found = dreams(bi_encoder, run.tokenizer, books)
+    found = dreams(bi_encoder, run.tokenizer, books, run.config.dream_words, run.config.dream_noise)
     if not found:
         text = f"the tokenizer has fewer than {dream.TOP} words, too few for dreams"
         if wanted and run.config.dreams:
@@ -473,7 +473,9 @@ def references(run: Run, made: Prepared) -> dict[str, dict]:
             return [index.top(text, 10) for text in texts]
 
         def by_bi_encoder(texts: list[str], documents: list) -> list[Ranking]:
-            embedded = dense.embed(made.bi_encoder, data.tokenize(run.tokenizer, texts, run.config.query_length))
+            embedded = dense.embed(
+                made.bi_encoder, data.tokenize(run.tokenizer, texts, run.config.query_length)
+            )
             scores, rows = dense.nearest(embedded, documents, 10, run.device)
             return [list(zip(*pair)) for pair in zip(rows.tolist(), scores.tolist())]
 
@@ -481,7 +483,9 @@ def references(run: Run, made: Prepared) -> dict[str, dict]:
         quantised = list(decoded(made.books, made.codes[: corpora[-1].rows.stop]))
         evaluations["bm25"].append(scoring.evaluate(corpora, by_bm25))
         evaluations["dense"].append(scoring.evaluate(corpora, partial(by_bi_encoder, documents=exact)))
-        evaluations["quantised"].append(scoring.evaluate(corpora, partial(by_bi_encoder, documents=quantised)))
+        evaluations["quantised"].append(
+            scoring.evaluate(corpora, partial(by_bi_encoder, documents=quantised))
+        )
     for name, stages in evaluations.items():
         store.write_json(run.folder / f"evaluation_{name}.json", asdict(stages[-1]))
     return {name: scoring.summarise(stages, run.config.seed) for name, stages in evaluations.items()}
