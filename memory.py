@@ -55,15 +55,15 @@ def mixture(config, t: int) -> MixConfig | None:
 
 def trained_experts(config, t: int) -> int:
     """Of each mixed layer on D_t: all of the first mixture, then a new one, the newest (--evolve) or none."""
-    mix, before = mixture(config, t), mixture(config, t - 1) if t else None
+    mix, before = mixture(config, t), mixture(config, t - 1)
     if not mix or not before or config.expand == "fixed":
         return mix.experts if mix else 0
     return max(mix.experts - before.experts, int(config.evolve))
 
 
-def attention_parameters(config, net: T5Config) -> int:
+def attention_parameters(config, net: T5Config, t: int) -> int:
     """Of LoRA on the attention to the query of every decoder block, which is there from D_1 on."""
-    return net.decoder_blocks * 4 * config.attention_rank * (net.width + net.heads * net.head_width)
+    return (t > 0) * net.decoder_blocks * 4 * config.attention_rank * (net.width + net.heads * net.head_width)
 
 
 def dreams_each(config, t: int) -> int:
@@ -145,7 +145,7 @@ def stages(config, workload: Workload):
     for t in range(len(workload.documents)):
         mix, old, kl = mixture(config, t), dreams_each(config, t), t and config.kl_coef > 0
         parts, whole = parameters(net, mix), t == 0 or not config.mixture
-        attention = attention_parameters(config, net) if t else 0
+        attention = attention_parameters(config, net, t)
         n = sum(parts.values()) + attention
         newest = parts["mixture"] * trained_experts(config, t) // mix.experts if mix else 0
         trains = n - bool(mix) * parts["words"] if whole else parts["docids"] + newest + attention

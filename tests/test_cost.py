@@ -16,7 +16,7 @@ import scan
 import train
 from config import METHODS, PRESETS, Config
 from losses import docid_cross_entropy, kl_to_previous
-from mixlora import MixConfig, add_mixture, mixed_layers
+from mixlora import MixConfig, add_attention_lora, add_mixture, mixed_layers
 from search import beam_search
 from t5 import T5, T5Config, segment_logits
 from tools import cost
@@ -188,36 +188,67 @@ def test_a_batch_that_is_cut_is_embedded_once_more_and_compared_as_a_whole():
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("expand", ["always", "never"])
-@pytest.mark.parametrize("kl_old", [0.0, 0.3])
-def test_continual_step_flops_are_those_that_torch_counts(expand, kl_old, recompute):
-    """Everything rests but docid table and newest experts. Router losses, D per token, are left out."""
-    config = small_settings(expand=expand, kl_old_coef=kl_old, recompute=recompute)
-    net = memory.network(config)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(expand="always"),
+        dict(expand="never"),
+        dict(expand="never", evolve=True),
+        dict(expand="always", dreams=9),
+        dict(expand="never", attention_rank=3),
+        dict(expand="never", evolve=True, dreams=9, attention_rank=3),
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_continual_step_flops_are_those_that_torch_counts(changes, recompute):
+    """Everything rests but docid table, newest experts and LoRA on attention; two dreams stand beside each new query.
+    Router losses, D per token, are left out.
+    """
+    config = small_settings(batch=B, dream_batch=2 * B, recompute=recompute, **changes)
+    net, rank = memory.network(config), config.attention_rank
     model = small_model(MixConfig(layers=2, experts=2, rank=4), net).train()
     for layer in mixed_layers(model):
-        layer.add_expert() if expand == "always" else layer.freeze_all()
+        layer.add_expert() if config.expand == "always" else layer.freeze(but=int(config.evolve))
+    if rank:
+        add_attention_lora(model, rank)
     train.freeze_old(model)
     model.recompute = recompute
+    n = 3 * B if config.dreams else B
     with torch.no_grad():
-        source, padding = model.encode(queries())
-    before, rq_before = torch.randn(B, net.codebooks, net.width), model.rq.detach().clone()
+        source, padding = model.encode(queries(batch=n))
+    before, rq_before = torch.randn(n, net.codebooks, net.width), model.rq.detach().clone()
 
     def step():
-        cross, both = (
-            model.cross_keys_values(source),
-            torch.stack([docids(), docids().flip(0)], 1).flatten(0, 1),
-        )
-        hidden, _ = model.docid_hidden(cross, padding, both if kl_old else docids())
+        cross = source if rank else model.cross_keys_values(source)
+        hidden, _ = model.docid_hidden(cross, padding, docids(n))
         logits = segment_logits(hidden, model.rq)
-        own, old = (logits[::2], logits[1::2]) if kl_old else (logits, None)
-        loss = docid_cross_entropy(model, None, docids(), config.mask, own)
-        loss = loss + kl_to_previous(own, segment_logits(before, rq_before), "sum")
-        if kl_old:
-            loss = loss + kl_to_previous(old, segment_logits(before, rq_before), "sum")
+        loss = docid_cross_entropy(model, None, docids(), config.mask, logits[:B])
+        for of in (slice(B), slice(B, n)):  # new queries, dreams
+            if len(before[of]):
+                loss = loss + kl_to_previous(logits[of], segment_logits(before[of], rq_before), "sum")
         loss.backward()
 
     assert cost.docid_step(config, net, 1, B, S) == counted(step)
+
+
+def test_a_step_of_dream_encodes_all_queries_and_dreams_without_their_padding():
+    """All weights train on B padded queries and as many dreams; new queries have no KL."""
+    config = small_settings(mixture=False, kl_coef=0.0, dreams=9, dream_batch=B, batch=B)
+    net = memory.network(config)
+    model, ids = (
+        small_model(net=net).train(),
+        torch.cat([padded_queries(), queries(3, B).repeat(1, 3)[:, :S]]),
+    )
+    ids[B:, 3:] = 0
+    before, rq_before = torch.randn(B, net.codebooks, net.width), model.rq.detach().clone()
+
+    def step():
+        hidden, _ = model.docid_hidden(*model.encode(ids), docids(2 * B))
+        logits = segment_logits(hidden, model.rq)
+        loss = docid_cross_entropy(model, None, docids(), config.mask, logits[:B])
+        (loss + kl_to_previous(logits[B:], segment_logits(before, rq_before), "sum")).backward()
+
+    assert cost.docid_step(config, net, 1, B, S, 4) == counted(step)
 
 
 def test_the_first_mixture_of_pt_trains_all_its_experts():
@@ -237,12 +268,16 @@ def test_the_first_mixture_of_pt_trains_all_its_experts():
 
 
 @pytest.mark.parametrize("beam", [5, 20])  # one below K, one above
-@pytest.mark.parametrize("mix", [None, MIX])
-def test_beam_search_flops_are_those_that_torch_counts(mix, beam):
+@pytest.mark.parametrize("mix, rank", [(None, 0), (MIX, 0), (MIX, 3)])
+def test_beam_search_flops_are_those_that_torch_counts(mix, rank, beam):
     model = small_model(mix).eval().requires_grad_(False)
+    if rank:
+        add_attention_lora(model, rank)
+        model.requires_grad_(False)
+    lora = memory.attention_parameters(small_settings(attention_rank=rank), NET, 1)
     every = torch.cartesian_prod(*[torch.arange(NET.centroids)] * NET.codebooks)  # so that all beams are live
     trie = rq.Trie(every)
-    assert cost.beam_search(NET, mix, B, S, beam) == counted(
+    assert cost.beam_search(NET, mix, B, S, beam, lora) == counted(
         lambda: beam_search(model, trie, queries(), beam)
     )
 
@@ -354,20 +389,60 @@ def test_methods_without_a_mixture_scan_nothing():
     assert ("scans", 0) not in pt and ("scans", 1) in pt
 
 
-def test_scans_encode_each_query_once(monkeypatch):
-    monkeypatch.setattr(train, "CONTROL_QUERIES", 500)
-    monkeypatch.setattr(train, "CALIBRATION_QUERIES", 700)
-    config = settings(kl_old_coef=0.3)
-    stages, net, n = costs_by_stage(config), memory.network(config), 41_136  # pseudo-queries of D_2
+def test_a_scan_by_a_model_with_lora_is_what_torch_counts():
+    config = small_settings(attention_rank=3)
+    net = memory.network(config)
+    model = small_model(memory.mixture(config, 1), net).eval()
+    add_attention_lora(model, 3)
+    with torch.no_grad():
+        flops = counted(lambda: scan.scan(model, scan.SourceCache(model, queries(cost.QUERY)), docids()))
+    assert cost.scan(config, net, 1, B, 0) == flops
 
-    def parts(t: int) -> tuple[int, int]:
-        products = cost.products(net, memory.mixture(config, t), 1, 10, 8)
-        return products.pop("encoder"), sum(products.values())
 
-    (encoder, first), (_, before), (_, after) = map(parts, range(3))
-    assert stages["scans", 0].flops == 700 * (encoder + first)
-    # twice by the model before, of new and of old docids, and once by the one after; the control by the one before
-    assert stages["scans", 2].flops == (n + 500) * encoder + (2 * n + 500) * before + n * after
+def test_scans_encode_each_query_and_each_dream_once(monkeypatch):
+    """D_2's 41,136 pseudo-queries, half of them dreams, and 20,000 dreams; beside them each model's own scale."""
+    monkeypatch.setattr(train, "FRESH_QUERIES", 2_743 * 2 + 9)  # twice each document, evenly
+    monkeypatch.setattr(train, "YARDSTICK", 700)
+    config = settings(dreams=20_000, ood_mode="pooled")
+    stages, net = costs_by_stage(config), memory.network(config)
+
+    def flops(t: int, asked: int, dreamt: int) -> float:
+        each = [
+            sum(cost.products(net, memory.mixture(config, t), 1, length, 8).values()) for length in (10, 6)
+        ]
+        return asked * each[0] + dreamt * each[1]
+
+    assert stages["scans", 0].flops == flops(0, 2_743 * 2 + 9, 700)
+    before = flops(1, 20_568, 20_568 + 20_000 + 700)
+    assert stages["scans", 2].flops == before + flops(2, 2_743 * 2, 700)
+    bare = costs_by_stage(settings())["scans", 2]
+    assert bare.flops == flops(1, 41_136, 0) + flops(2, 2_743 * 2, 0)
+
+
+def test_queries_and_dreams_of_a_batch_of_dream_share_their_padding():
+    """R = 16: of 17 texts one is a query, half of which are dreams: (10 + 6) / 2 tokens and 16 times 6."""
+    config = settings(**METHODS["dream"] | dict(batch=32))
+    net, stages = memory.network(config), costs_by_stage(config)
+    step = cost.docid_step(config, net, 1, 32, 20, (8 + 16 * 6) / 17)
+    assert stages["training", 1].flops == stages["training", 1].steps * step
+    assert ("scans", 1) in stages and ("scans", 0) not in stages
+
+
+def test_general_text_is_embedded_mined_and_quantised_with_d0_in_place_of_fragments():
+    n, bare, general = (
+        7_128,
+        costs_by_stage(settings(d0_fragments=2)),
+        costs_by_stage(settings(general="boolq")),
+    )
+    net, d0 = memory.network(settings()), 98_743
+    embedded = cost.embedding(net, 1, 256)
+    difference = general["document embeddings", None].flops - bare["document embeddings", None].flops
+    assert difference == (n - 2 * d0) * embedded
+    mined, queries = general["mining", None].flops - bare["mining", None].flops, 276_493
+    products = 2 * 768 * ((queries + n) * (d0 + n) - queries * d0)
+    assert mined == n * (embedded + cost.embedding(net, 1, 10)) + products
+    quantised = cost.quantiser(net, rq.BEAM, d0 + n, 109_715 + n)
+    assert general["codebooks and docids", None].flops == quantised
 
 
 def test_stages_that_a_run_skips_are_left_out():
@@ -386,8 +461,8 @@ def test_precision_and_device_of_this_machine_change_nothing():
 
 
 def test_batches_are_those_of_the_code():
-    default = {f: inspect.signature(f).parameters["batch"].default for f in (scan.scan, dense.embed)}
-    assert default == {scan.scan: memory.SCAN_BATCH, dense.embed: memory.EMBED_BATCH}
+    embedded = inspect.signature(dense.embed).parameters["batch"].default
+    assert (scan.BATCH, embedded) == (memory.SCAN_BATCH, memory.EMBED_BATCH)
 
 
 def test_the_command_prints_the_table_and_reads_nothing(capsys):
@@ -406,6 +481,7 @@ def test_the_command_prints_the_table_and_reads_nothing(capsys):
     [
         ([], "nq320k or msmarco, not --data boolq"),
         (["--data", "nq320k", "--method", "dsi++"], "counts no dsi\\+\\+"),
+        (["--data", "nq320k", "--general", "texts"], "--general boolq alone, not of texts"),
     ],
 )
 def test_the_command_names_what_it_does_not_count(flags, said):

@@ -19,13 +19,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import command
+import dream
 import memory
 import rq
 import search
 import train
 from config import parse
 from dense import teacher_of_round
-from memory import Stage, Workload, kept, logits, mixture, network, parameters
+from memory import Stage, Workload, attention_parameters, kept, logits, mixture, network, parameters
 from mixlora import MixConfig
 from published import BENCHMARKS
 from t5 import T5Config
@@ -34,6 +35,8 @@ from t5 import T5Config
 # both (8), AdamW reads parameter, gradient and two moments (16) and writes all but the gradient (12).
 OPTIMISER_TRAFFIC = 44
 QUERY = 10  # tokens of a short question on average
+DREAM = (dream.FEWEST + dream.MOST + dream.NOISE) / 2 + 1  # of a dream
+GENERAL = {"": 0, "boolq": 7_128}  # documents of general text, taken to be as long as the benchmark's
 WORKLOADS = {  # with mean lengths that we assume
     "nq320k": Workload(BENCHMARKS["nq320k"].documents, 256),  # pages, longer than what is indexed
     "msmarco": Workload(BENCHMARKS["msmarco"].documents, 75),  # passages
@@ -111,15 +114,33 @@ def embedding(net: T5Config, batch: int, source: int) -> int:
     return sum(products(net, None, batch, source, 1).values())
 
 
-def beam_search(net: T5Config, mix: MixConfig | None, batch: int, source: int, beam: int) -> int:
-    """search.beam_search: M steps of cached decoding, with K logits for each live beam."""
-    flops = 0
+def beam_search(net: T5Config, mix: MixConfig | None, batch: int, source: int, beam: int, lora=0) -> int:
+    """search.beam_search: M steps of cached decoding, with K logits for each live beam.
+
+    `lora`: parameters of LoRA on attention. W + B A is formed of keys and values once, of W_q and W_o in every step.
+    """
+    flops = math.ceil(batch / search.BATCH) * (1 + net.codebooks) * formed(net, lora) // 2
     for m in range(net.codebooks):
         live = min(beam, net.centroids**m)
         parts = products(net, mix, batch, source, live, keys=m + 1)
         if m > 0:  # the source is encoded once
             parts |= {"encoder": 0, "keys_values": 0}
         flops += sum(parts.values()) + 2 * batch * live * net.centroids * net.width
+    return flops
+
+
+def formed(net: T5Config, lora: int) -> int:
+    """B A of each block's four matrices that attend to the query: 2 r D I each, by the number r (D + I) of parameters."""
+    inner = net.heads * net.head_width
+    return 2 * lora * net.width * inner // (net.width + inner)
+
+
+def scan(config, net: T5Config, t: int, queries: int, dreams: int) -> int:
+    """The model after D_t encodes queries and dreams, and decodes their docids."""
+    batches = math.ceil((queries + dreams) / memory.SCAN_BATCH)
+    flops = batches * formed(net, attention_parameters(config, net, t))
+    for texts, tokens in (queries, query_lengths(config)[0]), (dreams, DREAM):
+        flops += sum(products(net, mixture(config, t), texts, tokens, net.codebooks).values())
     return flops
 
 
@@ -149,30 +170,34 @@ def dense_step(config, net: T5Config, windows: int, query: tuple, window: tuple)
 
 
 def docid_step(config, net: T5Config, t: int, batch: int, source: int, tokens=0) -> int:
-    """A step of D_t: B queries of S tokens, `tokens` of them no padding on average (all if 0), M docid positions.
+    """A step of D_t: B new queries and R dreams beside each, of S tokens, `tokens` of them no padding on average (all
+    if 0), M docid positions.
 
-    D_0 and BASE train encoder and decoder; words at rest save nothing, since dx must reach the first norm.
-    Later corpora run no encoder. Their docid table feeds the decoder, so dx runs through every block, but
+    D_0 and methods without a mixture train encoder and decoder; words at rest save nothing, since dx must reach the
+    first norm. On D_t a mixture runs no encoder. Its docid table feeds the decoder, so dx runs through every block, but
     frozen weights have no dW: one product backward, not two. Self-attention multiplies x by x and keeps two;
     the source is constant, so cross-attention keeps one. Old and new experts are stacked: dW is computed for all
-    of them, unless none is new.
+    of them, unless none trains. LoRA on the attention to the query makes it take dW too, and keys and values unformed.
     """
-    old = t > 0 and config.kl_old_coef > 0  # a second pass, along docids of earlier corpora
-    passes, divergences = 1 + old, old + (t > 0 and config.kl_coef > 0)
+    rows, divergences = batch * (1 + memory.dreams_each(config, t)), t > 0 and config.kl_coef > 0
     # Logits: forward, backward. On D_t all terms share a position's, and each KL has the previous model's.
-    rows = 3 * logits(net, config.mask) * (t == 0 or config.mask != "segment")
-    rows += (t > 0) * (3 * passes + divergences) * logits(net)
-    loss = 2 * batch * net.width * rows
-    mix, grown = mixture(config, t), mixture(config, t) != mixture(config, t - 1)
-    resting = t > 0 and config.mixture
-    parts = products(net, mix, batch, source, net.codebooks, tokens, keys=resting * net.codebooks)
-    once = parts.pop("keys_values")  # of the source, for all passes
+    scores = 3 * batch * logits(net, config.mask) * (t == 0 or config.mask != "segment")
+    scores += (t > 0) * (3 * rows + divergences * batch + rows - batch) * logits(net)
+    mix, lora = mixture(config, t), attention_parameters(config, net, t)
+    resting, inner = t > 0 and config.mixture, net.heads * net.head_width
+    keys = net.codebooks * (resting and not lora)
+    parts = products(net, mix, rows, source, net.codebooks, tokens, keys=keys)
+    once, adapted = parts.pop("keys_values"), formed(net, lora)  # of the source
     if resting:
         parts["encoder"] = 0
-        backward = parts["decoder"] + parts["cross"] + 2 * parts["self"] + (1 + grown) * parts["experts"]
+        backward = parts["decoder"] + parts["cross"] + 2 * parts["self"]
+        backward += (1 + (memory.trained_experts(config, t) > 0)) * parts["experts"]
+        if lora:
+            backward += 2 * rows * net.codebooks * net.decoder_blocks * 4 * net.width * inner + 2 * adapted
     else:
         backward = 2 * sum(parts.values())
-    return once + passes * ((1 + config.recompute) * sum(parts.values()) + backward) + loss
+    forward = sum(parts.values()) + adapted
+    return once + (1 + config.recompute) * forward + backward + 2 * net.width * scores
 
 
 # ------------------------------------------------------------------------------------------------- the stages
@@ -188,7 +213,8 @@ def costs_once(config, held: dict) -> Iterator[Cost]:
     net, counts, tokens = network(config), BENCHMARKS[config.data], WORKLOADS[config.data].tokens
     query, longest = query_lengths(config)
     document, window = min(tokens, config.document_length), min(tokens, config.dense_length)
-    d0, texts = counts.documents[0], sum(counts.documents) + config.d0_fragments * counts.documents[0]
+    d0, general = counts.documents[0], GENERAL[config.general]
+    first, texts = d0 + general, sum(counts.documents) + (general or config.d0_fragments * d0)
     rounds = config.dense_rounds * config.dense_steps
     for stage, steps, windows in ("dense warm-up", config.dense_warmup_steps, 1), ("dense rounds", rounds, 2):
         if steps:
@@ -197,15 +223,16 @@ def costs_once(config, held: dict) -> Iterator[Cost]:
 
     later = range(2, config.dense_rounds + 1)  # rounds that may rank all queries against all of D_0
     mined = sum(not teacher_of_round(config.teacher, number) for number in later)
-    queries = counts.annotated + config.dense_pseudo * d0
-    flops = mined * queries * (embedding(net, 1, query) + 2 * d0 * net.width)
-    flops += mined * d0 * embedding(net, 1, document)
+    queries = counts.annotated + config.dense_pseudo * d0 + general
+    flops = mined * queries * (embedding(net, 1, query) + 2 * first * net.width)
+    flops += mined * first * embedding(net, 1, document)
     stage, made = held["document embeddings", None][0], kept(net, None, document, 1)
-    yield inference(replace(stage, name="mining"), flops, mined * d0, memory.EMBED_BATCH, made, rate="bf16")
+    mining = replace(stage, name="mining")
+    yield inference(mining, flops, mined * first, memory.EMBED_BATCH, made, rate="bf16")
     flops = texts * embedding(net, 1, document) + config.rq_pseudo * d0 * embedding(net, 1, query)
     yield inference(stage, flops, texts, memory.EMBED_BATCH, made)
 
-    points = min(d0 * (1 + config.rq_pseudo), max(rq.POINTS_PER_CENTROID * net.centroids, rq.MOST_POINTS))
+    points = min(d0 * config.rq_pseudo + first, max(rq.POINTS_PER_CENTROID * net.centroids, rq.MOST_POINTS))
     flops = 0 if config.docids else quantiser(net, rq.BEAM, points, texts)
     distances = flops / (2 * net.centroids * net.width)  # of a point to K centroids, written and read
     traffic = distances * 4 * (net.width + 2 * net.centroids)
@@ -213,27 +240,29 @@ def costs_once(config, held: dict) -> Iterator[Cost]:
 
 
 def costs_of_corpus(config, held: dict, t: int) -> Iterator[Cost]:
-    """Training on D_t; scans before it (OOD, KL) and after it (calibration); evaluation on D_0..D_t."""
+    """Training on D_t; scans by the model before it and by the one after it; evaluation on D_0..D_t."""
     net, counts, M = network(config), BENCHMARKS[config.data], config.M
-    mix, before, queries = mixture(config, t), mixture(config, t - 1), counts.pseudo_queries[t]
-    query, longest = query_lengths(config)
+    mix, queries, (query, longest) = mixture(config, t), counts.pseudo_queries[t], query_lengths(config)
     batch, steps = (config.batch, config.steps) if t else (config.d0_batch, config.d0_steps)
     steps = steps if steps or t == 0 else math.ceil(config.epochs * queries / batch)
-    flops = docid_step(config, net, t, batch, longest, query)
+    old, each = config.dreams * (t > 0), memory.dreams_each(config, t)
+    styled = int(config.dream_style * queries) * (old > 0)  # of D_t's own queries are dreams too
+    tokens = (query + styled / queries * (DREAM - query) + each * DREAM) / (1 + each)
+    longest = max(longest, memory.LONGEST_DREAM) if old else longest
+    flops = docid_step(config, net, t, batch, longest, tokens)
     yield training(config, *held["training", t], steps, batch, flops)
 
-    if mix:
-        control = train.CONTROL_QUERIES if before else 0  # of D_{t-1}, as D_t's own by the model before D_t,
-        settled = queries if t else min(queries, train.CALIBRATION_QUERIES)  # and these by the one after it
-        teachers = (t > 0) * (1 + (config.kl_old_coef > 0)) * queries
-        old, new = products(net, before, 1, query, M), products(net, mix, 1, query, M)
-        flops = (settled + control) * new.pop("encoder") + settled * sum(new.values())
-        flops += (teachers + control) * (sum(old.values()) - old["encoder"])
-        texts = teachers + control + settled  # bytes at most: as if each were encoded
+    if ("scans", t) in held:
+        yardstick = train.YARDSTICK * (config.ood_mode == "pooled")
+        fresh = counts.documents[t] * (train.FRESH_QUERIES // counts.documents[t]) or train.FRESH_QUERIES
+        before = queries - styled, styled + old + yardstick * bool(mixture(config, t - 1))
+        scans = [(t - 1, *before)] * (t > 0) + [(t, fresh, yardstick)] * bool(mix)
+        flops, texts = sum(scan(config, net, *one) for one in scans), sum(n + m for _, n, m in scans)
         yield inference(held["scans", t][0], flops, texts, memory.SCAN_BATCH, kept(net, mix, query, M))
 
-    tests = sum(counts.test_queries[: t + 1])
-    flops, made = beam_search(net, mix, tests, query, config.beam), kept(net, mix, query, config.beam * M)
+    tests, lora = sum(counts.test_queries[: t + 1]), attention_parameters(config, net, t)
+    flops = beam_search(net, mix, tests, query, config.beam, lora)
+    made = kept(net, mix, query, config.beam * M)
     yield inference(held["evaluation", t][0], flops, tests, search.BATCH, made)
 
 
@@ -252,7 +281,7 @@ def inference(held: Stage, flops: float, texts: int, batch: int, made: int, rate
 
 def costs(config) -> list[Cost]:
     """What each stage of a run takes."""
-    workload = WORKLOADS[config.data]
+    workload = WORKLOADS[config.data]._replace(general=GENERAL[config.general])
     both = zip(memory.stages(config, workload), memory.stages(replace(config, recompute=False), workload))
     held = {(stage.name, stage.t): (stage, whole.activations) for stage, whole in both}
     stages = list(costs_once(config, held))
@@ -295,12 +324,13 @@ def assumptions(config) -> list[str]:
     return [
         "assumptions", *rates,
         "  hours: the slower of products and traffic; launches, host and disk take none",
-        "  products: of matrices; no tokenisation, BM25, cross-encoder or baselines; k-means as if on the accelerator",
+        "  products: of matrices; no tokenisation, BM25, cross-encoder, baselines or words of dreams; k-means as if on the "
+        "accelerator",
         "  precision: training and mining in bfloat16 whatever --precision says, the rest in TF32",
         f"  network: {config.encoder_blocks} + {config.decoder_blocks} blocks of width {config.width}, by the flags, not by --t5",
         "  growth: every mixed layer at every corpus, an upper bound; none with --expand never",
-        f"  tokens: a query {query} on average, {longest} when padded, an indexed document {document} on average, a "
-        f"window of dense training at most {config.dense_length}",
+        f"  tokens: a query {query} on average, {longest} when padded, a dream {DREAM:g}, an indexed document {document} "
+        f"on average, a window of dense training at most {config.dense_length}",
         "  padding: the encoder leaves it out; bytes and cross-attention do not",
         "  traffic: weights once per pass, activations written and read once, the optimiser; about",
         f"  memory: micro-batch {config.micro_batch or 'as the batch'}, activations "
@@ -314,6 +344,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"tools.cost counts --data {' or '.join(WORKLOADS)}, not --data {config.data}")
     if config.method in UNCOUNTED:
         raise ValueError(f"tools.cost counts no {config.method}; take --method base or mixlora-dsi")
+    if config.general not in GENERAL:
+        raise ValueError(f"tools.cost knows the size of --general boolq alone, not of {config.general}")
     print(table(config))
 
 
