@@ -15,14 +15,12 @@ import torch
 
 import rq
 import search
-from dream import MOST, NOISE
 from mixlora import MixConfig, expert_parameters
 from t5 import T5Config
 
 LONGEST_QUERY = 20  # tokens, to which a batch of short questions is padded
 SCAN_BATCH, EMBED_BATCH = 512, 64  # texts together in scan.scan and dense.embed
 LSA_PAIR = 80  # measured bytes of a document and a piece in it: 20 of the sparse matrix, work of its products
-LONGEST_DREAM = MOST + NOISE + 1  # tokens
 # documents of each of D_0..D_T, tokens of one, documents of general text
 Workload = namedtuple("Workload", "documents tokens general", defaults=[0])
 
@@ -80,6 +78,11 @@ def parameters(net: T5Config, mix: MixConfig | None = None) -> dict[str, int]:
     if mix:  # experts and their router rows
         parts["mixture"] = mix.layers * mix.experts * (expert_parameters(D, net.feed_forward, mix.rank) + D)
     return parts | {"blocks": net.encoder_blocks * encoder + net.decoder_blocks * decoder + ends}
+
+
+def longest_dream(config) -> int:
+    """Tokens, its </s> too."""
+    return config.dream_words + config.dream_noise + 1
 
 
 def kept(net, mix, source: int, target: int, encode=True, recompute=False, tokens=0) -> int:
@@ -150,8 +153,11 @@ def stages(config, workload: Workload):
         newest = parts["mixture"] * trained_experts(config, t) // mix.experts if mix else 0
         trains = n - bool(mix) * parts["words"] if whole else parts["docids"] + newest + attention
         scores = logits(net, config.mask) + 2 * (old + kl) * logits(net)  # a KL has the previous model's too
-        padded = max(query, LONGEST_DREAM) if old else query  # dreams share a batch with queries
-        asked, dreamt = (kept(net, mix, padded, config.M, whole, again, m) for m in (query, LONGEST_DREAM))
+        padded = max(query, longest_dream(config)) if old else query  # dreams share a batch with queries
+        asked, dreamt = (
+            kept(net, mix, padded, config.M, whole, again, tokens)
+            for tokens in (query, longest_dream(config))
+        )
         example = 14 * scores + asked + old * dreamt
         copies = 2 * max(0, t - (not config.ewc_protect_d0)) if config.ewc else 0  # EWC's F and theta
         copies += t > 0 and config.sam_rho > 0  # the values before SAM climbs

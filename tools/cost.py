@@ -35,7 +35,6 @@ from t5 import T5Config
 # both (8), AdamW reads parameter, gradient and two moments (16) and writes all but the gradient (12).
 OPTIMISER_TRAFFIC = 44
 QUERY = 10  # tokens of a short question on average
-DREAM = (dream.FEWEST + dream.MOST + dream.NOISE) / 2 + 1  # of a dream
 GENERAL = {"": 0, "boolq": 7_128}  # documents of general text, taken to be as long as the benchmark's
 WORKLOADS = {  # with mean lengths that we assume
     "nq320k": Workload(BENCHMARKS["nq320k"].documents, 256),  # pages, longer than what is indexed
@@ -139,7 +138,7 @@ def scan(config, net: T5Config, t: int, queries: int, dreams: int) -> int:
     """The model after D_t encodes queries and dreams, and decodes their docids."""
     batches = math.ceil((queries + dreams) / memory.SCAN_BATCH)
     flops = batches * formed(net, attention_parameters(config, net, t))
-    for texts, tokens in (queries, query_lengths(config)[0]), (dreams, DREAM):
+    for texts, tokens in (queries, query_lengths(config)[0]), (dreams, tokens_of_dream(config)):
         flops += sum(products(net, mixture(config, t), texts, tokens, net.codebooks).values())
     return flops
 
@@ -208,6 +207,11 @@ def query_lengths(config) -> tuple[int, int]:
     return min(QUERY, config.query_length), min(memory.LONGEST_QUERY, config.query_length)
 
 
+def tokens_of_dream(config) -> float:
+    """Of a dream on average, its </s> too."""
+    return (dream.FEWEST + config.dream_words + config.dream_noise) / 2 + 1
+
+
 def costs_once(config, held: dict) -> Iterator[Cost]:
     """What comes once: the bi-encoder, the mining of its negatives, embeddings and docids of documents."""
     net, counts, tokens = network(config), BENCHMARKS[config.data], WORKLOADS[config.data].tokens
@@ -245,10 +249,10 @@ def costs_of_corpus(config, held: dict, t: int) -> Iterator[Cost]:
     mix, queries, (query, longest) = mixture(config, t), counts.pseudo_queries[t], query_lengths(config)
     batch, steps = (config.batch, config.steps) if t else (config.d0_batch, config.d0_steps)
     steps = steps if steps or t == 0 else math.ceil(config.epochs * queries / batch)
-    old, each = config.dreams * (t > 0), memory.dreams_each(config, t)
+    old, each, dreamt = config.dreams * (t > 0), memory.dreams_each(config, t), tokens_of_dream(config)
     styled = int(config.dream_style * queries) * (old > 0)  # of D_t's own queries are dreams too
-    tokens = (query + styled / queries * (DREAM - query) + each * DREAM) / (1 + each)
-    longest = max(longest, memory.LONGEST_DREAM) if old else longest
+    tokens = (query + styled / queries * (dreamt - query) + each * dreamt) / (1 + each)
+    longest = max(longest, memory.longest_dream(config)) if old else longest
     flops = docid_step(config, net, t, batch, longest, tokens)
     yield training(config, *held["training", t], steps, batch, flops)
 
@@ -329,7 +333,7 @@ def assumptions(config) -> list[str]:
         "  precision: training and mining in bfloat16 whatever --precision says, the rest in TF32",
         f"  network: {config.encoder_blocks} + {config.decoder_blocks} blocks of width {config.width}, by the flags, not by --t5",
         "  growth: every mixed layer at every corpus, an upper bound; none with --expand never",
-        f"  tokens: a query {query} on average, {longest} when padded, a dream {DREAM:g}, an indexed document {document} "
+        f"  tokens: a query {query} on average, {longest} when padded, a dream {tokens_of_dream(config):g}, an indexed document {document} "
         f"on average, a window of dense training at most {config.dense_length}",
         "  padding: the encoder leaves it out; bytes and cross-attention do not",
         "  traffic: weights once per pass, activations written and read once, the optimiser; about",

@@ -1,0 +1,66 @@
+"""What a run dreams: documents' titles, and beside them pseudo-queries that are made from their docids alone.
+
+    python -m tools.dreams RUN [ID ...] [--seed 0]
+
+Paper    none, dreams are ours (dream.py)
+In       a run folder: bi-encoder, codebooks, docids and tokenizer; titles are shown, not read by the dreams
+Out      for each document its id, docid and title, and COUNT dreams as text
+Next     nobody; where the dreams have nothing to do with the titles, the run will forget (tools.doctor says how much)
+Differs  nothing: it is not in the released code
+"""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import command
+import dream
+import store
+from data import EOS, PAD
+
+DOCUMENTS, COUNT = 10, 5  # documents that are drawn where none is named, dreams of each
+
+
+def dreams_of(run: store.LoadedRun, rows: list[int], seed: int) -> Iterator[tuple[int, list[str]]]:
+    """The documents in these rows of the stream, each with its dreams."""
+    bi_encoder, books = store.load_model(run.folder / "dense.pt")[0], store.read_tensors(run.folder / "rq.pt")
+    sizes, generator = (
+        (run.config["dream_words"], run.config["dream_noise"]),
+        torch.Generator().manual_seed(seed),
+    )
+    drawer = dream.dreams(bi_encoder, run.tokenizer, books, *sizes)
+    if drawer is None:
+        raise ValueError(f"{run.folder}: its tokenizer has fewer than {dream.TOP} words, too few for dreams")
+    for row in rows:
+        drawn = drawer.draw(run.docids[[row] * COUNT], generator).tolist()
+        yield row, [run.tokenizer.decode([i for i in ids if i not in (PAD, EOS)]) for ids in drawn]
+
+
+def rows_of(run: store.LoadedRun, ids: list[str], seed: int) -> list[int]:
+    """The rows of the documents of these ids, or of some that are drawn. ValueError names ids that the run lacks."""
+    if not ids:
+        return random.Random(seed).sample(range(len(run.ids)), min(DOCUMENTS, len(run.ids)))
+    row_of = {doc_id: row for row, doc_id in enumerate(run.ids) if doc_id in ids}
+    if unknown := [doc_id for doc_id in ids if doc_id not in row_of]:
+        raise ValueError(
+            f"{run.folder}: has no document {', '.join(unknown)}; doc_ids.txt lists those it has"
+        )
+    return [row_of[doc_id] for doc_id in ids]
+
+
+def main(argv: list[str]) -> None:
+    parser = command.Parser(description="Show what a run dreams of its documents.")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("ids", nargs="*", metavar="ID", help=f"documents (default: {DOCUMENTS} drawn ones)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    args = parser.parse_args(argv)
+    run = store.LoadedRun(args.run)
+    for row, texts in dreams_of(run, rows_of(run, args.ids, args.seed), args.seed):
+        print(f"{run.ids[row]}  {run.headline(row)}  {'-'.join(map(str, run.docids[row].tolist()))}")
+        print("".join(f"    {text}\n" for text in texts), end="", flush=True)
+
+
+if __name__ == "__main__":
+    command.run(main, "tools.dreams")
