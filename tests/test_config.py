@@ -22,14 +22,19 @@ from config import SMALL, Config, parse
         (["--method", "magic"], "mixlora-dsi-pt"),
         (["--preset", "magic"], "msmarco"),
         (["--slow", "maybe"], "grad, lr, none"),
-        (["--ood_mode", "x"], "calibrated, paper_code"),
+        (["--ood_mode", "x"], "paper_code, pooled"),
         (["--router", "x"], "cosine, linear"),
         (["--width", "130"], "heads"),
         (["--layers", "9"], "--decoder_blocks"),
         (["--lr", "nan"], "--lr nan: wanted a number from 0"),
         (["--delta", "-1"], "--delta -1.0: wanted a number from 0"),
         (["--experts", "1"], "at least the 2"),
-        (["--no-mixture"], "--kl_coef 0"),
+        (["--no-mixture"], "all of the attention: pass --attention_rank 0"),
+        (["--method", "dream", "--attention_rank", "4"], "all of the attention: pass --attention_rank 0"),
+        (["--dream_batch", "100"], "--dream_batch 100: wanted a multiple of --batch 256"),
+        (["--dream_batch", "0"], "--dream_batch 0: wanted a multiple of --batch 256"),
+        (["--dream_style", "1.5"], "--dream_style 1.5: wanted a number from 0 to 1"),
+        (["--general", "no/such/folder"], "--general no/such/folder: found no such folder"),
         (["--docid_kind", "atomic"], "--d0_fragments 0"),
         (["--insert"], "--docid_kind atomic"),
         (["--docid_kind", "atomic", "--d0_fragments", "0", "--ewc", "1"], "--ewc 0"),
@@ -85,6 +90,48 @@ def test_flags_override_the_method_and_the_method_overrides_the_preset():
     assert (settings.router, settings.kl_coef) == ("cosine", 0.2)
     settings = parse(["--data", "some/folder", "--preset", "nq320k", "--method", "base"]).config
     assert (settings.M, settings.K, settings.width, settings.batch, settings.epochs) == (8, 2048, 768, 128, 5)
+
+
+ADDED = dict(dreams=0, attention_rank=0, ood_mode="paper_code", router_row="random", evolve=False)
+OURS = dict(dreams=20_000, attention_rank=16, ood_mode="pooled", router_row="ood_mean", evolve=True)
+
+
+@pytest.mark.parametrize(
+    "data, method, settings",
+    [
+        ("boolq", "mixlora-dsi", OURS | dict(general="boolq", mixture=True, d0_mixture=True, beam=40)),
+        ("boolq", "paper", ADDED | dict(mixture=True, d0_mixture=True)),
+        (
+            "boolq",
+            "dream",
+            ADDED | dict(dreams=20_000, dream_kl=4.0, mixture=False, kl_coef=0.0, slow="none"),
+        ),
+        ("boolq", "never-expand", ADDED),
+        ("boolq", "base", ADDED),
+        ("nq320k", "mixlora-dsi", ADDED | dict(general="")),
+    ],
+)
+def test_our_additions_are_of_two_methods_and_the_small_presets(data, method, settings):
+    config = parse(["--data", data, "--method", method]).config
+    assert {name: getattr(config, name) for name in settings} == settings
+
+
+def test_each_addition_can_be_switched_off_and_what_was_given_is_told():
+    flags = [
+        "--dreams",
+        "0",
+        "--attention-rank",
+        "0",
+        "--ood_mode",
+        "paper_code",
+        "--no-evolve",
+        "--general",
+        "none",
+    ]
+    asked = parse([*flags, "--router_row", "random"])
+    settings = ADDED | dict(general="")
+    assert {name: getattr(asked.config, name) for name in settings} == settings
+    assert asked.given == {"dreams", "attention_rank", "ood_mode", "evolve", "general", "router_row"}
 
 
 # Method, then batch, epochs or steps, learning rates, warm-up and delta, as the specification's tables of recipes have them.

@@ -190,7 +190,7 @@ def grown_model() -> T5:
         torch.nn.init.normal_(layer.new.in_b)
         torch.nn.init.normal_(layer.new.out_b)
     grown.add_expert()
-    kept.freeze_all()
+    kept.freeze()
     freeze_old(model)
     return model
 
@@ -213,6 +213,18 @@ def test_both_first_experts_train_where_the_mixture_is_new():
     freeze_old(model)
     counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert counted == M * K * D + 2 * (mixlora.expert_parameters(D, 24, 3) + D)
+
+
+def test_lora_on_attention_trains_beside_them_and_an_evolving_layer_s_newest_expert():
+    model = grown_model()
+    mixlora.add_attention_lora(model, 2)
+    mixed_layers(model)[1].freeze(but=1)
+    freeze_old(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+    experts = {f"decoder.{i}.ff.new.{name}" for i in (0, 1) for name in ("in_a", "in_b", "out_a", "out_b")}
+    lora = {f"decoder.{i}.cross_attention.{m}_{side}" for i in range(3) for m in "qkvo" for side in "ab"}
+    assert trained == {"rq", "decoder.0.ff.router_new", "decoder.1.ff.router_new"} | experts | lora
+    assert [len(layer.new) for layer in mixed_layers(model)] == [1, 1]
 
 
 def test_training_steps_with_weight_decay_move_what_trains_and_leave_the_rest_bit_equal():

@@ -13,11 +13,15 @@ import ood
 import store
 from mixlora import (
     Experts,
+    LowRankAttention,
     MixConfig,
     MixedFeedForward,
     Route,
+    add_attention_lora,
     add_mixture,
     align_loss,
+    attention_lora,
+    attention_parameters,
     balance_loss,
     expert_parameters,
     first_choice_share,
@@ -28,7 +32,10 @@ from mixlora import (
     top_gates,
     z_loss,
 )
-from t5 import T5, FeedForward, T5Config
+from rq import Trie
+from search import beam_search, exact_scores
+from t5 import T5, Attention, FeedForward, T5Config, segment_logits
+from train import freeze_old
 
 SHAPE = T5Config(
     vocab=20, width=16, head_width=4, heads=4, feed_forward=24, encoder_blocks=1, decoder_blocks=3,
@@ -305,11 +312,11 @@ def test_new_router_row_points_where_it_is_told_and_wins_its_tokens():
     )
 
 
-def test_freeze_all_moves_everything_and_changes_no_output():
+def test_freeze_moves_everything_and_changes_no_output():
     layer = mixed(1, 2)
     x = torch.randn(4, 3, 16)
     before, held = layer(x)[0], tensors(layer)
-    layer.freeze_all()
+    layer.freeze()
     assert (len(layer.old), len(layer.new), len(layer.router_new)) == (3, 0, 0)
     assert all(torch.equal(value, held[name]) for name, value in tensors(layer).items())
     after, route = layer(x)
@@ -317,6 +324,21 @@ def test_freeze_all_moves_everything_and_changes_no_output():
     assert (
         sum(p.numel() for p in layer.parameters() if p.requires_grad) == 2 * 16 * 24
     )  # the plain feed-forward
+
+
+@pytest.mark.parametrize("frozen, trainable", [(0, 2), (2, 1), (3, 0), (1, 3)])
+@pytest.mark.parametrize("but", [0, 1, 2])
+def test_freeze_leaves_the_last_few_to_train_and_changes_no_bit(frozen, trainable, but):
+    layer, x = mixed(frozen, trainable), torch.randn(4, 3, 16)
+    before, held = layer(x)[0], tensors(layer)
+    layer.freeze(but)
+    n = frozen + trainable
+    assert (len(layer.old), len(layer.new), len(layer.router_new)) == (n - but, but, but)
+    assert all(torch.equal(value, held[name]) for name, value in tensors(layer).items())
+    after, route = layer(x)
+    assert torch.equal(after, before) and route.newest == but
+    assert all(p.requires_grad for p in (*layer.new.parameters(), layer.router_new))
+    assert not any(p.requires_grad for p in (*layer.old.parameters(), layer.router_old))
 
 
 def test_frozen_experts_stay_bit_equal_through_steps_with_weight_decay():
@@ -387,8 +409,10 @@ def test_checkpoint_gives_back_experts_frozen_counts_and_statistics(tmp_path, ki
         torch.nn.init.normal_(layer.new.in_b)
         torch.nn.init.normal_(layer.new.out_b)
     grown.add_expert()
-    kept.freeze_all()
-    stats = [ood.calibrate(ood.energy(torch.rand(50, 3, 2)), 2, 0.1), ood.new_stats("paper_code", 2, 3)]
+    kept.freeze()
+    stats = [ood.new_stats("pooled", 2, 3), ood.new_stats("paper_code", 2, 3)]
+    ood.measure(stats[0], torch.rand(50, 3, 2))
+    ood.settle(stats, [torch.rand(50, 3, 2)] * 2, first_mixture=True)
     store.save_model(tmp_path / "D1.pt", model.eval(), stats)
     loaded, loaded_stats = store.load_model(tmp_path / "D1.pt")
 
@@ -404,8 +428,9 @@ def test_checkpoint_gives_back_experts_frozen_counts_and_statistics(tmp_path, ki
     found, expected = (m.docid_hidden(*m.encode(ids), codes)[0] for m in (loaded, model))
     assert torch.equal(found, expected)
     for found, wanted in zip(loaded_stats, stats, strict=True):
-        assert (found.mode, found.experts, found.threshold) == (wanted.mode, wanted.experts, wanted.threshold)
-        assert torch.equal(found.mean, wanted.mean) and torch.equal(found.variance, wanted.variance)
+        assert (found.mode, found.experts) == (wanted.mode, wanted.experts)
+        for name in ("mean", "variance", "arrivals", "newest", "dreams"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name))
 
 
 def test_more_mixed_layers_than_decoder_blocks_is_refused_by_name():
@@ -417,6 +442,129 @@ def test_more_mixed_layers_than_decoder_blocks_is_refused_by_name():
 def test_bad_mixture_settings_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=f"found .*{next(iter(wrong))}"):
         MixConfig(**wrong)
+
+
+# ------------------------------------------------------------------------------------------ LoRA on attention
+
+
+def adapted_t5(random_b: bool = True, rank: int = 3, **shape) -> T5:
+    """A T5 with two mixed layers and LoRA on its cross-attention."""
+    torch.manual_seed(0)
+    model = T5(replace(SHAPE, **shape))
+    add_mixture(model, MixConfig(layers=2, rank=3))
+    add_attention_lora(model, rank)
+    if random_b:
+        for name, p in model.named_parameters():
+            if name.endswith("_b"):
+                torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+def merged(adapted: LowRankAttention) -> Attention:
+    """Plain attention whose matrices are W + B A."""
+    plain = Attention(replace(SHAPE, dropout=adapted.dropout))
+    with torch.no_grad():
+        for name in "qkvo":
+            w, a, b = (
+                getattr(adapted.plain, name),
+                getattr(adapted, f"{name}_a"),
+                getattr(adapted, f"{name}_b"),
+            )
+            getattr(plain, name).copy_(w + b @ a)
+    return plain.eval()
+
+
+@pytest.mark.parametrize("random_b", [False, True])
+def test_attention_with_lora_equals_attention_with_w_plus_b_a(random_b):
+    """With B = 0 that is the plain attention, bit by bit."""
+    adapted = attention_lora(adapted_t5(random_b))[0]
+    wanted = merged(adapted) if random_b else adapted.plain
+    x, source, bias = torch.randn(4, 3, 16), torch.randn(4, 6, 16), torch.zeros(4, 1, 1, 6)
+    bias[:, :, :, 4:] = -1e9
+    rtol, atol = (1e-5, 1e-5) if random_b else (0, 0)
+    keys_values = adapted.keys_values(source)
+    torch.testing.assert_close(keys_values, wanted.keys_values(source), rtol=rtol, atol=atol)
+    for found, expected in (
+        (adapted(x, *keys_values, bias), wanted(x, *keys_values, bias)),
+        (adapted.to_source(x, source, bias), wanted.to_source(x, source, bias)),
+    ):
+        torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)
+    plain = adapted.plain.to_source(x, source, bias)
+    assert torch.equal(adapted.to_source(x, source, bias), plain) != random_b
+
+
+def test_fresh_lora_changes_no_answer_of_a_t5_and_stands_in_every_decoder_block():
+    model, plain = adapted_t5(random_b=False), adapted_t5(random_b=False)
+    for block in plain.decoder:
+        block.cross_attention = block.cross_attention.plain
+    ids, codes = torch.randint(1, 20, (4, 6)), torch.randint(5, (4, 3))
+    found, wanted = (m.docid_hidden(*m.encode(ids), codes)[0] for m in (model, plain))
+    assert torch.equal(found, wanted) and len(attention_lora(model)) == 3 and attention_lora(plain) == []
+    assert all(len(lora.k_a) == 3 and not lora.k_b.any() for lora in attention_lora(model))
+
+
+def test_an_a_starts_as_the_experts_do_and_every_a_and_b_is_named():
+    model = adapted_t5(random_b=False)
+    names = [f"decoder.{i}.cross_attention.{m}_{side}" for i in range(3) for m in "qkvo" for side in "ab"]
+    assert sorted(name for name, _ in attention_parameters(model)) == sorted(names)
+    every = torch.cat([p.flatten() for name, p in attention_parameters(model) if name.endswith("a")])
+    assert every.abs().max() <= 0.25 and every.std().item() == pytest.approx(0.5 / 12**0.5, rel=0.05)
+
+
+def test_of_adapted_attention_a_and_b_alone_train():
+    model = adapted_t5()
+    freeze_old(model)
+    for layer in mixed_layers(model):
+        layer.freeze()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trains = [p for p in model.parameters() if p.requires_grad and p.numel()]
+    optimiser = torch.optim.AdamW(trains, lr=0.01, weight_decay=0.5)
+    ids, codes = torch.randint(1, 20, (8, 6)), torch.randint(5, (8, 3))
+    for _ in range(2):
+        hidden, _ = model.train().docid_hidden(*model.encode(ids), codes)
+        optimiser.zero_grad()
+        hidden.pow(2).mean().backward()
+        optimiser.step()
+    moved = {
+        name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])
+    }
+    assert moved == {"rq"} | {name for name, _ in attention_parameters(model)}
+
+
+@pytest.mark.parametrize("kind", [{}, {"gated": True, "tied": False}])
+def test_lora_on_attention_comes_back_with_the_checkpoint_and_trains_on(tmp_path, kind):
+    model = adapted_t5(rank=5, **kind)
+    store.save_model(tmp_path / "D1.pt", model, [])
+    loaded, _ = store.load_model(tmp_path / "D1.pt")
+    wanted = model.state_dict()
+    assert loaded.state_dict().keys() == wanted.keys() and len(attention_lora(loaded)[2].o_a) == 5
+    assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items())
+    ids, codes = torch.randint(1, 20, (4, 6)), torch.randint(5, (4, 3))
+    found, expected = (m.docid_hidden(*m.encode(ids), codes)[0] for m in (loaded, model))
+    assert torch.equal(found, expected)
+    freeze_old(loaded)
+    assert all(p.requires_grad for _, p in attention_parameters(loaded))
+
+
+def test_a_t5_with_lora_on_attention_scores_its_beams_as_by_teacher_forcing():
+    """Search reads keys and values of the source, which it keeps; teacher forcing in training reads the source."""
+    model, codes = (
+        adapted_t5(),
+        torch.randint(5, (30, 3), generator=torch.Generator().manual_seed(0)).unique(dim=0),
+    )
+    ids = torch.randint(2, 20, (4, 7))
+    ids[1, 5:] = 0
+    leaves, scores = beam_search(model, Trie(codes), ids, 4)
+    exact = exact_scores(model, ids, codes)
+    trie = Trie(codes)
+    for query, (runs, found) in enumerate(zip(leaves.tolist(), scores)):
+        rows = [trie.documents_at(run)[0] for run in runs]
+        torch.testing.assert_close(found, exact[query, rows])
+        hidden, _ = model.docid_hidden(*model.encode(ids[query : query + 1].expand(4, -1)), codes[rows])
+        forced = torch.log_softmax(segment_logits(hidden, model.rq), -1).gather(2, codes[rows][..., None])
+        torch.testing.assert_close(found, forced.sum((1, 2)), rtol=1e-4, atol=1e-4)
+    plain = adapted_t5(random_b=False)
+    assert not torch.allclose(exact_scores(plain, ids, codes), exact)
 
 
 # ----------------------------------------------------------------------------------------------------- losses

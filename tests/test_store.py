@@ -395,7 +395,7 @@ def test_loaded_model_trains_just_the_experts_that_trained(tmp_path):
 def test_model_whose_experts_are_all_frozen_comes_back(tmp_path):
     model = mixed_t5()
     for layer in mixed_layers(model):
-        layer.freeze_all()
+        layer.freeze()
     store.save_model(tmp_path / "D1.pt", model, [])
     loaded, _ = store.load_model(tmp_path / "D1.pt")
     assert [(len(layer.old), len(layer.new)) for layer in mixed_layers(loaded)] == [(4, 0), (2, 0)]
@@ -404,18 +404,22 @@ def test_model_whose_experts_are_all_frozen_comes_back(tmp_path):
 
 def test_statistics_of_both_modes_come_back(tmp_path):
     torch.manual_seed(0)
-    calibrated, grown = ood.calibrate(torch.randn(50, 3), 2, 0.02), ood.new_stats("paper_code", 2, 3)
+    pooled, grown = (ood.new_stats(mode, 2, 3) for mode in ood.MODES)
+    ood.measure(pooled, torch.randn(50, 3, 2))
+    ood.settle([pooled], [torch.randn(60, 3, 2)], first_mixture=True)
+    ood.arrive(pooled, torch.randn(70, 3, 2))
+    ood.settle([pooled], [torch.randn(80, 3, 2)], first_mixture=False)
     ood.move(grown, ood.routed_energy_moments(torch.randn(8, 3, 2), torch.ones(8, 3, 2)))
     ood.remember_base(grown)
     ood.grow(grown)
-    stats = [calibrated, grown, ood.new_stats("calibrated", 2, 3)]
-    assert calibrated.threshold < math.inf == stats[2].threshold and grown.base
+    stats = [pooled, grown, ood.new_stats("pooled", 2, 3)]
+    assert len(pooled.arrivals) == 2 and len(pooled.newest) == 1 and grown.base
     store.save_model(tmp_path / "D1.pt", T5(SHAPE), stats)
     _, loaded = store.load_model(tmp_path / "D1.pt")
     assert [type(item) for item in loaded] == [ood.Stats] * 3
     assert all(same(vars(a), vars(b)) for a, b in zip(loaded, stats, strict=True))
-    energies = torch.randn(40, 3) - 0.5
-    assert torch.equal(ood.is_ood(energies, loaded[0]), ood.is_ood(energies, calibrated))
+    scores = torch.randn(40, 3, 2) - 0.5
+    assert torch.equal(*(torch.stack(ood.tails(scores, stat, 0.1)) for stat in (loaded[0], pooled)))
 
 
 # ------------------------------------------------------------------------------------------------- loaded run
