@@ -8,10 +8,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from matplotlib.collections import PathCollection
 from matplotlib.patches import StepPatch
 
 import command
+import ood
 from tools import plot
 
 P = [[0.9], [0.8, 0.6], [0.7, 0.5, 0.4]]
@@ -32,16 +34,25 @@ def results(**changes) -> dict:
     return value | changes
 
 
-def decision(queries: list[int], control: list[int], threshold: float) -> dict:
-    shown = {"edges": [0.0, 1.0, 2.0, 4.0], "queries": queries, "control": control, "threshold": threshold}
-    return {"ood_percent": 12.34, "control_percent": 0.5, "threshold": [threshold], "histogram": shown}
+def decision(queries: list[int], reference: list[int] | None, *thresholds: float) -> dict:
+    shown = {"edges": [0.0, 1.0, 2.0, 4.0], "queries": queries, "thresholds": list(thresholds)}
+    shown |= {"reference": reference} if reference else {}
+    return {"ood_percent": 12.3, "tails": [11.84, 0.5], "threshold": list(thresholds), "histogram": shown}
 
 
 def decisions() -> dict:
     return {
-        "D1": [decision([5, 3, 2], [1, 1, 0], 2.5), decision([10, 0, 0], [4, 0, 0], 1.5)],
-        "D2": [decision([1, 1, 2], [3, 1, 0], 3.0), decision([0, 0, 7], [2, 2, 0], 0.5)],
+        "D1": [decision([5, 3, 2], [1, 1, 0], 0.5, 2.5), decision([10, 0, 0], [4, 0, 0], 0.2, 1.5)],
+        "D2": [decision([1, 1, 2], [3, 1, 0], 1.0, 3.0), decision([0, 0, 7], [2, 2, 0], 0.5, 0.7)],
     }
+
+
+def statistics(arrivals: int, newest: int = 1) -> ood.Stats:
+    """Of a layer in mode `pooled` whose corpora lie one unit apart, D_T once learnt at -5."""
+    stats = ood.new_stats("pooled", 2, 3)
+    stats.arrivals = torch.linspace(0, 0.5, ood.SKETCH) + torch.arange(arrivals)[:, None]
+    stats.newest = torch.linspace(-5, -4.5, ood.SKETCH).expand(newest, -1)
+    return stats
 
 
 def row(label: str, ap: list[float], bwt: list[float], parameters: int | None = 65536) -> dict:
@@ -150,29 +161,73 @@ def test_growth_leaves_a_corpus_before_the_mixture_empty():
     assert left.containers[0][0].get_x() == pytest.approx(0.6)
 
 
-def test_energies_draw_the_histograms_in_percent_and_the_threshold():
-    ood = decisions()
-    figure = plot.energies(ood)
+def steps(axes) -> dict[str, tuple[list, list]]:
+    """Label -> values and edges of each histogram of a panel."""
+    drawn = {patch.get_label(): patch.get_data() for patch in axes.patches if isinstance(patch, StepPatch)}
+    return {label: (data.values.tolist(), data.edges.tolist()) for label, data in drawn.items()}
+
+
+def test_energies_draw_the_histograms_in_percent_and_both_thresholds():
+    figure, names = (
+        plot.energies(decisions()),
+        {"queries": "queries of the corpus", "reference": "what was known"},
+    )
     assert len(figure.axes) == 4
     for axes, (stage, layer) in zip(figure.axes, [("D1", 0), ("D1", 1), ("D2", 0), ("D2", 1)]):
-        shown = ood[stage][layer]["histogram"]
-        steps = [patch for patch in axes.patches if isinstance(patch, StepPatch)]
-        for patch, key in zip(steps, ("queries", "control"), strict=True):
-            values, edges, _ = patch.get_data()
-            assert edges.tolist() == shown["edges"]
-            assert values == pytest.approx([100 * n / sum(shown[key]) for n in shown[key]])
-        assert list(axes.lines[0].get_xdata()) == [shown["threshold"]] * 2
-        assert axes.get_title() == f"{stage}, layer {layer}: 12.3 % OOD (control 0.5 %)"
+        shown = decisions()[stage][layer]["histogram"]
+        percent = {
+            name: pytest.approx([100 * n / sum(shown[key]) for n in shown[key]])
+            for key, name in names.items()
+        }
+        assert steps(axes) == {name: (values, shown["edges"]) for name, values in percent.items()}
+        assert [line.get_xdata()[0] for line in axes.lines] == shown["thresholds"]
+        assert axes.get_title() == f"{stage}, layer {layer}\nOOD 11.8 % below, 0.5 % above"
+    assert legend(figure) == [*names.values(), "threshold"]
+
+
+def test_energies_of_paper_code_have_one_threshold_and_no_reference():
+    (axes,) = plot.energies({"D1": [decision([1, 2, 3], None, 0.0)]}).axes
+    assert list(steps(axes)) == ["queries of the corpus"] and len(axes.lines) == 1
 
 
 def test_energies_leave_out_a_corpus_without_layers_and_the_rest_of_the_grid():
-    figure = plot.energies({"D1": [], "D2": [decision([1, 2, 3], [3, 2, 1], 2.0)] * 5})
+    figure = plot.energies({"D1": [], "D2": [decision([1, 2, 3], [3, 2, 1], 0.0, 2.0)] * 5})
     assert len(figure.axes) == 8 and sum(axes.axison for axes in figure.axes) == 5
 
 
-def test_energies_of_a_control_without_queries_are_empty():
-    figure = plot.energies({"D1": [decision([1, 2, 3], [0, 0, 0], 2.0)]})
-    assert figure.axes[0].patches[1].get_data().values.tolist() == [0, 0, 0]
+def test_drift_draws_the_first_two_corpora_and_the_last_by_their_sketches():
+    stats = [statistics(4), statistics(4)]
+    figure = plot.drift(stats, last=3, epsilon=0.02)
+    assert len(figure.axes) == 2
+    for axes, stat in zip(figure.axes, stats):
+        places = {}
+        for name, (percent, edges) in steps(axes).items():
+            assert sum(percent) == pytest.approx(100)
+            held = np.flatnonzero(percent)
+            places[name] = edges[held[0]], edges[held[-1] + 1]
+        wanted = {"D0 once learnt": 0, "D1 on arrival": 1, "D3 on arrival": 3, "D3 once learnt": -5}
+        assert list(places) == list(wanted)
+        width = 8.5 / 50  # of a bin: from -5 to 3.5
+        for name, (left, right) in places.items():
+            assert left == pytest.approx(wanted[name], abs=width) and right - left == pytest.approx(
+                0.5, abs=2 * width
+            )
+        assert [line.get_xdata()[0] for line in axes.lines] == ood.known_range(stat, 0.02).tolist()
+        (band,) = [patch for patch in axes.patches if not isinstance(patch, StepPatch)]
+        assert (band.get_x(), band.get_width()) == (-0.5, 1)
+
+
+@pytest.mark.parametrize(
+    "arrivals, last, names",
+    [
+        (1, 1, ["D1 once learnt"]),  # the mixture came with D_1
+        (2, 1, ["D0 once learnt", "D1 on arrival", "D1 once learnt"]),
+        (3, 3, ["D1 once learnt", "D2 on arrival", "D3 on arrival", "D3 once learnt"]),
+    ],
+)
+def test_drift_names_corpora_from_that_on_which_the_mixture_came(arrivals, last, names):
+    (axes,) = plot.drift([statistics(arrivals, newest=int(arrivals > 1))], last, epsilon=0.02).axes
+    assert list(steps(axes)) == names
 
 
 # ------------------------------------------------------------------------------------------ an experiment's picture
@@ -245,12 +300,21 @@ def test_main_writes_every_picture_of_a_run_as_svg_and_png(tmp_path, capsys):
     folder = run_folder(tmp_path / "run", results(), decisions())
     plot.main([str(folder)])
     names = ("accuracy", "routing", "growth", "energies")
+    assert "left out drift: found no D2.pt" in capsys.readouterr().out
     assert written(folder / "plots") == {f"{name}.{ending}" for name in names for ending in ("svg", "png")}
     for name in names:
         svg, png = ((folder / "plots" / f"{name}.{ending}").read_bytes() for ending in ("svg", "png"))
         assert svg.startswith(b"<?xml") and b"<dc:date>" not in svg
         assert png.startswith(b"\x89PNG") and int.from_bytes(png[16:20]) == 1200  # 8 inches of 150 dots
-    assert "left out" not in capsys.readouterr().out
+
+
+def test_a_trained_run_has_all_pictures_and_paper_code_no_drift(finished, monkeypatch):
+    figures, left_out = plot.run_pictures(finished)
+    assert list(figures) == ["accuracy", "routing", "growth", "energies", "drift"] and not left_out
+    paper_code = [ood.new_stats("paper_code", 2, 3)]
+    monkeypatch.setattr(plot, "load_model", lambda _: (None, paper_code))
+    figures, left_out = plot.run_pictures(finished)
+    assert "drift" not in figures and "--ood_mode paper_code has no scale of dreams" in left_out
 
 
 def test_main_writes_an_experiments_pictures_beside_its_file(tmp_path):
@@ -344,7 +408,9 @@ def test_a_folder_without_results_and_a_file_that_is_not_json_are_refused(tmp_pa
 
 
 def test_ood_of_another_form_is_refused(tmp_path):
-    folder = run_folder(tmp_path / "run", results(), {"D1": [{"histogram": {"edges": [0, 1]}}]})
+    folder = run_folder(
+        tmp_path / "run", results(), {"D1": [{"tails": [1, 2], "histogram": {"edges": [0, 1]}}]}
+    )
     with pytest.raises(ValueError, match="not of the form .*KeyError: 'queries'"):
         plot.main([str(folder)])
 

@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import command
-from store import read_json, write
+import ood
+from store import load_model, read_json, write
 
 TITLES = {"recall@10": "Recall@10", "mrr@10": "MRR@10"}
 # Okabe and Ito's colours, which colour-blind readers tell apart, with grey in place of yellow
@@ -89,6 +91,17 @@ def accuracy(results: dict):
     return figure
 
 
+def layer_panels(layers: int, parts: int, height: float, **shared):
+    """A Figure, and the panels of each part: one for each layer, four abreast. All are off as yet."""
+    across = min(layers, 4)
+    down = math.ceil(layers / across)
+    figure = new_figure(height * parts * down + 0.9)
+    panels = figure.subplots(parts * down, across, squeeze=False, **shared)
+    for axes in panels.flat:
+        axes.axis("off")
+    return figure, panels.reshape(parts, -1)
+
+
 @style()
 def routing(results: dict):
     """Heat-maps in percent, one per mixed layer, corpora down and experts across: the mean gate, and the share of
@@ -97,16 +110,10 @@ def routing(results: dict):
     kinds = {"routing": "mean gate", "first_choice": "largest gate"}
     stages = [stage for stage, layers in results["routing"].items() if layers]
     layers = max(len(results["routing"][stage]) for stage in stages)
-    across = min(layers, 4)
-    down = math.ceil(layers / across)
-    figure = new_figure(2 * down * (0.26 * len(stages) + 0.85) + 0.5)
-    panels = figure.subplots(2 * down, across, squeeze=False)
+    figure, parts = layer_panels(layers, 2, 0.26 * len(stages) + 0.85)
     experts = max(len(gates) for stage in stages for gates in results["routing"][stage])
-    for axes in panels.flat:
-        axes.axis("off")
-    for k, (key, title) in enumerate(kinds.items()):
-        for layer in range(layers):
-            axes = panels[k * down + layer // across, layer % across]
+    for (key, title), panels in zip(kinds.items(), parts):
+        for layer, axes in enumerate(panels[:layers]):
             axes.axis("on")
             table = np.full((len(stages), experts), np.nan)
             for row, stage in enumerate(stages):
@@ -124,12 +131,12 @@ def routing(results: dict):
             axes.invert_yaxis()
             axes.set_title(f"layer {layer}, {title}")
             axes.set_xticks(np.arange(experts) + 0.5, [f"{expert}" for expert in range(experts)])
-            axes.set_yticks(np.arange(len(stages)) + 0.5, stages if layer % across == 0 else [])
+            axes.set_yticks(np.arange(len(stages)) + 0.5, stages if layer % 4 == 0 else [])
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
-            if (k, layer // across) == (1, down - 1):
+            if key == "first_choice" and layer // 4 == (layers - 1) // 4:
                 axes.set_xlabel("expert")
-    figure.colorbar(mesh, ax=panels, label="percent", aspect=40, pad=0.02)
+    figure.colorbar(mesh, ax=parts.ravel().tolist(), label="percent", aspect=40, pad=0.02)
     figure.suptitle(f"Which experts the tokens of a corpus use: {_run_name(results)}")
     return figure
 
@@ -172,41 +179,63 @@ def growth(results: dict):
     return figure
 
 
-@style()
-def energies(ood: dict):
-    """Per corpus and mixed layer, the OOD scores of D_t's queries and of the control, each in percent of its own
-    queries, and the threshold. The vertical axis is logarithmic: what decides is the percent or so beyond the threshold.
+def energies(decisions: dict):
+    """Per corpus and mixed layer, the OOD scores of D_t's queries on arrival and, in mode `pooled`, of all that was known."""
+    rows, names = {}, {"queries": "queries of the corpus", "reference": "what was known"}
+    for stage, layers in decisions.items():
+        for layer in layers:
+            (below, above), shown = layer["tails"], layer["histogram"]
+            said = f"OOD {below:.1f} % below, {above:.1f} % above"
+            counts = {names[key]: shown[key] for key in ("queries", *({"reference"} & set(shown)))}
+            rows.setdefault(stage, []).append((said, shown["edges"], counts, shown["thresholds"]))
+    below = "OOD score of a query (the outermost bins also count what lies beyond)"
+    return histograms(rows, "Is a corpus out of distribution for a layer?", below)
+
+
+def drift(stats: list, last: int, epsilon: float):
+    """Per mixed layer, z of the first two corpora's and of D_T's queries by the statistics after D_T. Of dreams, which scale
+    z, a band as wide as their interquartile range stands about their median, 0.
     """
-    stages = [stage for stage in ood if ood[stage]]
-    layers = max(len(ood[stage]) for stage in stages)
-    across = min(layers, 4)
-    down = math.ceil(layers / across)
-    figure = new_figure(1.75 * len(stages) * down + 0.9)
-    panels = figure.subplots(len(stages) * down, across, squeeze=False, sharey=True)
-    for axes in panels.flat:
-        axes.axis("off")
-    drawn = {
-        "queries": dict(fill=True, color=COLOURS[5], linewidth=0, label="queries of the corpus"),
-        "control": dict(color=COLOURS[1], linewidth=1.3, label="control: fresh queries of the corpus before"),
-    }
-    for row, stage in enumerate(stages):
-        for place, (layer, axes) in enumerate(zip(ood[stage], panels[row * down : (row + 1) * down].flat)):
-            shown = layer["histogram"]
-            for key, look in drawn.items():
-                counts = np.array(shown[key], dtype=float)
-                axes.stairs(100 * counts / max(counts.sum(), 1), shown["edges"], **look)
+    rows = []
+    for stat in stats:
+        first = last + 1 - len(stat.arrivals)
+        arrived = {t: stat.arrivals[t - first] for t in sorted({first, min(first + 1, last), last})}
+        z = {f"D{t} {'on arrival' if t > first else 'once learnt'}": row for t, row in arrived.items()}
+        z |= {f"D{last} once learnt": row for row in stat.newest}
+        ends = ood.known_range(stat, epsilon)
+        edges = np.histogram_bin_edges(torch.cat([*z.values(), ends, torch.tensor([-1.0, 1.0])]), 50)
+        counts = {name: np.histogram(row, edges)[0] for name, row in z.items()}
+        rows.append(("shaded: interquartile range of dreams", edges, counts, ends.tolist()))
+    figure = histograms({f"after D{last}": rows}, "Energies on the scale of dreams", "z of a query")
+    for axes in figure.axes[: len(rows)]:
+        axes.axvspan(-0.5, 0.5, color=FAINT, alpha=0.25, linewidth=0)
+    return figure
+
+
+@style()
+def histograms(rows: dict[str, list[tuple]], title: str, below: str):
+    """stage -> a panel for each layer, (what to say, edges, {name: counts}, thresholds), counts in percent of their sum.
+    The vertical axis is logarithmic: what decides is the percent or so beyond the thresholds.
+    """
+    rows = {stage: layers for stage, layers in rows.items() if layers}
+    figure, parts = layer_panels(max(map(len, rows.values())), len(rows), 1.75, sharey=True)
+    lines = [dict(color=colour, linewidth=1.3) for colour in COLOURS[1:]]
+    for (stage, layers), panels in zip(rows.items(), parts):
+        for layer, (axes, (said, edges, counts, ends)) in enumerate(zip(panels, layers)):
+            looks = [dict(fill=True, color=COLOURS[5], linewidth=0), *lines]
+            for (name, values), look in zip(counts.items(), looks):
+                axes.stairs(100 * np.array(values) / max(sum(values), 1), edges, label=name, **look)
+            for end, label in zip(ends, ("threshold", None)):
+                axes.axvline(end, color=INK, linewidth=1.1, linestyle="--", label=label)
             axes.axis("on")
-            axes.axvline(shown["threshold"], color=INK, linewidth=1.1, linestyle="--", label="threshold")
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axes.grid(axis="y")
-            shares = f"{layer['ood_percent']:.1f} % OOD (control {layer['control_percent']:.1f} %)"
-            axes.set_title(f"{stage}, layer {place}" + ("\n" if across > 2 else ": ") + shares, fontsize=9)
+            axes.set_title(f"{stage}, layer {layer}\n{said}", fontsize=9)
     figure.supylabel("percent of queries in a bin (log scale)", fontsize=9)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    title = "OOD score of a query (the outermost bins also count what lies beyond)"
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, title=title)  # below the lowest axes
-    figure.suptitle("Is a corpus out of distribution for a layer?")
+    handles, labels = parts[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, title=below)  # below the lowest axes
+    figure.suptitle(title)
     return figure
 
 
@@ -300,10 +329,16 @@ def run_pictures(folder: Path) -> tuple[dict, str]:
     if not any(results["routing"].values()):
         return figures, f"left out routing, growth and energies: {results['method']} routed no corpus"
     figures |= {"routing": routing(results), "growth": growth(results)}
-    ood = read_json(folder / "ood.json")
-    if not any(ood.values()):
+    decisions, last = read_json(folder / "ood.json"), len(results["metrics"]["recall@10"]["P"]) - 1
+    if not any(decisions.values()):
         return figures, "left out energies: ood.json holds no decision"
-    return figures | {"energies": energies(ood)}, ""
+    figures["energies"] = energies(decisions)
+    if not (folder / f"D{last}.pt").is_file():
+        return figures, f"left out drift: found no D{last}.pt"
+    stats = load_model(folder / f"D{last}.pt")[1]
+    if stats[0].mode != "pooled":
+        return figures, "left out drift: --ood_mode paper_code has no scale of dreams"
+    return figures | {"drift": drift(stats, last, read_json(folder / "config.json")["epsilon"])}, ""
 
 
 def experiment_pictures(path: Path) -> dict:
