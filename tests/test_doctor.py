@@ -1,5 +1,6 @@
 """A sound run passes every check; each planted fault is found by the check that is there for it."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -18,12 +19,13 @@ import rq
 import store
 import train
 from arrays import Chain
+from mixlora import MixConfig, add_mixture, mixed_layers
 from queries import store_pseudo_queries
 from reading import Problems
-from t5 import T5
+from t5 import T5, T5Config
 from tools import doctor
 
-LONGER = "--M 4 --dense_warmup_steps 60 --d0_steps 120 --steps 25 --align_coef 0.05".split()
+LONGER = "--M 4 --dense_warmup_steps 60 --d0_steps 120 --steps 60 --align_coef 0.05".split()
 
 
 @pytest.fixture(scope="session")
@@ -87,8 +89,9 @@ def test_a_sound_run_passes_every_check_with_exit_status_0(healthy, capsys):
 def test_a_run_stopped_after_d0_passes(sick):
     for name in ("D1.pt", "D2.pt"):
         (sick / name).unlink()
-    findings = [finding for _, finding in doctor.examine(doctor.Patient(sick, 20, "cpu"))]
-    assert {finding.verdict for finding in findings} == {"ok"}
+    findings = dict(doctor.examine(doctor.Patient(sick, 20, "cpu")))
+    assert findings.pop("dreams answered").measured == "trained on no dreams: it ended after D0"
+    assert {finding.verdict for finding in findings.values()} == {"ok"}
 
 
 def test_docids_permuted_among_documents(sick):
@@ -164,11 +167,11 @@ def test_documents_missing_from_the_docid_table(sick):
 
 def test_doc_ids_out_of_order_and_changed_hashes(sick):
     lines = (sick / "doc_ids.txt").read_text().splitlines()
-    (sick / "doc_ids.txt").write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
+    store.write(sick / "doc_ids.txt", "\n".join([lines[1], lines[0], *lines[2:]]).encode() + b"\n")
     finding = doctor.counts(doctor.Patient(sick, 20, "cpu"))
     assert finding.verdict == "FAIL" and "2 other lines" in finding.measured
     assert look(sick, doctor.round_trip, doctor.reachable, doctor.learnt) == ["ok"] * 3
-    (sick / "doc_ids.txt").write_text("\n".join(lines) + "\n")
+    store.write(sick / "doc_ids.txt", "\n".join(lines).encode() + b"\n")
     assert look(sick, doctor.counts) == ["ok"]
     saved = store.read_json(sick / "corpus.json")
     saved["corpora"][1]["ids_sha256"] = "0" * 64
@@ -209,8 +212,8 @@ def test_cross_entropy_of_the_log_that_did_not_fall_and_gradients_without_measur
     "checkpoint, name, told",
     [
         ("D2.pt", "encoder.0.ff.w_in", "frozen but moved: ['D2 encoder']"),
-        ("D2.pt", "decoder.1.ff.old.in_a", "frozen but moved: ['D2 experts']"),
-        ("D1.pt", "decoder.0.ff.router_old", "D1 routers"),
+        ("D2.pt", "decoder.1.ff.old.in_a", "frozen but moved: ['D2 older experts']"),
+        ("D1.pt", "decoder.0.ff.router_old", "D1 older experts"),
         ("D0.pt", "word", "D0 word table"),
     ],
 )
@@ -219,6 +222,43 @@ def test_a_frozen_tensor_that_moved(sick, checkpoint, name, told):
     finding = doctor.updates(doctor.Patient(sick, 20, "cpu"))
     assert finding.verdict == "FAIL" and told in finding.measured
     assert look(sick, doctor.learnt, doctor.ood_statistics) == ["ok", "ok"]
+
+
+@torch.no_grad()
+def test_an_expert_that_evolves_may_move_and_those_before_it_may_not():
+    torch.manual_seed(0)
+    shape = T5Config(60, 32, 8, 4, 48, 1, 2, codebooks=3, centroids=16)
+    model = T5(shape)
+    add_mixture(model, MixConfig(layers=2, rank=4))
+    before = copy.deepcopy(model)
+    kept, grown = mixed_layers(model)
+    kept.freeze(but=1)
+    grown.add_expert()
+
+    def moved() -> dict[str, float]:
+        tensors = (doctor.groups(one, [len(kept.old), len(grown.old)]) for one in (before, model))
+        old, new = ({name: group[name] for name in ("older experts", "newest experts")} for group in tensors)
+        return {name: doctor.moved_by(old[name], new[name]) for name in old}
+
+    kept.new.in_b.add_(1)
+    grown.new.in_b.add_(1)
+    assert moved()["older experts"] == 0 < moved()["newest experts"]
+    grown.router_old[1].add_(1)
+    assert moved()["older experts"] > 0
+
+
+def test_dreams_that_the_model_no_longer_answers(sick):
+    """With random weights from D_2 on, the docid of a dream is found by chance: 10 of 50."""
+    assert look(sick, doctor.answers_dreams, queries=40) == ["ok"]
+    torch.manual_seed(0)
+    change(
+        sick / "D2.pt",
+        lambda value: [w.copy_(torch.randn_like(w)) for n, w in value["model"].items() if "decoder" in n],
+    )
+    assert look(sick, doctor.answers_dreams, queries=40) == ["FAIL"]
+    set_config(sick, dreams=0)
+    finding = doctor.answers_dreams(doctor.Patient(sick, 20, "cpu"))
+    assert (finding.verdict, finding.measured) == ("skip", "trained on no dreams: --dreams 0")
 
 
 def test_a_docid_table_that_did_not_train(sick):
@@ -275,7 +315,7 @@ def test_training_queries_known_by_heart(sick):
     """A T5 from random weights learns one meaningless query of each document, which are all that the run has."""
     for name in ("D1.pt", "D2.pt"):
         (sick / name).unlink()
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     noise = [" ".join("bcdfghjklmnpqrstvwxz"[i] for i in row) for row in torch.randint(20, (50, 9)).tolist()]
     list_queries(sick, noise)
     patient = doctor.Patient(sick, 50, "cpu")
@@ -359,11 +399,16 @@ def test_energy_statistics_that_are_missing_or_make_no_sense(sick):
     def paper_code(value):
         value["stats"] = [ood.new_stats("paper_code", 3, 4).state() for _ in value["stats"]]
 
+    def first(**changes):
+        return lambda value: value["stats"][0].update(changes)
+
+    assert with_fault(lambda value: None) == ["ok"]
     assert with_fault(lambda value: value.update(stats=[])) == ["FAIL"]
-    assert with_fault(lambda value: value["stats"][0]["mean"].fill_(float("nan"))) == ["FAIL"]
-    assert with_fault(lambda value: value["stats"][1]["variance"].zero_()) == ["FAIL"]
-    assert with_fault(lambda value: value["stats"][1].update(threshold=float("inf"))) == ["FAIL"]
-    assert with_fault(lambda value: value["stats"][0].update(experts=2)) == ["FAIL"]
+    assert with_fault(lambda value: value["stats"][0]["arrivals"].fill_(float("nan"))) == ["FAIL"]
+    assert with_fault(lambda value: first(arrivals=value["stats"][0]["arrivals"][:1])(value)) == ["FAIL"]
+    assert with_fault(first(newest=torch.empty(0, ood.SKETCH))) == ["FAIL"]
+    assert with_fault(first(dreams=torch.tensor([0.0, 0.0]))) == ["FAIL"]
+    assert with_fault(first(experts=2)) == ["FAIL"]
     assert with_fault(paper_code) == ["warn"]  # energies that no batch moved
 
 

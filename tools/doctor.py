@@ -30,6 +30,7 @@ import baselines
 import command
 import data
 import dense
+import dream
 import mixlora
 import optim
 import prepare
@@ -83,7 +84,7 @@ class Patient:
         self.corpora, self.ids = self.run.corpora[: self.t + 1], self.run.ids
         self.codes = self.trained.docids  # (N, M)
         self.books = store.read_tensors(folder / "rq.pt")  # (M, K, D)
-        self.embeddings = Chain(prepare.open_embeddings(self.run))  # N of (D,), on disk
+        self.embeddings = Chain(prepare.open_embeddings(self.run, self.run.corpora))  # N of (D,), on disk
         self.d0_embeddings = self.embeddings.parts[0]  # (N_0, D)
         self.d0_codes = self.codes[: len(self.d0_embeddings)]  # (N_0, M)
         self.row_of = {doc_id: row for row, doc_id in enumerate(self.ids)}
@@ -120,7 +121,9 @@ class Patient:
         return torch.stack([self.embeddings[row] for row in rows.tolist()])
 
     def training_queries(self, t: int) -> list[tuple[set[int], str]]:
-        """Some of what D_t was trained on: for t >= 1, or from a file, its very queries; for D_0 others so drawn."""
+        """Some of what D_t was trained on: for t >= 1, or from a file, its very queries, of which dreams may stand for
+        some; for D_0 others so drawn.
+        """
         if t == 0 or self.run.listed:
             pairs = self.run.sample(t, self.count, "doctor")
         else:  # the run's list is drawn document by document, so that its beginning is cheap
@@ -318,12 +321,18 @@ def gradient_norms(patient: Patient) -> Finding:
     )  # fmt: skip
 
 
-def groups(model: T5) -> dict[str, list[Tensor]]:
-    """The model's tensors by what trains together; experts and router rows stacked, the oldest first."""
-    layers, decoder = mixed_layers(model), [model.decoder_bias, model.decoder_norm]
+def groups(model: T5, frozen: list[int]) -> dict[str, list[Tensor]]:
+    """The model's tensors by what trains together. Of each layer's experts and router rows so many of the oldest are
+    `frozen`; those after them train.
+    """
+    decoder, mixture = [model.decoder_bias, model.decoder_norm], []
+    for layer, n in zip(mixed_layers(model), frozen):
+        rows = torch.cat([layer.router_old, layer.router_new])
+        mixture += [x.split([n, len(x) - n]) for x in (rows, *map(layer.stacked, MATRICES))]
     for b in model.decoder:
         plain = b.ff.plain if isinstance(b.ff, MixedFeedForward) else b.ff
-        decoder += [b.self_norm, b.self_attention, b.cross_norm, b.cross_attention, b.ff_norm, plain]
+        attention = getattr(b.cross_attention, "plain", b.cross_attention)
+        decoder += [b.self_norm, b.self_attention, b.cross_norm, attention, b.ff_norm, plain]
     encoder = [model.encoder, model.encoder_bias, model.encoder_norm]
     bottlenecks = {id(p): p for adapter in baselines.adapters(model) for p in adapter.parameters()}
     return {
@@ -333,8 +342,9 @@ def groups(model: T5) -> dict[str, list[Tensor]]:
         "decoder": [p for part in decoder for p in part.parameters() if id(p) not in bottlenecks],
         "adapters": list(bottlenecks.values()),
         "prompts": [model.prefix.keys_values] if model.prefix else [],
-        "experts": [layer.stacked(name) for layer in layers for name in MATRICES],
-        "routers": [torch.cat([layer.router_old, layer.router_new]) for layer in layers],
+        "LoRA on attention": [p for _, p in mixlora.attention_parameters(model)],
+        "older experts": [old for old, _ in mixture],
+        "newest experts": [new for _, new in mixture],
     }
 
 
@@ -345,9 +355,8 @@ def frozen_groups(t: int, model: T5, config) -> set[str]:
         return {"word table"} if mixture else set()
     if not (mixture or model.prefix or adapters or config.insert):
         return set()
-    frozen = {"encoder", "decoder"} | ({"docid table"} if config.insert else set())  # IncDSI: its old rows
-    frozen |= set() if adapters else {"word table"}
-    return frozen | (set() if config.expand == "fixed" else {"experts", "routers"})
+    others = {"docid table": config.insert, "word table": not adapters}  # IncDSI: the table's old rows
+    return {"encoder", "decoder", "older experts"} | {name for name, rests in others.items() if rests}
 
 
 def moved_by(before: list[Tensor], after: list[Tensor]) -> float:
@@ -366,10 +375,9 @@ def updates(patient: Patient) -> Finding:
     faults = {"did not train": [], "frozen but moved": [], "large": []}
     for t in range(patient.t + 1):
         after = patient.checkpoint(f"D{t}.pt")
-        frozen, tensors = frozen_groups(t, after, patient.config), groups(after)
-        ratios = {
-            n: moved_by(old, tensors[n]) for n, old in groups(before).items() if old
-        }  # old: there already
+        frozen, counts = frozen_groups(t, after, patient.config), [len(x.old) for x in mixed_layers(after)]
+        both = zip(groups(before, counts).items(), groups(after, counts).values())
+        ratios = {name: moved_by(old, new) for (name, old), new in both if any(map(Tensor.numel, old))}
         for name, ratio in ratios.items():
             faults["frozen but moved"] += [f"D{t} {name}"] * (name in frozen and ratio != 0)  # NaN too
             faults["did not train"] += [f"D{t} {name}"] * (name not in frozen and not ratio > 0)
@@ -401,7 +409,7 @@ def learnt(patient: Patient) -> Finding:
         recalls.append(f"D_{i} after D{t} {trained:.1%} trained on, {tested:.1%} test")
         at_first = tested if t == 0 else at_first
         if i < t:
-            advice = f"D{t}.pt forgot D_0: freeze more, raise --kl_coef, or lower --lr"
+            advice = f"D{t}.pt forgot D_0: raise --dreams or --kl_coef, or lower --lr"
             verdicts.append((verdict(False, tested < 0.5 * at_first), advice))
         elif not trained >= 0.3:
             advice = f"D{t}.pt has not learnt D_{t}: see the checks above"
@@ -412,6 +420,35 @@ def learnt(patient: Patient) -> Finding:
     recalls, wanted = "; ".join(recalls), "30% trained on, half of that in test, half of D_0 kept"
     worst, advice = max(verdicts, key=lambda pair: ("ok", "warn", "FAIL").index(pair[0]))
     return Finding(worst, f"Recall@10 beyond chance: {recalls}", wanted, advice)
+
+
+def answers_dreams(patient: Patient) -> Finding:
+    """How often the model finds the docid that a dream was made from, and the model before it, which it was held to."""
+    config, t = patient.config, patient.t
+    if not (config.dreams and t):
+        return Finding(
+            "skip", "trained on no dreams: " + (f"it ended after D{t}" if config.dreams else "--dreams 0")
+        )
+    if not (drawer := prepare.find_dreams(patient.run, patient.start, patient.books, wanted=False)):
+        return Finding("skip", f"the tokenizer has fewer than {dream.TOP} words")
+    ends, generator = [corpus.rows.stop for corpus in patient.corpora[:-1]], torch.Generator().manual_seed(0)
+    codes, shares = patient.codes[dream.choose(ends, patient.count, generator)], []
+    ids = drawer.draw(codes, generator).to(patient.run.device)
+    for model, trie in patient.trained.at(t - 1), patient.last:
+        leaves = torch.cat(
+            [beam_search(model, trie, part, max(10, config.beam))[0] for part in ids.split(64)]
+        )
+        begin, end = leaves[:, :10].unbind(-1)
+        answers = trie.rows[begin.clamp(max=len(trie.rows) - 1)] == codes[:, None]  # (Q, 10, M)
+        shares.append(float((answers.all(-1) & (begin < end)).any(1).float().mean()))
+    before, now = shares
+    return Finding(
+        verdict(now < 0.5 * before, now < 0.8 * before or before < 0.2),
+        f"{now:.1%} of {len(ids)} dreams of D_0..D_{t - 1} find their docid among 10, {before:.1%} by D{t - 1}.pt",
+        "80% of the latter, and that 20%",
+        "raise --dream_kl or --dream_batch, or lower --lr; where both are low, dreams say little of their documents "
+        "(python -m tools.dreams): train the bi-encoder longer, or take more codebooks",
+    )  # fmt: skip
 
 
 def reachable(patient: Patient) -> Finding:
@@ -505,19 +542,25 @@ def ood_statistics(patient: Patient) -> Finding:
         if len(stats) != len(layers):
             broken.append(f"D{t}: {len(stats)} statistics of {len(layers)} layers")
         for number, (layer, stat) in enumerate(zip(layers, stats)):
-            calibrated, seen = stat.mode == "calibrated", seen + 1
-            good = stat.mean.shape == stat.variance.shape == ((m,) if calibrated else (len(layer), m))
-            good &= stat.experts == len(layer) and bool(
-                torch.cat([stat.mean, stat.variance]).isfinite().all()
-            )
-            good &= bool((stat.variance > 0).all() if calibrated else (stat.variance >= 0).all())
-            good &= not calibrated or math.isfinite(stat.threshold)
-            unseen += int((stat.variance == 0).sum())  # paper_code: of (expert, position) without a token
-            broken += [] if good else [f"D{t} layer {number}"]
+            if stat.mode == "pooled":  # a sketch of each corpus since the mixture came, and the scale
+                arrived = t + patient.config.d0_mixture
+                good = (
+                    len(stat.arrivals) == arrived and len(stat.newest) == (arrived > 1) and stat.dreams[1] > 0
+                )
+                values = [stat.arrivals.flatten(), stat.newest.flatten(), stat.dreams]
+            else:
+                good, values = (
+                    stat.mean.shape == stat.variance.shape == (len(layer), m),
+                    [stat.mean, stat.variance],
+                )
+                good &= bool((stat.variance >= 0).all())
+                unseen += int((stat.variance == 0).sum())  # of (expert, position) without a token
+            good = good and stat.experts == len(layer) and bool(torch.cat(values).isfinite().all())
+            broken, seen = broken + [f"D{t} layer {number}"] * (not good), seen + 1
     return Finding(
         verdict(bool(broken), unseen > 0) if seen or broken else "skip",
         f"{seen} of layers, {unseen} variances of 0, broken: {broken}",
-        "one for each mixed layer, finite, of its number of experts, variances over 0",
+        "one for each mixed layer, finite, of its number of experts; a sketch of each corpus, or variances over 0",
         "without them no corpus can be told from another: remove the checkpoint named and resume; variances of 0 are of "
         "positions that no expert's tokens reached",
     )  # fmt: skip
@@ -528,7 +571,7 @@ CHECKS = {
     fresh_docids: "docids of these embeddings", distinct_docids: "distinct docids", dense_recall: "bi-encoder on D_0",
     initial_cross_entropy: "cross-entropy at step 0", docid_table: "docid table of D0.pt",
     log_of_d0: "cross-entropy of D_0's log", gradient_norms: "gradient norm", updates: "relative updates",
-    reachable: "test documents", learnt: "learnt, not memorised", scores_agree: "search score against forced",
+    reachable: "test documents", learnt: "learnt, not memorised", answers_dreams: "dreams answered", scores_agree: "search score against forced",
     beam_reaches_best: "beam against exact search", expert_load: "experts", ood_statistics: "OOD statistics",
 }  # fmt: skip
 
