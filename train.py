@@ -393,9 +393,9 @@ def learn(run: Run, t: int, made: Prepared, previous: State | None) -> tuple[Sta
 # -------------------------------------------------------------------------------------- what both of them need
 
 
-def fresh_scores(run: Run, model: T5, made: Prepared, t: int) -> list[Tensor]:
+def fresh_scores(run: Run, model: T5, made: Prepared, t: int, purpose: str = "fresh") -> list[Tensor]:
     """Router scores (Q, M, E) of each mixed layer for pseudo-queries of D_t that no training saw, unless they are listed."""
-    pairs = run.sample(t, FRESH_QUERIES, "fresh")
+    pairs = run.sample(t, FRESH_QUERIES, purpose)
     docids = made.codes[[row for row, _ in pairs]]
     return scan(model, SourceCache(model, run.tokens(pairs)), docids, hidden=False).scores
 
@@ -481,8 +481,11 @@ def train(asked: Command, log: store.Log, last: int | None = None) -> dict:
         if name in done and checkpoint.exists():
             log.line(f"D{t} is done already")
             state, path = None, folder / f"evaluation_D{t}.json"
-            if not path.exists() and distributed.is_main_process():
-                store.write_json(path, asdict(scoring.evaluate_after(run, t, run.ready(run.after(t)[0]), codes)))
+            if not path.exists():
+                model = run.ready(run.after(t)[0])  # by every process: it waits for all
+                if distributed.is_main_process():
+                    store.write_json(path, asdict(scoring.evaluate_after(run, t, model, codes)))
+                distributed.wait()
             evaluations.append(scoring.Evaluation(**store.read_json(path)))
             continue
         done.records.pop(name, None)  # its checkpoint is gone

@@ -7,28 +7,35 @@ Next     docs/results.md reports them
 Differs  the paper prints one run of each system; here seeds vary the split, all draws and all weights, and every row
          is tested against a reference by a paired bootstrap. Runs share what does not differ: a run starts from the
          dense, RQ and D_0 stages of its `start`, as hard links, so that its own flags hold from D_1 on. Rows about
-         router losses expand always, and those about delta go by the released code's statistics, since by our own no
-         layer grows on the default stream. Flags that are numbers are meant for the small presets
+         the paper's parts vary `paper`, its recipe alone; rows about ours vary `mixlora-dsi`. Rows about router losses
+         expand always. Flags that are numbers are meant for the small presets
 """
 
 import multiprocessing
 import os
 import shutil
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import command
+import eval as scoring
+import ood
+import prepare
 import store
 import train
-from config import Config, parse
+from config import Config, parse, saved_config
+from search import retrieve
 from tools.plot import mean_and_error
 
 METRICS = ("recall@10", "mrr@10")
-NOT_RUN = ("bm25", "dense")  # rows that the run mixlora-dsi evaluates beside itself
+BEAMS = (10, 20, 40, 100)
+NOT_RUN = ("bm25", "dense", "quantised")  # rows that the run mixlora-dsi evaluates beside itself
 
 
 @dataclass(frozen=True)
@@ -51,23 +58,24 @@ class Run:
 # fmt: off
 STARTS = {
     "mixture": Start(),
-    "plain": Start("--no-d0_mixture", "rq"),
+    "paper": Start("--method paper", "rq"),
+    "plain": Start("--method paper --no-d0_mixture", "rq"),
+    "no-general": Start("--method paper --general none --beam 10"),
     "topic": Start("--split_by topic"),
-    "paper-code": Start("--ood_mode paper_code", "rq"),
     "rank-96": Start("--lora_rank 96 --lora_alpha 192", "rq"),
-    "whole": Start("--no-d0_mixture --d0_fragments 0", "rq"),
-    "pq": Start("--no-d0_mixture --d0_fragments 0 --docid_kind pq", "dense"),
-    "atomic": Start("--no-d0_mixture --d0_fragments 0 --docid_kind atomic", "dense"),
-    "m3-k128": Start("--M 3", "dense"),
-    "m6-k128": Start("--M 6", "dense"),
-    "m4-k64": Start("--K 64", "dense"),
-    "m4-k256": Start("--K 256", "dense"),
+    "pq": Start("--method paper --no-d0_mixture --docid_kind pq", "dense"),
+    "atomic": Start("--method paper --no-d0_mixture --d0_fragments 0 --docid_kind atomic", "dense"),
+    "m4-k256": Start("--M 4", "dense"),
+    "m8-k256": Start("--M 8", "dense"),
+    "m6-k128": Start("--K 128", "dense"),
     "half-width": Start("--width 64 --feed_forward 256"),
     "twice-width": Start("--width 256 --feed_forward 1024"),
 }
+ENERGIES = "--method paper --ood_mode pooled --router_row ood_mean --evolve"
 RUNS = {
     "bm25": Run("mixture", "", ("64.2/42.3", "1.2/0.4", "66.1/42.7")),
     "dense": Run("mixture", "", ("68.5/49.7", "0.9/0.9", "68.7/50.1")),
+    "quantised": Run("mixture", ""),
     "base": Run("plain", "--method base", ("51.1/28.8", "47.7/66.3", "91.0/84.9")),
     "dsi++": Run("plain", "--method dsi++", ("50.3/35.9", "45.6/55.2", "87.9/82.7")),
     "clever-512": Run("plain", "--method clever", ("61.0/38.9", "35.0/53.6", "90.6/84.8")),
@@ -78,46 +86,66 @@ RUNS = {
     "incdsi": Run("atomic", "--method incdsi --d0_fragments 0"),
     "naive-expansion": Run("plain", "--method naive-expansion", ("44.2/25.2", "38.0/50.0", "72.5/64.0")),
     "mixlora-dsi-pt": Run("plain", "--method mixlora-dsi-pt", ("53.9/35.3", "14.1/19.3", "60.8/45.8")),
-    "never-expand": Run("mixture", "--method never-expand", ("66.5/53.0", "13.8/17.2", "76.7/66.3")),
-    "always-expand": Run("mixture", "--method always-expand", ("68.8/56.2", "12.4/18.3", "78.3/71.6")),
-    "mixlora-dsi": Run("mixture", "", ("68.1/55.2", "13.0/18.1", "78.0/70.0")),
+    "never-expand": Run("paper", "--method never-expand", ("66.5/53.0", "13.8/17.2", "76.7/66.3")),
+    "always-expand": Run("paper", "--method always-expand", ("68.8/56.2", "12.4/18.3", "78.3/71.6")),
+    "paper": Run("paper", "--method paper", ("68.1/55.2", "13.0/18.1", "78.0/70.0")),
+    "mixlora-dsi": Run("mixture", ""),
+    "dream": Run("plain", "--method dream"),
     "joint": Run("plain", "--method joint"),
+    "ours, rehearsal": Run("mixture", "--rehearsal"),
+    "dream, rehearsal": Run("plain", "--method dream --rehearsal"),
+
+    "no general text, 10 beams": Run("no-general", "--method paper --general none --beam 10"),
+    "no general text": Run("no-general", "--method paper --general none"),
+    "+ energies": Run("mixture", ENERGIES),
+    "+ dreams": Run("mixture", f"{ENERGIES} --dreams 20000"),
+
+    "ours, never expand": Run("mixture", "--expand never"),
+    "ours, always expand": Run("mixture", "--expand always"),
+    "ours, frozen where none grows": Run("mixture", "--no-evolve"),
+    "topic/mixlora-dsi": Run("topic", "--split_by topic"),
+    "topic/never expand": Run("topic", "--split_by topic --expand never"),
+    "topic/always expand": Run("topic", "--split_by topic --expand always"),
+
+    "5,000 dreams": Run("mixture", "--dreams 5000"),
+    "80,000 dreams": Run("mixture", "--dreams 80000"),
+    "256 a step": Run("mixture", "--dream_batch 256"),
+    "1,024 a step": Run("mixture", "--dream_batch 1024"),
+    "weight 1": Run("mixture", "--dream_kl 1"),
+    "weight 4": Run("mixture", "--dream_kl 4"),
+    "style 0": Run("mixture", "--dream_style 0"),
+    "style 0.25": Run("mixture", "--dream_style 0.25"),
+    "8 words": Run("mixture", "--dream_words 8"),
+    "no noise": Run("mixture", "--dream_noise 0"),
+    "noise 8": Run("mixture", "--dream_noise 8"),
 
     "naive, no mask": Run("plain", "--method naive-expansion --mask full_vocab --d0_mask segment", ("36.2/20.7", "33.1/38.7", "")),
-    "naive + slow learner + KL": Run("plain", "--method naive-expansion --slow grad --kl_coef 0.25 --kl_old_coef 0.3",
-                                     ("52.5/32.8", "15.8/21.1", "")),
+    "naive + slow learner + KL": Run("plain", "--method naive-expansion --slow grad --kl_coef 0.25", ("52.5/32.8", "15.8/21.1", "")),
     "+ cosine router + router losses": Run("plain", "--method mixlora-dsi-pt --expand always",
                                            ("53.2/34.6", "12.6/15.5", "")),
-    "no mask": Run("mixture", "--mask full_vocab --d0_mask segment"),
-    "no align": Run("mixture", "--method always-expand --align_coef 0"),
-    "no repel": Run("mixture", "--method always-expand --repel_coef 0"),
-    "no KL": Run("mixture", "--method always-expand --kl_coef 0 --kl_old_coef 0"),
-    "no KL along earlier docids": Run("mixture", "--method always-expand --kl_old_coef 0"),
+    "no mask": Run("paper", "--method paper --mask full_vocab --d0_mask segment"),
+    "no align": Run("paper", "--method always-expand --align_coef 0"),
+    "no repel": Run("paper", "--method always-expand --repel_coef 0"),
+    "no KL": Run("paper", "--method always-expand --kl_coef 0"),
 
-    "topic/never-expand": Run("topic", "--method never-expand --split_by topic"),
-    "topic/always-expand": Run("topic", "--method always-expand --split_by topic"),
-    "topic/mixlora-dsi": Run("topic", "--split_by topic"),
+    "slow none": Run("paper", "--method paper --slow none"),
+    "slow lr": Run("paper", "--method paper --slow lr"),
+    "router row ood_mean": Run("paper", "--method always-expand --router_row ood_mean"),
 
-    "slow none": Run("mixture", "--slow none"),
-    "slow lr": Run("mixture", "--slow lr"),
-    "paper_code": Run("paper-code", "--ood_mode paper_code"),
-    "router row random": Run("mixture", "--method always-expand --router_row random"),
-
-    "pt, rq": Run("whole", "--method mixlora-dsi-pt --d0_fragments 0", ("53.2/34.6", "12.6/15.5", "")),
-    "pt, pq": Run("pq", "--method mixlora-dsi-pt --d0_fragments 0 --docid_kind pq", ("3.4/1.6", "1.0/1.5", "")),
+    "pt, rq": Run("plain", "--method mixlora-dsi-pt", ("53.2/34.6", "12.6/15.5", "")),
+    "pt, pq": Run("pq", "--method mixlora-dsi-pt --docid_kind pq", ("3.4/1.6", "1.0/1.5", "")),
     "pt, atomic": Run("atomic", "--method mixlora-dsi-pt --d0_fragments 0 --docid_kind atomic",
                       ("44.4/24.1", "0.0/0.0", "")),
-    "M 3": Run("m3-k128", "--M 3"),
-    "M 6": Run("m6-k128", "--M 6"),
-    "K 64": Run("m4-k64", "--K 64"),
-    "K 256": Run("m4-k256", "--K 256"),
+    "M 4": Run("m4-k256", "--M 4"),
+    "M 8": Run("m8-k256", "--M 8"),
+    "K 128": Run("m6-k128", "--K 128"),
     "fixed set, rank 96": Run("rank-96", "--lora_rank 96 --lora_alpha 192 --expand fixed"),
     "fixed set, rank 32": Run("mixture", "--expand fixed"),
     "width 64": Run("half-width", "--width 64 --feed_forward 256"),
     "width 256": Run("twice-width", "--width 256 --feed_forward 1024"),
 }
 RUNS |= {
-    f"paper_code, delta {delta}": Run("paper-code", f"--ood_mode paper_code --delta {delta}")
+    f"delta {delta}": Run("paper", f"--method paper --delta {delta}")
     for delta in ("0.1", "5", "10")
 }
 PAPER_ALPHAS = {  # tables 11-12, whose labels of alpha_1 are off by one row
@@ -128,28 +156,36 @@ PAPER_ALPHAS = {  # tables 11-12, whose labels of alpha_1 are off by one row
     ("1.0", "0.5"): ("61.9/45.3", "9.9/7.2", ""),
 }
 RUNS |= {
-    f"alpha {align}, {kl}": Run("mixture", f"--method always-expand --align_coef {align} --kl_coef {kl} --kl_old_coef 0", paper)
+    f"alpha {align}, {kl}": Run("paper", f"--method always-expand --align_coef {align} --kl_coef {kl}", paper)
     for (align, kl), paper in PAPER_ALPHAS.items()
 }
 
 # Experiment: its rows, and the one that the others are tested against.
 EXPERIMENTS = {
+    "methods": (["bm25", "dense", "quantised", "paper", "mixlora-dsi", "dream"], "mixlora-dsi"),
+    "references": (["base", "paper", "mixlora-dsi", "ours, rehearsal", "dream", "dream, rehearsal", "joint", "incdsi"],
+                   "mixlora-dsi"),
+    "ladder": (["no general text, 10 beams", "no general text", "paper", "+ energies", "+ dreams", "mixlora-dsi"],
+               "mixlora-dsi"),
     "table1": (["bm25", "dense", "base", "dsi++", "clever-512", "clever-1024", "clever-512-d0", "promptdsi",
                 "corpusbrain++", "incdsi", "naive-expansion", "mixlora-dsi-pt", "never-expand", "always-expand",
-                "mixlora-dsi"], "mixlora-dsi"),
-    "joint": (["mixlora-dsi", "joint"], "mixlora-dsi"),
+                "paper", "mixlora-dsi", "dream"], "paper"),
+    "dreams": (["5,000 dreams", "mixlora-dsi", "80,000 dreams", "256 a step", "1,024 a step", "weight 1", "weight 4",
+                "style 0", "style 0.25", "8 words", "no noise", "noise 8"], "mixlora-dsi"),
+    "growth": (["mixlora-dsi", "ours, never expand", "ours, always expand", "ours, frozen where none grows",
+                "topic/mixlora-dsi", "topic/never expand", "topic/always expand"], "mixlora-dsi"),
+    "beams": (["mixlora-dsi", "dream"], "mixlora-dsi"),
     "table4": (["naive, no mask", "naive-expansion", "naive + slow learner + KL", "+ cosine router + router losses",
-                "always-expand", "mixlora-dsi", "no mask"], "mixlora-dsi"),
-    "topic": (["topic/never-expand", "topic/always-expand", "topic/mixlora-dsi"], "topic/mixlora-dsi"),
-    "losses": (["no align", "no repel", "no KL", "no KL along earlier docids", "always-expand"], "always-expand"),
+                "always-expand", "paper", "no mask"], "paper"),
+    "losses": (["no align", "no repel", "no KL", "always-expand"], "always-expand"),
     "alpha": ([f"alpha {align}, {kl}" for align, kl in PAPER_ALPHAS], "alpha 1.0, 0.1"),
-    "delta": (["paper_code, delta 0.1", "paper_code", "paper_code, delta 5", "paper_code, delta 10"], "paper_code"),
-    "slow": (["slow none", "mixlora-dsi", "slow lr"], "mixlora-dsi"),
-    "detector": (["mixlora-dsi", "paper_code"], "mixlora-dsi"),
-    "routing": (["naive-expansion", "router row random", "always-expand"], "always-expand"),
+    "delta": (["delta 0.1", "paper", "delta 5", "delta 10"], "paper"),
+    "slow": (["slow none", "paper", "slow lr"], "paper"),
+    "routing": (["naive-expansion", "router row ood_mean", "always-expand"], "always-expand"),
     "docids": (["pt, rq", "pt, pq", "pt, atomic"], "pt, rq"),
-    "codebooks": (["M 3", "mixlora-dsi", "M 6", "K 64", "K 256"], "mixlora-dsi"),
-    "budget": (["never-expand", "fixed set, rank 32", "fixed set, rank 96", "always-expand"], "always-expand"),
+    "codebooks": (["M 4", "mixlora-dsi", "M 8", "K 128"], "mixlora-dsi"),
+    "budget": (["ours, never expand", "fixed set, rank 32", "fixed set, rank 96", "ours, always expand"],
+               "ours, always expand"),
     "width": (["width 64", "mixlora-dsi", "width 256"], "mixlora-dsi"),
 }
 # fmt: on
@@ -173,10 +209,13 @@ def inherit(source: Path, target: Path, last: str, config: Config) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     stages = list(FILES)[: list(FILES).index(last) + 1]
+    same_beam = (
+        store.read_json(source / "config.json")["beam"] == config.beam
+    )  # otherwise D_0 is evaluated again
     for path in (source / name for stage in stages for name in FILES[stage]):
         if path.is_dir():
             shutil.copytree(path, partial / path.name, copy_function=os.link)
-        elif path.exists():
+        elif path.exists() and (path.name != "evaluation_D0.json" or same_beam):
             os.link(path, partial / path.name)
     done = store.read_json(source / "stages.json")
     store.write_json(partial / "stages.json", {stage: done[stage] for stage in ("data", *stages)})
@@ -315,7 +354,49 @@ def summarise(name: str, seeds: list[int], out: Path) -> dict:
             row["peak_memory_bytes"] = int(np.mean([r["peak_memory_bytes"] for r in results]))
             row |= {key: [r[key] for r in results] for key in ("experts", "ood_percent", "first_choice")}
         rows.append(row | {"p_value": metrics["recall@10"]["p_value"]})
+        folders = [out / str(seed) / run_name(label) for seed in seeds]
+        if name == "growth" and not RUNS[label].flags.count("expand"):
+            row["mock"] = [mock_growth(folder) for folder in folders]
+        if name == "beams" and label not in NOT_RUN:
+            row["beams"] = [by_beam(folder) for folder in folders]
     return {"name": name, "seeds": seeds, "reference": reference, "rows": rows}
+
+
+def mock_growth(folder: Path) -> list[list[list[float]]]:
+    """Would a layer grow where nothing is new? Percent of OOD queries by t, i < t and layer: fresh queries of D_i, which
+    the model knows, in place of D_t. Reads text of earlier corpora, which no run does.
+    """
+    config = saved_config(folder)
+    run = prepare.Run(config, folder, store.Log(folder, quiet=True, writes=False))
+    bi_encoder = prepare.dense_stage(run)
+    books, codes = prepare.docid_stage(run, bi_encoder)
+    made = prepare.Prepared(bi_encoder, books, codes, prepare.find_dreams(run, bi_encoder, books, True))
+    percent = []
+    for t in range(1, len(run.corpora)):
+        model, stats = run.after(t - 1)
+        train.measure_dreams(run, model, made, stats, t - 1)
+        percent.append([])
+        for i in range(t):
+            scores = train.fresh_scores(run, model, made, i, f"mock {t}")
+            decided = [ood.decide(s, stat, config.delta, config.epsilon) for s, stat in zip(scores, stats)]
+            percent[-1].append([decision.ood_percent for decision in decided])
+    return percent
+
+
+def by_beam(folder: Path) -> list[dict[str, float]]:
+    """Recall@10 of the last model, mean over corpora, and queries per second, at several widths of the beam."""
+    run, rows = store.LoadedRun(folder), []
+    model, trie = run.at(run.finished[-1])
+    for beam in BEAMS:
+        length = run.config["query_length"]
+        search = partial(retrieve, model, trie, run.tokenizer, doc_ids=run.ids, beam=beam, max_length=length)
+        begin = time.monotonic()
+        evaluation = scoring.evaluate(run.corpora, search)
+        seconds = time.monotonic() - begin
+        queries = sum(len(corpus.test) for corpus in run.corpora)
+        ap = float(np.mean(evaluation.means("recall@10")))
+        rows.append({"beam": beam, "AP": ap, "queries_per_second": queries / seconds})
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------- tables
@@ -340,7 +421,32 @@ def figures(name: str, summary: dict) -> str:
     )
     names = "trained parameters|s per corpus|peak MiB|OOD queries, percent per layer|experts per layer at the end|newest"
     cells = {row["label"]: growth(row) for row in rows if "experts" in row}
-    return "\n".join([*tables, table(about, names.split("|"), cells)])
+    tables.append(table(about, names.split("|"), cells))
+    for row in rows:
+        if "mock" in row:
+            about = f"**{row['label']}**: percent of OOD queries per layer, mean over seeds, and where nothing is new"
+            tables.append(
+                table(about, ["D_t", *(f"D{i} again" for i in range(len(corpora) - 1))], mocks(row))
+            )
+        if "beams" in row:
+            about = f"**{row['label']}**: beams kept, Recall@10 (AP) and queries per second"
+            cells = {str(beam): [] for beam in BEAMS}
+            for same in zip(*row["beams"]):
+                ap, rate = (np.mean([one[key] for one in same]) for key in ("AP", "queries_per_second"))
+                cells[str(same[0]["beam"])] = [f"{100 * ap:.1f}", f"{rate:.0f}"]
+            tables.append(table(about, ["AP", "queries/s"], cells))
+    return "\n".join(tables)
+
+
+def mocks(row: dict) -> dict[str, list[str]]:
+    """Rows of the table that sets D_t beside fresh queries of what is known."""
+    cells, corpora = {}, list(row["ood_percent"][0])
+    for k, name in enumerate(corpora):
+        arrived = [seed[name] for seed in row["ood_percent"]]
+        known = zip(*(seed[k] for seed in row["mock"]))  # by corpus i < t, [seed][layer]
+        shares = ["/".join(f"{v:.1f}" for v in np.mean(layers, axis=0)) for layers in (arrived, *known)]
+        cells[name] = shares + [""] * (len(corpora) - k - 1)
+    return cells
 
 
 def table(about: str, names: list[str], cells: dict[str, list[str]]) -> str:
