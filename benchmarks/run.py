@@ -58,7 +58,7 @@ SMALL = dict(width=512, heads=8, feed_forward=2048, encoder_blocks=6, decoder_bl
 BASE = dict()  # T5-base is what T5Config defaults to
 DEFAULT = dict(  # `python train.py` without flags
     vocab=8000, width=128, head_width=32, heads=4, feed_forward=512, encoder_blocks=2, decoder_blocks=2,
-    codebooks=4, centroids=128,
+    codebooks=6, centroids=256,
 )  # fmt: skip
 TINY = dict(  # --small; transformers' cache fails where the decoder has more blocks than the encoder
     vocab=200, width=32, head_width=8, heads=4, feed_forward=64, encoder_blocks=5, decoder_blocks=5,
@@ -354,7 +354,7 @@ def cached_training(config: T5Config, batch: int):
     model = mixed_t5(config)
     ids, codes = draw(config, 4 * batch, 32)
     cache = SourceCache(model, ids)
-    teacher, rq_before = scan(model, cache, codes, []).hidden, model.rq.detach().clone()
+    teacher, rq_before = scan(model, cache, codes).hidden, model.rq.detach().clone()
     grow(model)
     queries = torch.arange(batch)
     return continual_step(
@@ -504,11 +504,16 @@ def ood_scan(s: Settings) -> list[Row]:
     model = mixed_t5(config).eval()
     ids, codes = draw(config, queries, 32)
     cache = SourceCache(model, ids)
-    stats = [ood.calibrate(ood.energy(x), x.shape[-1], 0.01) for x in scan(model, cache, codes, []).scores]
+    stats = [ood.new_stats("pooled", len(layer), len(model.rq)) for layer in mixlora.mixed_layers(model)]
+    ood.settle(stats, scan(model, cache, codes, hidden=False).scores, first_mixture=True)
     table = torch.cat([model.word, model.rq.flatten(0, 1)]).detach().T
 
+    def is_ood(layer: int, scores: Tensor) -> Tensor:
+        below, above = ood.tails(scores, stats[layer], epsilon=0.02)
+        return below | above
+
     def ours():
-        return scan(model, cache, codes, stats, hidden=False).scores
+        return scan(model, cache, codes, is_ood, queries, hidden=False).scores
 
     @torch.no_grad()
     def theirs():
