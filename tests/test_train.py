@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import types
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import pytrec_eval
 import torch
+from conftest import link_tree
 from toy import TOY, toy_folder
 
 import arrays
@@ -47,7 +49,9 @@ def test_a_run_leaves_every_file_that_the_architecture_names(finished):
     results = store.read_json(finished / "results.json")
     assert [len(row) for row in results["metrics"]["recall@10"]["P"]] == [1, 2, 3, 4, 5]
     assert results["experts"] == {f"D{t}": [2 + t, 2 + t] for t in range(5)}
-    assert set(results["baselines"]) == {"bm25", "dense"} and len(results["ood_percent"]["D4"]) == 2
+    assert (
+        set(results["baselines"]) == {"bm25", "dense", "quantised"} and len(results["ood_percent"]["D4"]) == 2
+    )
     assert results["metrics"]["recall@10"]["AP"] == scoring.average_performance(
         results["metrics"]["recall@10"]["P"]
     )
@@ -74,13 +78,15 @@ def test_resume_repeats_no_finished_stage_and_remakes_a_missing_one_bit_equal(co
     assert after["metrics"] == results["metrics"] and after["experts"] == results["experts"]
 
 
-def test_after_each_corpus_all_but_newest_experts_rows_and_docid_table_are_bit_equal(finished):
+def test_after_each_corpus_all_but_the_newest_experts_rows_docid_table_and_lora_are_bit_equal(finished):
     for t in range(1, 5):
         old, new = (store.load_model(finished / f"D{i}.pt")[0] for i in (t - 1, t))
+        trained, tensors = {"rq"} | {name for name, _ in mixlora.attention_parameters(new)}, new.state_dict()
         for name, tensor in old.state_dict().items():
-            if ".ff.old." not in name and ".ff.new." not in name and "router" not in name and name != "rq":
-                assert torch.equal(tensor, new.state_dict()[name]), name
-        assert not torch.equal(old.rq, new.rq)
+            if name not in tensors:  # D_1 puts LoRA around what was plain
+                name = name.replace("cross_attention.", "cross_attention.plain.")
+            if ".ff.old." not in name and ".ff.new." not in name and "router" not in name:
+                assert torch.equal(tensor, tensors[name]) == (name not in trained), name
         for layer, layer_before in zip(mixlora.mixed_layers(new), mixlora.mixed_layers(old)):
             for name in ("in_a", "in_b", "out_a", "out_b"):
                 assert torch.equal(getattr(layer.old, name), layer_before.stacked(name))
@@ -88,6 +94,15 @@ def test_after_each_corpus_all_but_newest_experts_rows_and_docid_table_are_bit_e
                 layer.router_old, torch.cat([layer_before.router_old, layer_before.router_new])
             )
             assert layer.new.in_b.abs().max() > 0
+
+
+def test_after_each_corpus_the_statistics_hold_every_arrival_and_the_newest_corpus(finished):
+    for t in range(5):
+        for stat in store.load_model(finished / f"D{t}.pt")[1]:
+            assert (stat.mode, stat.experts) == ("pooled", 2 + t)
+            assert (len(stat.arrivals), len(stat.newest)) == (1 + t, t > 0)
+    lines = (finished / "log.txt").read_text().splitlines()
+    assert sum("of the queries just learnt lie outside what was known" in line for line in lines) == 4
 
 
 def test_docids_never_change_and_codebooks_stay_those_of_d0(finished):
@@ -220,9 +235,37 @@ def test_dsi_plus_plus_steps_by_the_gradient_at_the_climbed_point(begun, base, t
 def test_a_fixed_set_of_experts_goes_on_training_without_growing(begun, tmp_path):
     results = follow(begun, tmp_path / "run", "--expand", "fixed")
     assert results["experts"] == {f"D{t}": [2, 2] for t in range(3)}
-    moved = parameters_that_moved(tmp_path / "run", 2)
-    assert {"rq", "decoder.0.ff.new.in_b", "decoder.1.ff.router_new"} <= moved
-    assert all(".ff.new." in name or "router_new" in name or name == "rq" for name in moved)
+    moved, model = parameters_that_moved(tmp_path / "run", 2), store.load_model(tmp_path / "run" / "D2.pt")[0]
+    lora = {name for name, _ in mixlora.attention_parameters(model)}
+    assert {"rq", "decoder.0.ff.new.in_b", "decoder.1.ff.router_new"} | lora <= moved
+    assert all(".ff.new." in name or "router_new" in name for name in moved - lora - {"rq"})
+
+
+def test_a_layer_that_does_not_grow_trains_its_newest_expert_alone_where_it_evolves(begun, tmp_path):
+    results = follow(begun, tmp_path / "run", "--expand", "never", "--evolve")
+    assert results["experts"] == {f"D{t}": [2, 2] for t in range(3)}
+    for t in (1, 2):
+        old, new = (store.load_model(tmp_path / "run" / f"D{i}.pt")[0] for i in (t - 1, t))
+        for before, after in zip(mixlora.mixed_layers(old), mixlora.mixed_layers(new), strict=True):
+            assert (len(after.old), len(after.new)) == (1, 1)
+            tensors = [
+                (before.stacked(name), after.stacked(name)) for name in ("in_a", "in_b", "out_a", "out_b")
+            ]
+            tensors += [[torch.cat([layer.router_old, layer.router_new]) for layer in (before, after)]]
+            for one, other in tensors:
+                assert torch.equal(one[0], other[0]) and not torch.equal(one[1], other[1])
+
+
+def test_dream_trains_all_weights_and_no_expert_held_by_dreams_alone(begun, tmp_path):
+    results = follow(begun, tmp_path / "run", "--method", "dream")
+    model = store.load_model(tmp_path / "run" / "D2.pt")[0]
+    assert results["experts"] == {"D0": [], "D1": [], "D2": []} and not mixlora.attention_lora(model)
+    assert results["trainable_parameters"]["D2"] == sum(p.numel() for p in model.parameters())
+    for t in (1, 2):
+        assert parameters_that_moved(tmp_path / "run", t) == {name for name, _ in model.named_parameters()}
+        assert logged(tmp_path / "run", f"D{t}", "kl") == []
+        first, last = logged(tmp_path / "run", f"D{t}", "dream")
+        assert first == pytest.approx(0, abs=1e-5) and last > 0.01
 
 
 @pytest.mark.parametrize("kind, codes, centroids", [("pq", 4, (16, 16)), ("atomic", 1, (30, 40))])
@@ -237,14 +280,21 @@ def test_a_mixture_is_trained_on_docids_of_every_kind(begun, tmp_path, kind, cod
 
 
 def test_ood_json_counts_every_query_in_the_histogram_of_its_scores(finished):
+    """Half of D_t's 20 training queries are dreams, which are not counted."""
     for stage, layers in store.read_json(finished / "ood.json").items():
         for layer in layers if stage != "D0" else []:
-            found = layer["histogram"]
-            counts, edges, threshold = found["queries"], found["edges"], found["threshold"]
-            assert len(edges) == 61 and sum(counts) == 20 and sum(found["control"]) >= 10
-            beyond = sum(n for n, left in zip(counts, edges) if left >= threshold)
-            around = sum(n for n, left, right in zip(counts, edges, edges[1:]) if left < threshold < right)
-            assert beyond <= layer["ood_percent"] * 20 / 100 <= beyond + around
+            found, (low, high) = layer["histogram"], layer["histogram"]["thresholds"]
+            counts, edges = found["queries"], found["edges"]
+            assert len(edges) == 61 and sum(counts) == 10
+            assert sum(found["reference"]) == ood.SKETCH * (int(stage[1]) + (stage != "D1"))
+            bins = list(zip(counts, edges, edges[1:]))
+            beyond = sum(n for n, left, right in bins if right <= low or left >= high)
+            touching = sum(n for n, left, right in bins if left < low or right > high)
+            assert (
+                beyond <= layer["ood_percent"] * 10 / 100 + 1e-9
+                and sum(layer["tails"]) == layer["ood_percent"]
+            )
+            assert layer["ood_percent"] * 10 / 100 <= touching + 1e-9
 
 
 def first_losses(run: Path) -> list[float]:
@@ -272,19 +322,11 @@ def test_every_part_can_be_switched_on_its_own(begun, tmp_path, flags, same):
 
 
 def test_a_plain_start_may_go_on_without_slow_learner_and_kl(begun, tmp_path):
-    flags = [
-        "--no-d0_mixture",
-        "--kl_coef",
-        "0",
-        "--kl_old_coef",
-        "0",
-        "--slow",
-        "none",
-        "--aux_layers",
-        "expanded",
-    ]
+    flags = "--no-d0_mixture --kl_coef 0 --dreams 0 --slow none --aux_layers expanded".split()
     follow(begun, tmp_path / "run", *flags, last=1)
-    assert logged(tmp_path / "run", "D1", "kl") == [] and store.load_model(tmp_path / "run" / "D1.pt")[1]
+    assert logged(tmp_path / "run", "D1", "kl") == logged(tmp_path / "run", "D1", "dream") == []
+    for stat in store.load_model(tmp_path / "run" / "D1.pt")[1]:
+        assert (len(stat.arrivals), len(stat.newest)) == (1, 0)  # D_1 was the mixture's first corpus
 
 
 def test_bfloat16_in_micro_batches_with_recomputation_starts_as_float32_does(begun, tmp_path):
@@ -317,6 +359,9 @@ def test_micro_batches_and_recomputation_train_the_same(toy, tmp_path, exact):
     train.main(["--data", str(toy), "--run", str(tmp_path / "run"), *TOY, *EXACT, *flags])
     wanted = losses_of(exact)
     assert len(wanted) >= 6 and losses_of(tmp_path / "run") == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+    for term in ("ce", "kl", "dream"):
+        found, wanted = (logged(run, "D1", term) for run in (tmp_path / "run", exact))
+        assert len(wanted) == 2 and found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
 def test_negatives_that_a_run_saved_teach_the_next_one(toy, tmp_path, exact):
@@ -509,12 +554,13 @@ def test_32_documents_are_learnt_by_heart():
     assert best == list(range(32))
 
 
-def test_cached_encoder_outputs_equal_a_fresh_pass():
+def test_cached_encoder_outputs_equal_a_fresh_pass(monkeypatch):
+    monkeypatch.setattr(scan, "BATCH", 7)
     torch.manual_seed(0)
     model = T5(T5Config(50, 16, 8, 2, 32, 1, 1, codebooks=2, centroids=4)).eval()
     ids = torch.randint(3, 50, (20, 9))
     ids[torch.arange(9) >= torch.randint(2, 10, (20, 1))] = 0
-    cache, rows = scan.SourceCache(model, ids, batch=7), torch.tensor([3, 17, 0])
+    cache, rows = scan.SourceCache(model, ids), torch.tensor([3, 17, 0])
     source, padding = cache.get(rows, torch.device("cpu"))
     length = source.shape[1]
     expected, expected_padding = model.encode(ids[rows, :length])
@@ -523,17 +569,23 @@ def test_cached_encoder_outputs_equal_a_fresh_pass():
     torch.testing.assert_close(source * seen, expected * seen)
 
 
-def test_scan_gives_the_states_and_scores_of_each_query_in_the_order_asked():
+def every_second(layer: int, scores: torch.Tensor) -> torch.Tensor:
+    """Stands in for the verdict on each query."""
+    return scores[:, 0, 0] > scores[:, 0, 1]
+
+
+def test_scan_gives_the_states_and_scores_of_each_query_in_the_order_asked(monkeypatch):
+    monkeypatch.setattr(scan, "BATCH", 6)
     torch.manual_seed(0)
     model = T5(T5Config(50, 16, 8, 2, 32, 1, 2, codebooks=2, centroids=4))
     mixlora.add_mixture(model, mixlora.MixConfig(layers=2, rank=2))
     ids = torch.randint(3, 50, (20, 9))
     ids[torch.arange(9) >= torch.randint(2, 10, (20, 1))] = 0
     codes = torch.randint(4, (20, 2))
-    found = scan.scan(model, scan.SourceCache(model, ids), codes, [], batch=6)
+    found = scan.scan(model, scan.SourceCache(model, ids), codes, every_second, 20)
     hidden, routes = model.docid_hidden(*model.encode(ids), codes)
     torch.testing.assert_close(found.hidden, hidden)
-    brief = scan.scan(model, scan.SourceCache(model, ids), codes, [], batch=6, hidden=False)
+    brief = scan.scan(model, scan.SourceCache(model, ids), codes, every_second, 20, hidden=False)
     assert brief.hidden is None and len(brief.scores) == len(routes) == 2
     for scores, route in zip(found.scores, routes):
         torch.testing.assert_close(scores, route.scores)
@@ -541,23 +593,27 @@ def test_scan_gives_the_states_and_scores_of_each_query_in_the_order_asked():
         torch.testing.assert_close(a, b)
 
 
-def test_ood_direction_is_the_mean_direction_of_flagged_queries_only():
+def test_ood_direction_is_the_mean_direction_of_flagged_new_queries_only(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(scan, "BATCH", 11)
     model = T5(T5Config(50, 16, 8, 2, 32, 1, 1, codebooks=2, centroids=4))
     mixlora.add_mixture(model, mixlora.MixConfig(layers=1, rank=2))
     ids, codes = torch.randint(3, 50, (30, 5)), torch.randint(4, (30, 2))
     cache = scan.SourceCache(model, ids)
-    stats = [ood.calibrate(ood.energy(scan.scan(model, cache, codes, []).scores[0]), 2, 0.3)]
-    found = scan.scan(model, cache, codes, stats, batch=11)
-    _, routes = model.docid_hidden(*model.encode(ids), codes)
-    flagged = ood.is_ood(ood.energy(routes[0].scores), stats[0])
-    assert 0 < flagged.sum() < 30
-    x = routes[0].x[flagged]
-    torch.testing.assert_close(found.direction[0], (x / x.norm(dim=-1, keepdim=True)).sum((0, 1)))
-    stats[0].threshold = 1e9  # nothing is flagged: all queries count
-    x = routes[0].x
-    found = scan.scan(model, cache, codes, stats)
-    torch.testing.assert_close(found.direction[0], (x / x.norm(dim=-1, keepdim=True)).sum((0, 1)))
+
+    def direction(is_ood, n_new: int) -> torch.Tensor:
+        return scan.scan(model, cache, codes, is_ood, n_new).direction[0]
+
+    def summed(x: torch.Tensor) -> torch.Tensor:
+        return (x / x.norm(dim=-1, keepdim=True)).sum((0, 1))
+
+    _, (route,) = model.docid_hidden(*model.encode(ids), codes)
+    flagged = every_second(0, route.scores)
+    flagged[20:] = False  # these are dreams
+    assert 0 < flagged.sum() < 20
+    torch.testing.assert_close(direction(every_second, 20), summed(route.x[flagged]))
+    none = lambda layer, scores: torch.zeros(len(scores), dtype=torch.bool)  # noqa: E731
+    torch.testing.assert_close(direction(none, 20), summed(route.x[:20]))  # then all new queries count
 
 
 def test_offline_the_benchmark_names_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch):
@@ -610,14 +666,235 @@ def test_what_d0_learns_from_does_not_depend_on_later_corpora(toy, tmp_path):
     assert first.pseudo_queries(0, 2, "x") == second.pseudo_queries(0, 2, "x")
     books = []
     for run in (first, second):
-        bi_encoder, embeddings = prepare.dense_stage(run)
-        books.append(prepare.docid_stage(run, bi_encoder, embeddings)[0])
+        books.append(prepare.docid_stage(run, prepare.dense_stage(run))[0])
     assert torch.equal(*books)
 
 
 def test_dense_baseline_ranks_by_inner_product():
     scores, rows = dense.nearest(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 9.0], [2.0, 0.0]]), 2)
     assert rows.tolist() == [[1, 0]] and scores.tolist() == [[2.0, 0.5]]
+
+
+# --------------------------------------------------------------------------- general text, dreams, invariant 11
+
+
+def loaded(folder: Path) -> tuple[prepare.Run, prepare.Prepared]:
+    """A run whose docids are made, as train.train hands it to the stages."""
+    run = prepare.Run(store_config(folder), folder, store.Log(folder, quiet=True))
+    made = store.load_model(folder / "dense.pt")[0], store.read_tensors(folder / "rq.pt")
+    dreams = prepare.find_dreams(run, *made, wanted=False)
+    return run, prepare.Prepared(*made, store.load_docids(folder), dreams)
+
+
+def store_config(folder: Path):
+    return parse(["--resume", str(folder)]).config
+
+
+@pytest.fixture(scope="module")
+def general(toy, tmp_path_factory) -> Path:
+    """A folder of 21 documents in BEIR layout, one of which has the text of an indexed document."""
+    folder = tmp_path_factory.mktemp("general")
+    rows = [json.loads(line) for line in (toy / "corpus.jsonl").read_text().splitlines()[:21]]
+    for row in rows[1:]:
+        row["text"] = " ".join(word[::-1] for word in row["text"].split())
+    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_general(toy, general, tmp_path_factory) -> dict[str, Path]:
+    """Runs with general text that ended after the docids: `drawn`, and `listed` by the pseudo-queries that they use."""
+    folder, collection = tmp_path_factory.mktemp("prefix"), data.read_beir(toy)
+    lines = [{"doc_id": doc, "query": " ".join(text.split()[i : i + 4])} for i in range(0, 20, 5)
+             for doc, text in zip(collection.documents.ids, collection.documents.texts)]  # fmt: skip
+    (folder / "pq.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    runs = {}
+    for name, more in (("drawn", []), ("listed", ["--pseudo_queries", str(folder / "pq.jsonl")])):
+        flags = [
+            "--data",
+            str(toy),
+            "--splits",
+            "60,20,20",
+            *TOY,
+            "--general",
+            str(general),
+            "--no-baselines",
+        ]
+        runs[name] = folder / name
+        train.execute(parse([*flags, *more, "--run", str(runs[name])]), last=-1, quiet=True)
+    return runs
+
+
+def go_on(prefix: Path, folder: Path, *flags: str, last: int) -> None:
+    """Trains up to D_last from a run that ended after the docids."""
+    settings = store_config(prefix)
+    given = ["--data", settings.data, "--splits", settings.splits, *TOY, "--general", settings.general,
+             "--pseudo_queries", settings.pseudo_queries, "--no-baselines"]  # fmt: skip
+    asked = parse([*given, *flags, "--run", str(folder)])
+    inherit(prefix, folder, "rq", asked.config)
+    asked.resume = True
+    train.execute(asked, last, quiet=True)
+
+
+OF_D0 = (
+    "documents/D0",
+    "queries/D0.json",
+    "embeddings/D0.npy",
+    "documents/general",
+    "embeddings/general.npy",
+    "cache",
+)
+
+
+@pytest.mark.parametrize(
+    "method, pseudo_queries",
+    [("mixlora-dsi", "drawn"), ("mixlora-dsi", "listed"), ("dream", "drawn"), ("paper", "drawn")],
+)
+def test_while_d1_trains_nothing_of_d0_s_texts_and_queries_is_read(
+    with_general, tmp_path, method, pseudo_queries
+):
+    """Invariant 11: without these files, and without the general text, D_1 ends with the same bits."""
+    whole, bare = tmp_path / "whole", tmp_path / "bare"
+    go_on(with_general[pseudo_queries], whole, "--method", method, last=1)
+    wanted, wanted_stats = store.load_model(whole / "D1.pt")
+    link_tree(whole, bare)
+    listed = ["pseudo_queries/D0"] if pseudo_queries == "listed" else []
+    for name in (*OF_D0, *listed, "D1.pt"):
+        path = bare / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run, made = loaded(bare)
+    state, _ = train.learn(run, 1, made, train.State(*run.after(0)))
+    found, tensors = state.model.state_dict(), wanted.state_dict()
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in found)
+    for stat, other in zip(state.stats, wanted_stats, strict=True):
+        assert all(torch.equal(getattr(stat, n), getattr(other, n)) for n in ("mean", "arrivals", "newest"))
+    assert len(logged(whole, "D1", "dream")) == (0 if method == "paper" else 2)
+
+
+def test_general_text_is_in_no_corpus_and_no_trie_and_takes_30_percent_of_d0_s_batches(
+    with_general, tmp_path
+):
+    go_on(with_general["drawn"], tmp_path / "run", last=0)
+    run, made = loaded(tmp_path / "run")
+    log = (with_general["drawn"] / "log.txt").read_text()
+    assert "general text: 20 documents, never indexed; 1 left out that are indexed" in log
+    texts = {text for corpus in run.corpora for text in corpus.texts}
+    assert len(run.general.rows) == 20 and not texts & set(run.general.texts)
+    assert len(run.ids) == len(made.codes) == 50 and sum(len(corpus.rows) for corpus in run.corpora) == 50
+    trie = store.LoadedRun(tmp_path / "run").at(0)[1]
+    assert sorted(trie.documents.tolist()) == list(range(30))
+    stage = train.FirstCorpus(run, made)
+    assert len(stage.targets) == 50 + 20
+    embedded = arrays.open_array(tmp_path / "run" / "embeddings" / "general.npy")
+    assert torch.equal(stage.targets[50:], rq.encode(embedded, made.books))
+    seen = {row for _ in range(20) for row, _ in stage.next_batch()}
+    assert seen == {*range(30), *range(50, 70)}
+    batch = stage.next_batch()
+    asked = [(row - 50, query) for row, query in batch if row >= 50]
+    assert len(batch) == 32 and len(asked) == 9  # 30 %
+    for row, query in asked:
+        passage = f"{run.general.titles[row]} {run.general.texts[row]}".lower()
+        assert set(query.lower().split()) & set(passage.split())
+
+
+@pytest.fixture(scope="module")
+def later(begun, tmp_path_factory) -> Path:
+    """A run that ended after D_0, for `train.LaterCorpus` to begin on D_1."""
+    folder = tmp_path_factory.mktemp("later") / "run"
+    inherit(begun(True), folder, "D0", parse([*begun.flags, "--run", str(folder)]).config)
+    return folder
+
+
+def stage_of(folder: Path, **settings) -> train.LaterCorpus:
+    run, made = loaded(folder)
+    vars(run.config).update(settings)
+    return train.LaterCorpus(run, 1, made, train.State(*run.after(0)))
+
+
+def test_half_of_d1_s_queries_are_dreams_of_its_documents_and_dreams_of_d0_follow(later):
+    stage = stage_of(later)
+    assert (stage.n_plain, stage.n_new, stage.n_old) == (20, 40, 200) and len(stage.ids) == 240
+    plain, codes = dict(stage.run.training_queries(1)), stage.made.codes
+    assert not {tuple(row) for row in stage.docids[:40].tolist()} - {
+        tuple(codes[row].tolist()) for row in plain
+    }
+    assert not {tuple(row) for row in stage.docids[40:].tolist()} - {
+        tuple(row) for row in codes[:30].tolist()
+    }
+    drawn = [stage.run.tokens([pair]) for pair in stage.run.training_queries(1)]
+    sentences = {tuple(ids[ids != 0].tolist()) for ids in drawn}
+    for i, (ids, docid) in enumerate(zip(stage.ids, stage.docids)):
+        ids = ids[ids != 0]
+        if i < 20:
+            assert tuple(ids.tolist()) in sentences
+        else:
+            own = stage.made.dreams.pieces[stage.made.dreams.words(docid[None])[0][0]]
+            assert ids[-1] == data.EOS and torch.isin(ids, own).sum() >= 2
+    assert torch.equal(stage_of(later).ids, stage.ids)  # by the seed
+
+
+def test_each_new_query_has_its_dreams_beside_it_in_whatever_part_of_a_batch(later):
+    stage = stage_of(later)
+    stage.order = dense.Batches(stage.n_new, 16, stage.generator)
+    batches = [stage.next_batch() for _ in range(3)]
+    assert [tuple(batch.shape) for batch in batches] == [
+        (16, 3),
+        (16, 3),
+        (8, 3),
+    ]  # 32 dreams to a batch of 16
+    rows = torch.cat(batches)
+    assert sorted(rows[:, 0].tolist()) == list(range(40))
+    assert rows[:, 1:].min() >= 40 and rows[:, 1:].max() < 240 and len(rows[:, 1:].unique()) > 50
+
+
+@pytest.mark.parametrize("method", ["mixlora-dsi", "dream"])
+def test_the_loss_of_a_batch_with_dreams_is_the_mean_of_its_parts_losses(begun, tmp_path, method):
+    asked = parse([*begun.flags, "--run", str(tmp_path / "run"), "--method", method])
+    inherit(begun(method != "dream"), tmp_path / "run", "D0", asked.config)
+    stage = stage_of(tmp_path / "run")
+    stage.scan()
+    stage.grow()
+    with torch.no_grad():
+        for p in stage.model.parameters():
+            p += 0.01 * torch.randn_like(p)  # so that both KL terms are above zero
+    stage.energies = ood.MovingEnergies([])
+    rows = torch.cat([torch.arange(12)[:, None], stage.n_new + torch.randint(200, (12, 2))], dim=1)
+    whole, parts = stage.loss(rows)[1], [stage.loss(part)[1] for part in rows.split([5, 7])]
+    wanted = {"ce", "kl", "dream", "align", "repel"} if method == "mixlora-dsi" else {"ce", "dream"}
+    assert whole.keys() == wanted and whole["dream"] > 0
+    for name, value in whole.items():
+        torch.testing.assert_close(
+            (5 * parts[0][name] + 7 * parts[1][name]) / 12, value, rtol=1e-4, atol=1e-6
+        )
+
+
+def test_rehearsal_asks_for_the_same_old_documents_by_their_text(later):
+    stage, dreamt = stage_of(later, rehearsal=True), stage_of(later)
+    width = dreamt.ids.shape[1]
+    assert torch.equal(stage.docids, dreamt.docids) and torch.equal(stage.ids[:40, :width], dreamt.ids[:40])
+    (corpus, *_), codes = stage.run.corpora, stage.made.codes[:30]
+    for ids, docid in zip(stage.ids[40:], stage.docids[40:]):
+        words = set(stage.run.tokenizer.decode(ids[ids != 0].tolist()).lower().split())
+        rows = (codes == docid).all(1).nonzero()[:, 0].tolist()
+        assert any(words & set(f"{corpus.titles[row]} {corpus.texts[row]}".lower().split()) for row in rows)
+
+
+@pytest.mark.parametrize("outside, warns", [(10, False), (11, True)])
+def test_a_distance_of_the_newest_queries_from_dreams_is_reported_and_warns_above_10_percent(outside, warns):
+    """What was known is every arrival; that of the corpus learnt before is left out, as it has the same drift."""
+    stat, lines = ood.new_stats("pooled", 2, 3), []
+    stat.arrivals, stat.newest = torch.zeros(2, ood.SKETCH), torch.full((1, ood.SKETCH), 5.0)
+    scores = torch.full((100, 3, 2), 0.0)
+    scores[:outside] = -5.0
+    stage = types.SimpleNamespace(
+        t=3, stats=[stat], record={}, config=types.SimpleNamespace(epsilon=0.02),
+        run=types.SimpleNamespace(log=types.SimpleNamespace(line=lines.append)),
+    )  # fmt: skip
+    train.LaterCorpus.report_distance(stage, [scores])
+    assert stage.record == {"distance_percent": [outside]} and len(stat.newest) == 1
+    wanted = f"D3: by layer {outside}.0% of the queries just learnt lie outside what was known"
+    assert lines[0] == wanted and len(lines) == 1 + warns
+    assert not warns or lines[1].startswith("warning: above 10% the model tells new queries from dreams")
 
 
 def test_a_frozen_tensor_that_moves_stops_the_stage_by_name(begun, tmp_path, monkeypatch):
