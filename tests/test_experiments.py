@@ -19,16 +19,17 @@ from tools import experiments
 
 SHARED = Path(os.environ.get("MIXLORA_DATA", Path(__file__).parents[1] / "../shared/data"))
 FLAGS = [*TOY, "--splits", "60,20,20"]
+experiments.EXPERIMENTS["trial"] = (["bm25", "slow none", "mixlora-dsi", "slow lr"], "mixlora-dsi")
 
 
 @pytest.fixture(scope="session")
-def slow(once, toy) -> Path:
-    """A finished experiment of three rows and two seeds, its runs one after another in this process."""
+def trial(once, toy) -> Path:
+    """A finished experiment of four rows and two seeds, its runs one after another in this process."""
 
     def make(out: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(experiments, "run_all", in_this_process)
-            experiments.main(["slow", "--seeds", "2", "--out", str(out), "--", "--data", str(toy), *FLAGS])
+            experiments.main(["trial", "--seeds", "2", "--out", str(out), "--", "--data", str(toy), *FLAGS])
 
     return once("experiments", make)
 
@@ -45,7 +46,7 @@ def test_every_row_of_every_experiment_has_a_run_whose_flags_train_accepts():
             run = experiments.RUNS[label]
             settings = parse([*run.flags.split(), "--run", "x"]).config
             start = parse([*experiments.STARTS[run.start].flags.split(), "--run", "x"]).config
-            shared = "docid_kind M K width feed_forward split_by lora_rank ood_mode d0_mixture"
+            shared = "docid_kind M K width feed_forward split_by lora_rank ood_mode d0_mixture general"
             for name in shared.split():
                 if settings.mixture or name not in ("d0_mixture", "ood_mode"):
                     assert getattr(settings, name) == getattr(start, name), (label, name)
@@ -64,56 +65,71 @@ def test_the_paper_s_figures_beside_the_rows_are_those_of_its_tables():
         "bm25": "BM25", "dense": "DPR", "base": "BASE", "dsi++": "DSI++", "clever-512": "CLEVER-512",
         "clever-1024": "CLEVER-1024", "promptdsi": "PromptDSI", "corpusbrain++": "CorpusBrain++",
         "naive-expansion": "Naive Expansion", "mixlora-dsi-pt": "MixLoRA-DSI-PT",
-        "never-expand": "MixLoRA-DSI-Expand", "always-expand": "MixLoRA-DSI-OOD", "mixlora-dsi": "MixLoRA-DSI",
+        "never-expand": "MixLoRA-DSI-Expand", "always-expand": "MixLoRA-DSI-OOD", "paper": "MixLoRA-DSI",
     }  # fmt: skip
     assert set(names.values()) == set(rows)
     for label, name in names.items():
         assert experiments.RUNS[label].paper == tuple(f"{r}/{m}" for r, m in rows[name][-3:]), label
 
 
-def test_runs_share_their_start_bit_by_bit_and_the_start_is_trained_once(slow):
+def test_runs_share_their_start_bit_by_bit_and_the_start_is_trained_once(trial):
     for seed in (42, 43):
-        start = slow / str(seed) / "start-mixture"
+        whole, start = trial / str(seed) / "start-mixture", trial / str(seed) / "start-paper"
         assert not (start / "D1.pt").exists() and not (start / "results.json").exists()
         for label in ("slow_none", "mixlora-dsi", "slow_lr"):
-            for name in ("dense.pt", "rq.pt", "docids.npy", "D0.pt", "embeddings/D2.npy"):
-                assert os.path.samefile(start / name, slow / str(seed) / label / name)
+            for name in ("dense.pt", "rq.pt", "docids.npy", "embeddings/D2.npy"):
+                assert os.path.samefile(whole / name, trial / str(seed) / label / name)
+        assert os.path.samefile(whole / "D0.pt", trial / str(seed) / "mixlora-dsi" / "D0.pt")
+        for label in ("slow_none", "slow_lr"):
+            assert os.path.samefile(start / "D0.pt", trial / str(seed) / label / "D0.pt")
         seconds = [
-            store.read_json(slow / str(seed) / x / "results.json")["seconds"]["D0"]
+            store.read_json(trial / str(seed) / x / "results.json")["seconds"]["D0"]
             for x in ("slow_none", "slow_lr")
         ]
         assert seconds[0] == seconds[1]
     assert not os.path.samefile(
-        slow / "42" / "start-mixture" / "D0.pt", slow / "43" / "start-mixture" / "D0.pt"
+        trial / "42" / "start-mixture" / "D0.pt", trial / "43" / "start-mixture" / "D0.pt"
     )
 
 
-def test_a_run_that_started_elsewhere_equals_one_that_was_trained_in_one_go(slow, toy, tmp_path):
+def test_a_run_that_started_elsewhere_equals_one_that_was_trained_in_one_go(trial, toy, tmp_path):
     """Same flags, one process, no links."""
-    alone = ["--data", str(toy), *FLAGS, "--slow", "none", "--seed", "42", "--run", str(tmp_path / "run")]
+    alone = [
+        "--data",
+        str(toy),
+        *FLAGS,
+        "--method",
+        "paper",
+        "--slow",
+        "none",
+        "--seed",
+        "42",
+        "--run",
+        str(tmp_path / "run"),
+    ]
     train.main([*alone, "--no-baselines"])
     one, other = (
-        store.read_tensors(path / "D2.pt")["model"] for path in (tmp_path / "run", slow / "42" / "slow_none")
+        store.read_tensors(path / "D2.pt")["model"] for path in (tmp_path / "run", trial / "42" / "slow_none")
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_same_command_again_runs_nothing_and_a_changed_one_is_refused(slow, toy, monkeypatch, capsys):
+def test_the_same_command_again_runs_nothing_and_a_changed_one_is_refused(trial, toy, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "run_all", in_this_process)
     monkeypatch.setattr(train, "execute", None)
-    before = (slow / "slow.md").read_text()
-    argv = ["slow", "--seeds", "2", "--out", str(slow), "--", "--data", str(toy), *FLAGS]
+    before = (trial / "trial.md").read_text()
+    argv = ["trial", "--seeds", "2", "--out", str(trial), "--", "--data", str(toy), *FLAGS]
     experiments.main(argv)
-    assert (slow / "slow.md").read_text() == before
+    assert (trial / "trial.md").read_text() == before
     with pytest.raises(ValueError, match=r"start-mixture holds a run with other settings \(lr\)"):
         experiments.main([*argv, "--lr", "2e-3"])
 
 
-def test_a_start_whose_last_stage_was_not_named_done_is_finished_first(slow, toy, tmp_path):
+def test_a_start_whose_last_stage_was_not_named_done_is_finished_first(trial, toy, tmp_path):
     """As if killed between evaluation_D0.json and stages.json."""
-    out = link_tree(slow, tmp_path / "out")
+    out = link_tree(trial, tmp_path / "out")
     start = out / "42" / "start-mixture"
-    task = experiments.tasks_of(["slow lr"], 42, out, ["--data", str(toy), *FLAGS])[0][0]
+    task = experiments.tasks_of(["mixlora-dsi"], 42, out, ["--data", str(toy), *FLAGS])[0][0]
     assert task.is_done()
     done = store.read_json(start / "stages.json")
     store.write_json(start / "stages.json", {stage: done[stage] for stage in done if stage != "D0"})
@@ -122,52 +138,52 @@ def test_a_start_whose_last_stage_was_not_named_done_is_finished_first(slow, toy
         experiments.inherit(start, tmp_path / "heir", "D0", Config())
 
 
-def test_tables_hold_what_the_runs_found(slow):
-    summary = store.read_json(slow / "slow.json")
-    assert [row["label"] for row in summary["rows"]] == ["slow none", "mixlora-dsi", "slow lr"]
-    for row in summary["rows"]:
-        folders = [slow / str(seed) / row["label"].replace(" ", "_") for seed in (42, 43)]
+def test_tables_hold_what_the_runs_found(trial):
+    summary = store.read_json(trial / "trial.json")
+    assert [row["label"] for row in summary["rows"]] == ["bm25", "slow none", "mixlora-dsi", "slow lr"]
+    for row in summary["rows"][1:]:
+        folders = [trial / str(seed) / row["label"].replace(" ", "_") for seed in (42, 43)]
         results = [store.read_json(folder / "results.json") for folder in folders]
         ap = [r["metrics"]["mrr@10"]["AP"] for r in results]
         assert row["metrics"]["mrr@10"]["AP"] == ap
         mean, error = 100 * sum(ap) / 2, 100 * abs(ap[0] - ap[1]) / 2  # of two: half their distance
-        lines = (slow / "slow.md").read_text().split("mrr@10")[1].splitlines()
+        lines = (trial / "trial.md").read_text().split("mrr@10")[1].splitlines()
         line = next(line for line in lines if f"| {row['label']} |" in line)
         assert f"{mean:.1f} ± {error:.1f}" in line
         seconds = [[r["seconds"]["D1"], r["seconds"]["D2"]] for r in results]
         assert row["seconds_per_corpus"] == pytest.approx(np.mean(seconds))
         trained = f"{row['trainable_parameters']:,.0f}"
-        assert trained in (slow / "slow.md").read_text() and row["peak_memory_bytes"] > 2**27
+        assert trained in (trial / "trial.md").read_text() and row["peak_memory_bytes"] > 2**27
         assert (row["p_value"] is None) == (row["label"] == "mixlora-dsi")
 
 
-def test_bm25_and_dense_rows_come_from_the_run_of_mixlora_dsi(slow):
-    results, values = experiments.values_of("bm25", 42, slow)
-    p = store.read_json(slow / "42" / "mixlora-dsi" / "results.json")["baselines"]["bm25"]["recall@10"]["P"]
+def test_bm25_and_dense_rows_come_from_the_run_of_mixlora_dsi(trial):
+    results, values = experiments.values_of("bm25", 42, trial)
+    p = store.read_json(trial / "42" / "mixlora-dsi" / "results.json")["baselines"]["bm25"]["recall@10"]["P"]
     assert results["metrics"]["recall@10"]["P"] == p
     assert [np.mean(corpus["recall@10"]) for corpus in values] == pytest.approx(p[-1])
 
 
-def test_the_pool_performs_tasks(slow, toy, capsys):
-    tasks = experiments.tasks_of(["slow lr"], 43, slow, ["--data", str(toy), *FLAGS])[-1]
+def test_the_pool_performs_tasks(trial, toy, capsys):
+    tasks = experiments.tasks_of(["slow lr"], 43, trial, ["--data", str(toy), *FLAGS])[-1]
     experiments.run_all(tasks, 1)
-    assert capsys.readouterr().out == f"{slow / '43' / 'slow_lr'}: done already\n"
+    assert capsys.readouterr().out == f"{trial / '43' / 'slow_lr'}: done already\n"
 
 
 @pytest.mark.soak
-def test_one_run_in_a_process_of_its_own(slow, toy, capsys):
+def test_one_run_in_a_process_of_its_own(trial, toy, capsys):
     """The real pool: --only runs some rows and prints no table."""
-    argv = ["losses", "--only", "no KL", "--out", str(slow), "--jobs", "2", "--", "--data", str(toy), *FLAGS]
+    argv = ["losses", "--only", "no KL", "--out", str(trial), "--jobs", "2", "--", "--data", str(toy), *FLAGS]
     experiments.main(argv)
-    assert "no_KL: done" in capsys.readouterr().out and not (slow / "losses.json").exists()
-    results = store.read_json(slow / "42" / "no_KL" / "results.json")
+    assert "no_KL: done" in capsys.readouterr().out and not (trial / "losses.json").exists()
+    results = store.read_json(trial / "42" / "no_KL" / "results.json")
     assert results["config"]["kl_coef"] == 0 and results["versions"]["threads"] == max(
         1, torch.get_num_threads() // 2
     )
 
 
-def test_an_interrupted_copy_of_a_start_is_made_anew(slow, tmp_path):
-    source, target = slow / "42" / "start-mixture", tmp_path / "run"
+def test_an_interrupted_copy_of_a_start_is_made_anew(trial, tmp_path):
+    source, target = trial / "42" / "start-mixture", tmp_path / "run"
     (tmp_path / "run.partial").mkdir()
     (tmp_path / "run.partial" / "D0.pt").write_text("half")
     settings = Config(run=str(target))
@@ -175,6 +191,30 @@ def test_an_interrupted_copy_of_a_start_is_made_anew(slow, tmp_path):
     assert not (target / "D0.pt").exists() and os.path.samefile(target / "rq.pt", source / "rq.pt")
     assert set(store.read_json(target / "stages.json")) == {"data", "dense", "rq"}
     assert store.read_json(target / "config.json") == asdict(settings)
+
+
+def test_growth_is_set_beside_fresh_queries_of_what_is_known_by_corpus_and_layer(trial):
+    percent = experiments.mock_growth(trial / "42" / "mixlora-dsi")
+    assert [[len(layers) for layers in known] for known in percent] == [[2], [2, 2]]
+    assert all(0 <= share <= 100 for known in percent for layers in known for share in layers)
+    row = {
+        "ood_percent": [{"D1": [5.0, 7.0], "D2": [1.0, 3.0]}],
+        "mock": [[[[2.0, 2.5]], [[1.5, 1.0], [0.0, 4.0]]]],
+    }
+    assert experiments.mocks(row) == {
+        "D1": ["5.0/7.0", "2.0/2.5", ""], "D2": ["1.0/3.0", "1.5/1.0", "0.0/4.0"]
+    }  # fmt: skip
+
+
+def test_rows_by_beam_are_the_evaluations_of_that_beam(trial):
+    rows = experiments.by_beam(trial / "42" / "mixlora-dsi")
+    assert [row["beam"] for row in rows] == [10, 20, 40, 100] and min(
+        r["queries_per_second"] for r in rows
+    ) > 0
+    p = store.read_json(trial / "42" / "mixlora-dsi" / "results.json")["metrics"]["recall@10"]["AP"]
+    assert (
+        rows[2]["AP"] == rows[3]["AP"] == pytest.approx(p)
+    )  # the preset's 40 beams, which are all documents
 
 
 def normal_p(differences) -> float:

@@ -63,7 +63,7 @@ STARTS = {
     "no-general": Start("--method paper --general none --beam 10"),
     "topic": Start("--split_by topic"),
     "rank-96": Start("--lora_rank 96 --lora_alpha 192", "rq"),
-    "pq": Start("--method paper --no-d0_mixture --docid_kind pq", "dense"),
+    "pq": Start("--method paper --no-d0_mixture --docid_kind pq --M 8", "dense"),
     "atomic": Start("--method paper --no-d0_mixture --d0_fragments 0 --docid_kind atomic", "dense"),
     "m4-k256": Start("--M 4", "dense"),
     "m8-k256": Start("--M 8", "dense"),
@@ -133,7 +133,7 @@ RUNS = {
     "router row ood_mean": Run("paper", "--method always-expand --router_row ood_mean"),
 
     "pt, rq": Run("plain", "--method mixlora-dsi-pt", ("53.2/34.6", "12.6/15.5", "")),
-    "pt, pq": Run("pq", "--method mixlora-dsi-pt --docid_kind pq", ("3.4/1.6", "1.0/1.5", "")),
+    "pt, pq": Run("pq", "--method mixlora-dsi-pt --docid_kind pq --M 8", ("3.4/1.6", "1.0/1.5", "")),
     "pt, atomic": Run("atomic", "--method mixlora-dsi-pt --d0_fragments 0 --docid_kind atomic",
                       ("44.4/24.1", "0.0/0.0", "")),
     "M 4": Run("m4-k256", "--M 4"),
