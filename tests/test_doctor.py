@@ -90,7 +90,7 @@ def test_a_run_stopped_after_d0_passes(sick):
     for name in ("D1.pt", "D2.pt"):
         (sick / name).unlink()
     findings = dict(doctor.examine(doctor.Patient(sick, 20, "cpu")))
-    assert findings.pop("dreams answered").measured == "trained on no dreams: it ended after D0"
+    assert findings.pop("dreams answered").measured == "D0.pt was trained on no dreams"
     assert {finding.verdict for finding in findings.values()} == {"ok"}
 
 
@@ -191,7 +191,7 @@ def test_embeddings_of_another_run(sick):
 
 
 def test_cross_entropy_of_the_log_that_did_not_fall_and_gradients_without_measure(sick):
-    path, checks = sick / "metrics.jsonl", (doctor.log_of_d0, doctor.gradient_norms)
+    path, checks = sick / "metrics.jsonl", (doctor.log,)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
 
     def with_changes(**values) -> list[str]:
@@ -199,13 +199,13 @@ def test_cross_entropy_of_the_log_that_did_not_fall_and_gradients_without_measur
         path.write_text("".join(json.dumps(line) + "\n" for line in changed))
         return look(sick, *checks)
 
-    assert with_changes() == ["ok", "ok"]
-    assert with_changes(ce=4.0) == ["FAIL", "ok"]
-    assert with_changes(gradient_norm=1e4) == ["ok", "warn"]
+    assert with_changes() == ["ok"]
+    assert with_changes(ce=4.0) == ["FAIL"]
+    assert with_changes(gradient_norm=1e4) == ["warn"]
     lines[-1]["gradient_norm"] = float("nan")
-    assert with_changes() == ["ok", "FAIL"]
+    assert with_changes() == ["FAIL"]
     path.unlink()
-    assert look(sick, *checks) == ["skip", "skip"]
+    assert look(sick, *checks) == ["skip"]
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_dreams_that_the_model_no_longer_answers(sick):
     assert look(sick, doctor.answers_dreams, queries=40) == ["FAIL"]
     set_config(sick, dreams=0)
     finding = doctor.answers_dreams(doctor.Patient(sick, 20, "cpu"))
-    assert (finding.verdict, finding.measured) == ("skip", "trained on no dreams: --dreams 0")
+    assert (finding.verdict, finding.measured) == ("skip", "D2.pt was trained on no dreams")
 
 
 def test_a_docid_table_that_did_not_train(sick):
@@ -377,9 +377,8 @@ def test_an_expert_that_never_trained(sick):
 
 
 def test_an_expert_whose_router_row_points_away_from_all_tokens(sick):
-    def turn(value):
-        rows = value["model"]["decoder.0.ff.router_old"]
-        value["model"]["decoder.0.ff.router_new"].copy_(-rows[-1:])
+    def turn(value):  # the align loss pulled it towards them
+        value["model"]["decoder.0.ff.router_new"].neg_()
 
     rows = store.read_tensors(sick / "D2.pt")["model"]["decoder.0.ff.router_old"]
     assert len(rows) == 3

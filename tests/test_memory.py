@@ -188,6 +188,8 @@ def test_dreams_beside_each_new_query_are_held_with_it():
         asked + 14 * logits + 16 * (dreamt + 28 * logits)
     )
     assert ("scans", 1) in stages(whole) and ("scans", 0) not in stages(whole)
+    rehearsed = stages(replace(whole, rehearsal=True))["training", 1]  # old queries, as long as new ones
+    assert rehearsed.activations == 32 * (17 * asked + (14 + 16 * 28) * logits)
 
 
 def test_general_text_is_analysed_and_quantised_with_d0():

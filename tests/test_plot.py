@@ -300,7 +300,7 @@ def test_main_writes_every_picture_of_a_run_as_svg_and_png(tmp_path, capsys):
     folder = run_folder(tmp_path / "run", results(), decisions())
     plot.main([str(folder)])
     names = ("accuracy", "routing", "growth", "energies")
-    assert "left out drift: found no D2.pt" in capsys.readouterr().out
+    assert "left out drift: D2.pt tells of no energies" in capsys.readouterr().out
     assert written(folder / "plots") == {f"{name}.{ending}" for name in names for ending in ("svg", "png")}
     for name in names:
         svg, png = ((folder / "plots" / f"{name}.{ending}").read_bytes() for ending in ("svg", "png"))
@@ -314,7 +314,7 @@ def test_a_trained_run_has_all_pictures_and_paper_code_no_drift(finished, monkey
     paper_code = [ood.new_stats("paper_code", 2, 3)]
     monkeypatch.setattr(plot, "load_model", lambda _: (None, paper_code))
     figures, left_out = plot.run_pictures(finished)
-    assert "drift" not in figures and "--ood_mode paper_code has no scale of dreams" in left_out
+    assert "drift" not in figures and "tells of no energies on the scale of dreams" in left_out
 
 
 def test_main_writes_an_experiments_pictures_beside_its_file(tmp_path):

@@ -80,9 +80,6 @@ class Cost:
         return max(self.flops / rate, self.bytes / accelerator.bandwidth) / 3600
 
 
-# ------------------------------------------------------------------------------------------------------ FLOPs
-
-
 def block_weights(net: T5Config, attentions: int) -> int:
     """Entries of a block's matrices: 4 D I per attention, 2 D F of the feed-forward."""
     return net.width * (4 * attentions * net.heads * net.head_width + 2 * net.feed_forward)
@@ -184,8 +181,7 @@ def docid_step(config, net: T5Config, t: int, batch: int, source: int, tokens=0)
     scores += (t > 0) * (3 * rows + divergences * batch + rows - batch) * logits(net)
     mix, lora = mixture(config, t), attention_parameters(config, net, t)
     resting, inner = t > 0 and config.mixture, net.heads * net.head_width
-    keys = net.codebooks * (resting and not lora)
-    parts = products(net, mix, rows, source, net.codebooks, tokens, keys=keys)
+    parts = products(net, mix, rows, source, net.codebooks, tokens, (resting and not lora) * net.codebooks)
     once, adapted = parts.pop("keys_values"), formed(net, lora)  # of the source
     if resting:
         parts["encoder"] = 0
@@ -208,8 +204,12 @@ def query_lengths(config) -> tuple[int, int]:
 
 
 def tokens_of_dream(config) -> float:
-    """Of a dream on average, its </s> too."""
-    return (dream.FEWEST + config.dream_words + config.dream_noise) / 2 + 1
+    """Of a dream on average, its </s> too; with --rehearsal of a query."""
+    return (
+        query_lengths(config)[0]
+        if config.rehearsal
+        else (dream.FEWEST + config.dream_words + config.dream_noise) / 2 + 1
+    )
 
 
 def costs_once(config, held: dict) -> Iterator[Cost]:
@@ -292,9 +292,6 @@ def costs(config) -> list[Cost]:
     for t in range(len(workload.documents)):
         stages += costs_of_corpus(config, held, t)
     return [cost for cost in stages if cost.flops]
-
-
-# ---------------------------------------------------------------------------------------------------- as text
 
 
 def table(config) -> str:

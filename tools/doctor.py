@@ -121,17 +121,8 @@ class Patient:
         return torch.stack([self.embeddings[row] for row in rows.tolist()])
 
     def training_queries(self, t: int) -> list[tuple[set[int], str]]:
-        """Some of what D_t was trained on: for t >= 1, or from a file, its very queries, of which dreams may stand for
-        some; for D_0 others so drawn.
-        """
-        if t == 0 or self.run.listed:
-            pairs = self.run.sample(t, self.count, "doctor")
-        else:  # the run's list is drawn document by document, so that its beginning is cheap
-            rows, seed = self.corpora[t].rows[: self.count], f"{self.config.seed} training {t}"
-            each = self.config.pseudo_per_document
-            pairs = queries.draw_pseudo_queries(self.run.sampler(t), rows, each, seed)
-            pairs = random.Random(f"doctor {t}").sample(pairs, min(self.count, len(pairs)))
-        return [({row}, query) for row, query in pairs]
+        """Pseudo-queries of D_t: of those that a file lists, or drawn as the ones that it was trained on."""
+        return [({row}, query) for row, query in self.run.sample(t, self.count, "doctor")]
 
     def test_queries(self, count: int, *corpora: int) -> list[tuple[set[int], str]]:
         """Test queries with their documents' rows, equally many of each corpus (default: of all) where it has them."""
@@ -173,8 +164,7 @@ def counts(patient: Patient) -> Finding:
     changed = [f"D{t}" for t, corpus in enumerate(corpora) if store.ids_sha256(corpus) != hashes[t]]
     return Finding(
         verdict(moved > 0 or bool(changed) or set(sizes.values()) != {n}),
-        f"{n} documents, {sizes}, {moved} other lines in doc_ids.txt, other hashes {changed}",
-        "equal numbers, ids and hashes",
+        f"{n} documents, {sizes}, {moved} other lines in doc_ids.txt, other hashes {changed}", "equal numbers, ids and hashes",
         "files of different runs were mixed: take all of them from one run, or start anew",
     )  # fmt: skip
 
@@ -209,8 +199,7 @@ def fresh_embeddings(patient: Patient) -> Finding:
     again, stored = dense.embed(patient.start, ids), patient.stored(rows)
     difference = float((again - stored).norm() / stored.norm())
     return Finding(
-        verdict(not difference < 0.05, difference > 0.01),
-        f"relative difference {difference:.4f} when embedded again", "below 0.01",
+        verdict(not difference < 0.05, difference > 0.01), f"relative difference {difference:.4f} when embedded again", "below 0.01",
         "embeddings/ is not dense.pt's on these documents: remove dense.pt and all that was made from it, and resume",
     )  # fmt: skip
 
@@ -236,13 +225,9 @@ def distinct_docids(patient: Patient) -> Finding:
     return Finding(
         verdict(d0.distinct < 0.95, distinct < 0.9 or min(d0.entropy) < full / 2),
         f"{d0.distinct:.1%} of D_0's, {distinct:.1%} of all; bits per codebook "
-        + " ".join(f"{bits:.1f}" for bits in d0.entropy),
-        f"over 95% and 90%; over {full / 2:.1f} of {full:.1f} bits",
+        + " ".join(f"{bits:.1f}" for bits in d0.entropy), f"over 95% and 90%; over {full / 2:.1f} of {full:.1f} bits",
         "take more codebooks (--M) or centroids (--K), and look for copies among the documents",
     )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------ before docid training
 
 
 def dense_recall(patient: Patient) -> Finding:
@@ -255,8 +240,7 @@ def dense_recall(patient: Patient) -> Finding:
     exact, quantised = (beyond_chance(recall, n0) for recall in recalls)
     return Finding(
         verdict(exact < 0.2 or quantised < 0.25 * exact, exact < 0.5 or quantised < 0.5 * exact),
-        f"Recall@10 {recalls[0]:.1%}, {recalls[1]:.1%} quantised",
-        "beyond chance half of all, and half of that quantised",
+        f"Recall@10 {recalls[0]:.1%}, {recalls[1]:.1%} quantised", "beyond chance half of all, and half of that quantised",
         "docids can be no better than the bi-encoder: train it longer; where only the quantised one is low, raise --M or --K",
     )  # fmt: skip
 
@@ -293,31 +277,19 @@ def docid_table(patient: Patient) -> Finding:
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------- training
-
-
-def log_of_d0(patient: Patient) -> Finding:
-    """The logged cross-entropy of D_0 fell below guessing."""
-    chance = math.log(patient.books.shape[1])
-    if not (logged := patient.logged("ce").get("D0")):
+def log(patient: Patient) -> Finding:
+    """The logged cross-entropy of D_0 fell below guessing; gradients are finite, and not always cut to a hundredth."""
+    chance, ce, norms = math.log(patient.books.shape[1]), *map(patient.logged, ("ce", "gradient_norm"))
+    if "D0" not in ce:
         return Finding("skip", "metrics.jsonl has no line of D0")
+    begin, *_, end = ce["D0"] * 2
+    broken = [stage for stage, values in norms.items() if not all(map(math.isfinite, values))]
+    always_cut = [stage for stage, values in norms.items() if min(values) > 100 * optim.CLIP]
     return Finding(
-        verdict(not logged[-1] < chance), f"{logged[0]:.2f} to {logged[-1]:.2f}", f"below ln K = {chance:.2f} at the end",
-        "docid training did not learn: see the checks above, --d0_lr and --d0_steps",
-    )  # fmt: skip
-
-
-def gradient_norms(patient: Patient) -> Finding:
-    """Gradients are finite, and not always cut to a hundredth."""
-    if not (logged := patient.logged("gradient_norm")):
-        return Finding("skip", "metrics.jsonl has no gradient norm")
-    broken = [stage for stage, norms in logged.items() if not all(map(math.isfinite, norms))]
-    cut = [stage for stage, norms in logged.items() if min(norms) > 100 * optim.CLIP]
-    return Finding(
-        verdict(bool(broken), bool(cut)),
-        f"largest {max(max(n) for n in logged.values()):.3g}, not finite in {broken}, always cut in {cut}",
-        f"finite, at times below 100 x clip = {100 * optim.CLIP:g}",
-        "lower the learning rate, or go to --precision float32, of the stages named",
+        verdict(bool(broken) or not end < chance, bool(always_cut)),
+        f"D_0's cross-entropy {begin:.2f} to {end:.2f}; gradients not finite in {broken}, always cut in {always_cut}",
+        f"below ln K = {chance:.2f} at the end, gradients finite and at times below 100 x clip = {100 * optim.CLIP:g}",
+        "see the checks above, --d0_lr and --d0_steps; for gradients a lower learning rate, or --precision float32",
     )  # fmt: skip
 
 
@@ -424,20 +396,16 @@ def learnt(patient: Patient) -> Finding:
 
 def answers_dreams(patient: Patient) -> Finding:
     """How often the model finds the docid that a dream was made from, and the model before it, which it was held to."""
-    config, t = patient.config, patient.t
+    config, t, generator = patient.config, patient.t, torch.Generator().manual_seed(0)
     if not (config.dreams and t):
-        return Finding(
-            "skip", "trained on no dreams: " + (f"it ended after D{t}" if config.dreams else "--dreams 0")
-        )
+        return Finding("skip", f"D{t}.pt was trained on no dreams")
     if not (drawer := prepare.find_dreams(patient.run, patient.start, patient.books, wanted=False)):
         return Finding("skip", f"the tokenizer has fewer than {dream.TOP} words")
-    ends, generator = [corpus.rows.stop for corpus in patient.corpora[:-1]], torch.Generator().manual_seed(0)
-    codes, shares = patient.codes[dream.choose(ends, patient.count, generator)], []
-    ids = drawer.draw(codes, generator).to(patient.run.device)
+    rows = dream.choose([corpus.rows.stop for corpus in patient.corpora[:-1]], patient.count, generator)
+    codes, shares = patient.codes[rows], []
+    ids, beam = drawer.draw(codes, generator).to(patient.run.device), max(10, config.beam)
     for model, trie in patient.trained.at(t - 1), patient.last:
-        leaves = torch.cat(
-            [beam_search(model, trie, part, max(10, config.beam))[0] for part in ids.split(64)]
-        )
+        leaves = torch.cat([beam_search(model, trie, part, beam)[0] for part in ids.split(64)])
         begin, end = leaves[:, :10].unbind(-1)
         answers = trie.rows[begin.clamp(max=len(trie.rows) - 1)] == codes[:, None]  # (Q, 10, M)
         shares.append(float((answers.all(-1) & (begin < end)).any(1).float().mean()))
@@ -483,8 +451,7 @@ def scores_agree(patient: Patient) -> Finding:
         differences.append((scores[0, : len(forced)] - forced).abs().max())
     worst = float(torch.stack(differences).max())  # NaN where one is
     return Finding(
-        verdict(not worst < TOLERANCE),
-        f"largest difference {worst:.2g} over {len(differences)} queries", f"below {TOLERANCE:g}",
+        verdict(not worst < TOLERANCE), f"largest difference {worst:.2g} over {len(differences)} queries", f"below {TOLERANCE:g}",
         "search and training see different networks: start token, positions of cached keys, docid table; NaN: broken weights",
     )  # fmt: skip
 
@@ -501,13 +468,9 @@ def beam_reaches_best(patient: Patient) -> Finding:
     share = sum(hits) / len(hits)
     return Finding(
         verdict(share < 0.5, share < 0.9),
-        f"best of {len(docids)} docids in the beam for {share:.1%} of {len(hits)} queries",
-        "at least 90%",
+        f"best of {len(docids)} docids in the beam for {share:.1%} of {len(hits)} queries", "at least 90%",
         f"good docids are pruned early: pass --beam above {patient.config.beam} to eval.py or search.py",
     )  # fmt: skip
-
-
-# -------------------------------------------------------------------------------------------- experts and energies
 
 
 @torch.no_grad()
@@ -543,19 +506,14 @@ def ood_statistics(patient: Patient) -> Finding:
             broken.append(f"D{t}: {len(stats)} statistics of {len(layers)} layers")
         for number, (layer, stat) in enumerate(zip(layers, stats)):
             if stat.mode == "pooled":  # a sketch of each corpus since the mixture came, and the scale
-                arrived = t + patient.config.d0_mixture
-                good = (
-                    len(stat.arrivals) == arrived and len(stat.newest) == (arrived > 1) and stat.dreams[1] > 0
-                )
+                sketches, arrived = (len(stat.arrivals), len(stat.newest)), t + patient.config.d0_mixture
+                good = sketches == (arrived, arrived > 1) and bool(stat.dreams[1] > 0)
                 values = [stat.arrivals.flatten(), stat.newest.flatten(), stat.dreams]
             else:
-                good, values = (
-                    stat.mean.shape == stat.variance.shape == (len(layer), m),
-                    [stat.mean, stat.variance],
-                )
-                good &= bool((stat.variance >= 0).all())
+                values, good = [stat.mean, stat.variance], bool((stat.variance >= 0).all())
+                good &= stat.mean.shape == stat.variance.shape == (len(layer), m)
                 unseen += int((stat.variance == 0).sum())  # of (expert, position) without a token
-            good = good and stat.experts == len(layer) and bool(torch.cat(values).isfinite().all())
+            good &= stat.experts == len(layer) and bool(torch.cat(values).isfinite().all())
             broken, seen = broken + [f"D{t} layer {number}"] * (not good), seen + 1
     return Finding(
         verdict(bool(broken), unseen > 0) if seen or broken else "skip",
@@ -570,7 +528,7 @@ CHECKS = {
     counts: "document counts and ids", round_trip: "docid round trip", fresh_embeddings: "embeddings of these documents",
     fresh_docids: "docids of these embeddings", distinct_docids: "distinct docids", dense_recall: "bi-encoder on D_0",
     initial_cross_entropy: "cross-entropy at step 0", docid_table: "docid table of D0.pt",
-    log_of_d0: "cross-entropy of D_0's log", gradient_norms: "gradient norm", updates: "relative updates",
+    log: "log of the training", updates: "relative updates",
     reachable: "test documents", learnt: "learnt, not memorised", answers_dreams: "dreams answered", scores_agree: "search score against forced",
     beam_reaches_best: "beam against exact search", expert_load: "experts", ood_statistics: "OOD statistics",
 }  # fmt: skip

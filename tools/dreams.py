@@ -25,12 +25,9 @@ DOCUMENTS, COUNT = 10, 5  # documents that are drawn where none is named, dreams
 
 def dreams_of(run: store.LoadedRun, rows: list[int], seed: int) -> Iterator[tuple[int, list[str]]]:
     """The documents in these rows of the stream, each with its dreams."""
-    bi_encoder, books = store.load_model(run.folder / "dense.pt")[0], store.read_tensors(run.folder / "rq.pt")
-    sizes, generator = (
-        (run.config["dream_words"], run.config["dream_noise"]),
-        torch.Generator().manual_seed(seed),
-    )
-    drawer = dream.dreams(bi_encoder, run.tokenizer, books, *sizes)
+    books, config = store.read_tensors(run.folder / "rq.pt"), run.config
+    bi_encoder, generator = store.load_model(run.folder / "dense.pt")[0], torch.Generator().manual_seed(seed)
+    drawer = dream.dreams(bi_encoder, run.tokenizer, books, config["dream_words"], config["dream_noise"])
     if drawer is None:
         raise ValueError(f"{run.folder}: its tokenizer has fewer than {dream.TOP} words, too few for dreams")
     for row in rows:
@@ -44,9 +41,7 @@ def rows_of(run: store.LoadedRun, ids: list[str], seed: int) -> list[int]:
         return random.Random(seed).sample(range(len(run.ids)), min(DOCUMENTS, len(run.ids)))
     row_of = {doc_id: row for row, doc_id in enumerate(run.ids) if doc_id in ids}
     if unknown := [doc_id for doc_id in ids if doc_id not in row_of]:
-        raise ValueError(
-            f"{run.folder}: has no document {', '.join(unknown)}; doc_ids.txt lists those it has"
-        )
+        raise ValueError(f"{run.folder}: has no document {', '.join(unknown)}; doc_ids.txt lists its own")
     return [row_of[doc_id] for doc_id in ids]
 
 

@@ -123,11 +123,9 @@ def routing(results: dict):
                 np.ma.masked_invalid(table), cmap="Blues", vmin=0, vmax=100, edgecolors="white", linewidth=1.5
             )
             for (row, expert), share in np.ndenumerate(table):
+                look = dict(ha="center", va="center", fontsize=8, color="white" if share > 65 else "black")
                 if math.isfinite(share):
-                    axes.text(
-                        expert + 0.5, row + 0.5, f"{share:.0f}", ha="center", va="center", fontsize=8,
-                        color="white" if share > 65 else "black",
-                    )  # fmt: skip
+                    axes.text(expert + 0.5, row + 0.5, f"{share:.0f}", **look)
             axes.invert_yaxis()
             axes.set_title(f"layer {layer}, {title}")
             axes.set_xticks(np.arange(experts) + 0.5, [f"{expert}" for expert in range(experts)])
@@ -152,13 +150,12 @@ def growth(results: dict):
     left, right = figure.subplots(1, 2)
     thick = 0.8 / layers
     for layer in range(layers):
-        bars = [
-            (place + (layer - (layers - 1) / 2) * thick, results["experts"][stage][layer])
-            for place, stage in enumerate(stages)
-            if layer < len(results["experts"][stage])
+        held = [
+            (k, counts[layer]) for k, counts in enumerate(results["experts"].values()) if layer < len(counts)
         ]
+        places, experts = zip(*((k + (layer - (layers - 1) / 2) * thick, number) for k, number in held))
         left.bar(
-            *zip(*bars), width=thick, color=COLOURS[layer % len(COLOURS)], edgecolor="white",
+            places, experts, width=thick, color=COLOURS[layer % len(COLOURS)], edgecolor="white",
             linewidth=0.8, hatch="//" if layer >= len(COLOURS) else None, label=f"layer {layer}",
         )  # fmt: skip
     left.set_xticks(range(len(stages)), stages)
@@ -319,9 +316,6 @@ def _areas(parameters: list[float | None]) -> list[float]:
     return [30 + 170 * (math.log(n) - low) / width if n and width else 30.0 for n in parameters]
 
 
-# ----------------------------------------------------------------------------------------------------- the command
-
-
 def run_pictures(folder: Path) -> tuple[dict, str]:
     """{name: Figure} of a run folder, and what is left out."""
     results = read_json(folder / "results.json")
@@ -333,11 +327,10 @@ def run_pictures(folder: Path) -> tuple[dict, str]:
     if not any(decisions.values()):
         return figures, "left out energies: ood.json holds no decision"
     figures["energies"] = energies(decisions)
-    if not (folder / f"D{last}.pt").is_file():
-        return figures, f"left out drift: found no D{last}.pt"
-    stats = load_model(folder / f"D{last}.pt")[1]
-    if stats[0].mode != "pooled":
-        return figures, "left out drift: --ood_mode paper_code has no scale of dreams"
+    path = folder / f"D{last}.pt"
+    stats = load_model(path)[1] if path.is_file() else []
+    if not stats or stats[0].mode != "pooled":
+        return figures, f"left out drift: {path.name} tells of no energies on the scale of dreams"
     return figures | {"drift": drift(stats, last, read_json(folder / "config.json")["epsilon"])}, ""
 
 
