@@ -87,7 +87,9 @@ class Run:
             rq.require_few(sum(sizes))
         if config.check_memory:
             free = memory.free_memory(config.device)
-            memory.require_memory(config, memory.Workload(sizes, config.document_length), free, config.device)
+            n_general = len(self.general.rows) if self.general else 0
+            workload = memory.Workload(sizes, config.document_length, n_general)
+            memory.require_memory(config, workload, free, config.device)
 
     @cached_property
     def ids(self) -> Chain:
