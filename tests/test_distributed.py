@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import link_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import TOY
@@ -19,6 +20,7 @@ import distributed
 import optim
 import store
 import train
+from mixlora import attention_lora
 
 FLAGS = [
     *TOY, "--lora_dropout", "0", "--dense_warmup_steps", "22", "--dense_steps", "12", "--d0_steps", "22",
@@ -62,6 +64,10 @@ def train_guarded(rank: int, folder: Path, flags: list[str]) -> None:
     train.main([*flags, "--run", str(folder)])
 
 
+def resume(rank: int, folder: Path) -> None:
+    train.main(["--resume", str(folder)])
+
+
 @pytest.fixture(scope="module")
 def runs(once, toy) -> tuple[Path, Path]:
     """One run by one process, and the same by two; paper_code gathers its statistics in training, over all."""
@@ -79,6 +85,8 @@ def test_two_processes_have_the_loss_curve_of_one(runs):
         curves = [[m["loss"] for m in metrics if m["stage"] == stage] for metrics in (one, two)]
         assert len(curves[0]) >= 3 and curves[0][0] != curves[0][-1]
         assert curves[1] == pytest.approx(curves[0], rel=1e-6, abs=1e-5)
+    dreams = [[m["dream"] for m in metrics if m["stage"] == "D1"] for metrics in (one, two)]
+    assert dreams[0][-1] > 0.01 and dreams[1] == pytest.approx(dreams[0], rel=1e-4, abs=1e-6)
 
 
 def test_two_processes_end_with_the_weights_and_statistics_of_one(runs):
@@ -86,6 +94,7 @@ def test_two_processes_end_with_the_weights_and_statistics_of_one(runs):
         (one, stats), (two, others) = (store.load_model(run / f"D{t}.pt") for run in runs)
         for (name, a), (_, b) in zip(one.named_parameters(), two.named_parameters()):
             assert (a - b).abs().max() < 1e-3 if a.numel() else a.shape == b.shape, name
+        assert len(attention_lora(one)) == 2 * t and all(lora.o_b.any() for lora in attention_lora(two))
         for a, b in zip(stats, others):
             assert a.mean.flatten().tolist() == pytest.approx(b.mean.flatten().tolist(), abs=1e-4)
 
@@ -102,6 +111,15 @@ def test_only_the_main_process_writes(runs):
     lines = (runs[1] / "log.txt").read_text().splitlines()
     assert sum(line.startswith("D0 step 22/22") for line in lines) == 1
     assert not list(runs[1].rglob("*.part"))
+
+
+def test_two_processes_make_a_lost_evaluation_again(runs, tmp_path):
+    run = link_tree(runs[1], tmp_path / "run")
+    for name in ("evaluation_D0.json", "results.json"):
+        (run / name).unlink()
+    by_two(resume, run)
+    found, wanted = (json.loads((folder / "evaluation_D0.json").read_text()) for folder in (run, runs[1]))
+    assert found["values"] == wanted["values"] and (run / "results.json").exists()
 
 
 def contrastive(net: torch.nn.Module) -> optim.Stage:

@@ -20,12 +20,13 @@ import arrays
 import store
 import train
 from config import parse
+from mixlora import attention_lora, mixed_layers
 from tools.experiments import inherit
 
 TESTS = Path(__file__).parent
 FLAGS = [
-    *TOY, "--splits", "60,20,20", "--save_seconds", "0", "--expand", "always", "--ood_mode", "paper_code", "--dropout",
-    "0.1", "--d0_steps", "20",
+    *TOY, "--splits", "60,20,20", "--save_seconds", "0", "--ood_mode", "paper_code", "--dropout", "0.1",
+    "--lora_dropout", "0.05", "--d0_steps", "20",
 ]  # fmt: skip
 SECONDS = 2.0  # of a run, about
 STAGE_BEGINS = ("corpus.json", "dense.pt", "rq.pt", "D0.pt", "D1.pt")  # the file written before each stage
@@ -133,6 +134,16 @@ def whole(once, toy) -> Path:
     return once("whole", lambda folder: train.main([*flags, "--run", str(folder)]))
 
 
+def test_the_run_that_is_stopped_below_has_a_part_of_every_kind(whole):
+    """Dreams, LoRA on attention, a layer that grows and one whose newest expert evolves, averages moved in training."""
+    model, stats = store.load_model(whole / "D1.pt")
+    assert sorted((len(layer.old), len(layer.new)) for layer in mixed_layers(model)) == [(1, 1), (2, 1)]
+    assert all(lora.o_b.any() for lora in attention_lora(model)) and len(attention_lora(model)) == 2
+    assert all(stat.mean.all() and stat.base for stat in stats)
+    metrics = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in metrics if "dream" in line} == {"D1", "D2"}
+
+
 @pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.soak)])
 def test_killed_at_random_moments_and_resumed_a_run_ends_with_the_same_bits(
     whole, toy, runner, tmp_path, kills
@@ -225,22 +236,23 @@ def plain(toy, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "method, saves",
     [
+        ("mixlora-dsi", (25, 7)),  # in D_1 and D_2, after D_0's 20
+        ("dream", (2, 6)),
         ("promptdsi", (2, 3)),
         ("clever", (2, 6)),
         ("corpusbrain++", (7,)),
         pytest.param("joint", (4, 30), marks=pytest.mark.soak),  # each stage of it is D_0's again
     ],
 )
-def test_a_baseline_stopped_in_its_stages_ends_with_the_same_bits(
-    plain, toy, tmp_path, monkeypatch, method, saves
+def test_a_method_stopped_in_its_stages_ends_with_the_same_bits(
+    whole, plain, toy, tmp_path, monkeypatch, method, saves
 ):
-    """Stopped after so many saves of latest.pt from D_1 on, and again after so many more."""
-    prompts = ["--prompts", "3"] if method == "promptdsi" else []
+    """Stopped after so many saves of latest.pt from D_1 on, of mixlora-dsi from D_0 on, and again after so many more."""
+    more = {"promptdsi": ["--prompts", "3"], "mixlora-dsi": ["--ood_mode", "pooled"]}.get(method, [])
+    source, after = (whole, "rq") if method == "mixlora-dsi" else (plain, "D0")
     for name, counts in (("whole", ()), ("stopped", saves)):
-        asked = parse(
-            ["--data", str(toy), "--run", str(tmp_path / name), *FLAGS, "--method", method, *prompts]
-        )
-        inherit(plain, tmp_path / name, "D0", asked.config)
+        asked = parse(["--data", str(toy), "--run", str(tmp_path / name), *FLAGS, "--method", method, *more])
+        inherit(source, tmp_path / name, after, asked.config)
         asked.resume = True
         for count in counts:
             with monkeypatch.context() as patch:
@@ -249,6 +261,8 @@ def test_a_baseline_stopped_in_its_stages_ends_with_the_same_bits(
                     train.execute(asked)
         train.execute(asked)
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+    if method == "mixlora-dsi":
+        assert all(len(stat.arrivals) == 3 for stat in store.load_model(tmp_path / "stopped" / "D2.pt")[1])
 
 
 @pytest.mark.soak  # it trains nothing after D_0
@@ -317,6 +331,15 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(whole, tmp_path):
         store.LoadedRun(run).at(2)
 
 
+def test_a_lost_evaluation_is_made_again_from_its_checkpoint(whole, tmp_path):
+    run = link_tree(whole, tmp_path / "run")
+    for name in ("evaluation_D0.json", "results.json"):
+        (run / name).unlink()
+    train.main(["--resume", str(run)])
+    found, wanted = (store.read_json(folder / "evaluation_D0.json")["values"] for folder in (run, whole))
+    assert found == wanted and outcome(run)["results"]["metrics"] == outcome(whole)["results"]["metrics"]
+
+
 def test_two_processes_do_not_train_in_one_folder(toy, tmp_path):
     (tmp_path / "run").mkdir()
     lock = store.lock(tmp_path / "run")
@@ -382,7 +405,6 @@ def test_a_removed_file_that_can_be_made_anew_is_with_the_same_bits(whole, tmp_p
         "queries/D1.json",
         "embeddings/D1.npy",
         "docids.npy",
-        "evaluation_D0.json",
     ],
 )
 def test_a_removed_file_that_later_stages_rest_on_is_named(whole, tmp_path, name):
