@@ -93,14 +93,16 @@ def test_flags_override_the_method_and_the_method_overrides_the_preset():
 
 
 ADDED = dict(dreams=0, attention_rank=0, ood_mode="paper_code", router_row="random", evolve=False)
-OURS = dict(dreams=20_000, attention_rank=16, ood_mode="pooled", router_row="ood_mean", evolve=True)
+OURS = dict(
+    dreams=20_000, attention_rank=16, ood_mode="pooled", router_row="ood_mean", evolve=True, kl_coef=0.0, slow="none"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "data, method, settings",
     [
         ("boolq", "mixlora-dsi", OURS | dict(general="boolq", mixture=True, d0_mixture=True, beam=40)),
-        ("boolq", "paper", ADDED | dict(mixture=True, d0_mixture=True)),
+        ("boolq", "paper", ADDED | dict(mixture=True, d0_mixture=True, kl_coef=0.25, slow="grad")),
         (
             "boolq",
             "dream",
