@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+import dream
 import published
 from command import Parser, check_device, default_device
 from mixlora import MixConfig
@@ -345,6 +346,7 @@ def rules(c: Config) -> list[tuple[bool, str]]:
         (not c.prompts or c.t5 or c.decoder_blocks > 1, "--prompts go into the second decoder block; pass --decoder_blocks 2 or more"),
         (not c.joint or c.steps, "--joint trains for d0_steps + t * steps steps; pass --steps"),
         (c.mixture or not c.attention_rank, "--attention_rank is of methods with a mixture, the others train all of the attention: pass --attention_rank 0"),
+        (c.dream_words <= dream.TOP, f"--dream_words {c.dream_words}: wanted at most the {dream.TOP} words of a docid"),
         (not c.dreams or (c.dream_batch % c.batch == 0 and c.dream_batch), f"--dream_batch {c.dream_batch}: wanted a multiple of --batch {c.batch}"),
         (listed, "--data msmarco has no pseudo-queries of its own: make them with python -m tools.doc2query and pass --pseudo_queries FILE, or pass --pseudo_queries drawn to draw them from the passages"),
         *((Path(path).is_file(), f"found no file {path}, which a flag names") for path in files if path),

@@ -33,6 +33,8 @@ from config import SMALL, Config, parse
         (["--method", "dream", "--attention_rank", "4"], "all of the attention: pass --attention_rank 0"),
         (["--dream_batch", "100"], "--dream_batch 100: wanted a multiple of --batch 256"),
         (["--dream_batch", "0"], "--dream_batch 0: wanted a multiple of --batch 256"),
+        (["--dream_words", "41"], "--dream_words 41: wanted at most the 40 words of a docid"),
+        (["--dream_words", "1"], "--dream_words 1: wanted a number from 2"),
         (["--dream_style", "1.5"], "--dream_style 1.5: wanted a number from 0 to 1"),
         (["--general", "no/such/folder"], "--general no/such/folder: found no such folder"),
         (["--docid_kind", "atomic"], "--d0_fragments 0"),
