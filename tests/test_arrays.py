@@ -345,6 +345,14 @@ def test_tokens_take_two_bytes_where_the_vocabulary_allows_it(tmp_path, vocabula
     )
 
 
+def test_joined_tokens_are_those_of_each_store_in_turn(tmp_path):
+    one, other = ([[5, 6], [7]], [[8], [], [9, 5, 4]])
+    stores = [Tokens.write(tmp_path / f"{i}.bin", pieces, 100) for i, pieces in enumerate((one, other))]
+    joined = Tokens.joined(stores)
+    assert joined.lengths.tolist() == [2, 1, 1, 0, 3] and Tokens.joined(stores[:1]) is stores[0]
+    assert joined.batch(torch.tensor([4, 0, 2])).tolist() == [[9, 5, 4], [5, 6, 0], [8, 0, 0]]
+
+
 @pytest.mark.parametrize("change", [-1, -2, 2])
 def test_tokens_of_another_length_are_refused_with_both(tmp_path, change):
     Tokens.write(tmp_path / "t.bin", [[5, 6], [7]], 100)

@@ -601,6 +601,12 @@ def test_boolq_page_gives_one_test_query_and_at_most_eight_others(tmp_path, monk
     assert len({query_id for _, _, query_id in c.train}) == len(c.train)
 
 
+def test_boolq_pages_of_one_question_are_its_general_text(tmp_path, monkeypatch):
+    c = boolq(tmp_path, monkeypatch, 0, {"Alpha": 5, "Beta": 1, "Gamma": 2, "Delta": 1})
+    general, dropped = data.read_general("boolq", c.documents.texts, None, cache=tmp_path / "boolq.jsonl")
+    assert contents(general) == {"p1": ("Beta", "one Beta"), "p3": ("Delta", "one Delta")} and dropped == 0
+
+
 def test_boolq_draw_is_the_seed_s(tmp_path, monkeypatch):
     pages = {f"Page{i}": 6 for i in range(8)}
     assert everything(boolq(tmp_path, monkeypatch, 1, pages)) == everything(
@@ -624,6 +630,48 @@ def test_boolq_has_2585_pages_with_two_questions_and_splits_as_documented():
     corpora, _ = split(c, "60,10,10,10,10", "auto", 42)
     assert [len(corpus.ids) for corpus in corpora] == [1551, 258, 259, 258, 259]
     check_no_leak(0, corpora[0].rows, corpora[0].train, excluded_queries(corpora))
+    general, dropped = data.read_general("boolq", c.documents.texts, None)
+    assert len(general) + dropped == 7128 and not set(general.titles) & set(c.documents.titles)
+    assert not set(general.texts) & set(c.documents.texts)
+
+
+# ----------------------------------------------------------------------------------------------- general text
+
+
+def test_general_text_that_is_indexed_is_dropped_and_its_ids_are_its_own(tmp_path):
+    corpus = [
+        {"_id": "d1", "title": "Other title", "text": "Rome  is the capital\nof Italy."},
+        {"_id": "d2", "title": "Lyon", "text": "Lyon lies on the Rhone."},
+    ]
+    beir(tmp_path, corpus, None, None)
+    general, dropped = data.read_general(
+        str(tmp_path), ["Rome is the capital of Italy."], tmp_path / "general"
+    )
+    assert contents(general) == {"d2": ("Lyon", "Lyon lies on the Rhone.")} and dropped == 1
+    assert (tmp_path / "general" / "texts.bin").is_file()
+
+
+@pytest.mark.parametrize(
+    "corpus, message",
+    [
+        ([{"_id": "d1", "text": "Rome"}], r"found no text that is not indexed \(1 documents are\)"),
+        ("", "found no text; pass another folder, or --general none"),
+        ("{", r"corpus.jsonl:1: malformed JSON"),
+        ([{"_id": "d1", "text": "?"}], "document without a word"),
+        (None, "found no file .*corpus.jsonl"),
+    ],
+)
+def test_a_general_folder_without_text_is_refused(tmp_path, corpus, message):
+    beir(tmp_path, corpus, None, None)
+    with pytest.raises(ValueError, match=message):
+        data.read_general(str(tmp_path), ["Rome"], None)
+
+
+def test_a_general_folder_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(
+        ValueError, match="--general .*absent: found no such folder; wanted one that holds corpus"
+    ):
+        data.read_general(str(tmp_path / "absent"), [], None)
 
 
 # -------------------------------------------------------------------------------------------------- tokenizer
