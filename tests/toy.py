@@ -23,7 +23,10 @@ def toy_folder(path: Path, documents: int = 50) -> Path:
     corpus, queries, labels = [], [], {"train": [], "test": []}
     for i in range(documents):
         own = [
-            "".join(rng.choices("bcdfglmnprstv", k=2)) + rng.choice("aeiou") + ascii_lowercase[i % 26] + letter
+            "".join(rng.choices("bcdfglmnprstv", k=2))
+            + rng.choice("aeiou")
+            + ascii_lowercase[i % 26]
+            + letter
             for letter in "abcdef"
         ]
         text = " ".join(rng.sample(own * 2 + rng.sample(shared, 8), 20))
