@@ -304,7 +304,7 @@ def test_small_presets_take_their_sizes_from_the_number_of_documents():
     sizes = {
         n: (c.M, c.K, c.vocab) for n in (12, 30, 144, 1499, 1500, 10**6) for c in [prepare.sized(config, n)]
     }
-    assert sizes[1500] == sizes[10**6] == (4, 128, 8000)
+    assert sizes[1500] == sizes[10**6] == (6, 256, 8000)
     for n in (12, 30, 144, 1499):
         m, k, _ = sizes[n]
         assert (m, k) == rq.suggest(n) and m * math.log2(k) >= 2 * math.log2(n)
@@ -313,7 +313,7 @@ def test_small_presets_take_their_sizes_from_the_number_of_documents():
     assert 2 * math.log2(30) <= prepare.sized(replace(config, K=2), 30).M  # M follows a K that is given
     assert prepare.sized(replace(config, docid_kind="pq"), 30).M == 8  # divides the width, 128
     boolq = parse(["--device", "cpu"], checked=False).config
-    assert prepare.sized(boolq, 30) == boolq and (boolq.M, boolq.K, boolq.vocab) == (4, 128, 8000)
+    assert prepare.sized(boolq, 30) == boolq and (boolq.M, boolq.K, boolq.vocab) == (6, 256, 8000)
 
 
 def test_one_document_in_d0_is_refused_while_reading(tmp_path):

@@ -462,7 +462,7 @@ def run_of(recipe: SimpleNamespace, corpus: Corpus = CORPUS, folder: Path | None
     """What of prepare.Run the bi-encoder's training looks at."""
     resume = SimpleNamespace(stage="", restore=lambda *_: 0, due=lambda: False, save=lambda *_: None)
     return SimpleNamespace(
-        config=recipe, corpora=[corpus], sampler=lambda t: SAMPLER, tokenizer=TOKENIZER, log=log or Lines(),
+        config=recipe, corpora=[corpus], read_first=[corpus], draw=SAMPLER.draw, tokenizer=TOKENIZER, log=log or Lines(),
         folder=folder or Path(tempfile.mkdtemp()), resume=resume, device="cpu",
         tokens=lambda pairs: data.tokenize(TOKENIZER, [query for _, query in pairs], recipe.query_length),
     )  # fmt: skip
