@@ -114,7 +114,6 @@ class Config:
     d0_batch: int = flag(1024, "training", "queries (paper: 1024)")
     d0_lr: float = flag(1e-3, "training", "peak learning rate (paper)")
     d0_warmup: float = flag(0.1, "training", "share of D_0's steps in which the learning rate rises (paper: 0.1; 0.045 for a plain T5 on MS MARCO)")
-    d0_dense_kl: float = flag(0.0, "training", "weight on D_0 of a KL to what the bi-encoder says of each code (ours)")
     d0_fragments: int = flag(0, "training", "fragments of each document of D_0 that are learnt as documents of their own (ours)")
     steps: int = flag(0, "training", "optimiser steps on each D_t; 0: by epochs")
     epochs: int = flag(10, "training", "passes over D_t's pseudo-queries (paper: 10; BASE 5)")
@@ -163,10 +162,10 @@ SMALL = dict(  # a T5 without published weights, on two cores
     query_length=32, pseudo_per_document=64, width=128, heads=4, feed_forward=512, encoder_blocks=2,
     decoder_blocks=2, layers=2, dropout=0.0, M=6, K=256, rq_pseudo=24, dense_length=32, beam=40,
     dense_warmup_steps=400, dense_rounds=2, dense_steps=60, dense_batch=128, dense_lr=7e-4,
-    dense_contrastive=1.0, dense_margin=0.01, dense_scale=0.1, dense_pseudo=8, negatives=50, d0_steps=800,
+    dense_contrastive=1.0, dense_margin=0.01, dense_scale=0.1, dense_pseudo=8, negatives=50, d0_steps=1000,
     d0_batch=256, d0_lr=2e-3, steps=300, batch=256, lr=5e-3, lora_rank=32, lora_alpha=64.0, lora_dropout=0.0, warmup=0.03,
     d0_warmup=0.03,
-    d0_fragments=16, d0_dense_kl=3.0, kl_coef=0.25,
+    d0_fragments=16, kl_coef=0.25,
 )  # fmt: skip
 PAPER = dict(splits="paper", t5="google-t5/t5-base")  # and the defaults of Config
 PRESETS = {

@@ -7,7 +7,7 @@ Next     search.py answers queries from the run folder, eval.py scores it again
 Differs  plain AdamW in place of 8-bit; the docid mask is on for plain T5 on D_0 too; D_0 starts from the
          bi-encoder's weights; D_t's frozen encoder outputs and the previous model's hidden states are computed
          once, by the scan. Ours, each by a flag: on D_0 part of each batch asks for general text (`general`) or
-         fragments of documents (`d0_fragments`), and the codes are held to the bi-encoder's (`d0_dense_kl`); on D_t dreams hold the model to what it said of earlier docids
+         fragments of documents (`d0_fragments`); on D_t dreams hold the model to what it said of earlier docids
          (dream.py, `dreams`), LoRA adapts the attention to the query (`attention_rank`), and a layer that does not
          grow trains its newest expert (`evolve`). None of them sees an earlier corpus's text.
 """
@@ -47,7 +47,7 @@ from prepare import Prepared, Run
 from scan import SourceCache, scan
 from t5 import T5, segment_logits
 
-EXTRA_SHARE = 0.4  # of D_0's batches: general text or, where there is none, fragments (ours)
+EXTRA_SHARE = 0.3  # of D_0's batches: general text or, where there is none, fragments (ours)
 FRESH_QUERIES = 8000  # pseudo-queries of a corpus on which its energies are measured once it is known (ours)
 YARDSTICK = 4000  # dreams that give energies their scale (ours)
 FAR = 10  # percent of the queries just learnt that may lie outside what was known, before a warning (ours)
@@ -99,7 +99,7 @@ class FirstCorpus(Training):
             if not run.listed:
                 self.draw = self.sampler(self.corpus.titles, self.corpus.texts).draw
         torch.manual_seed(config.seed + 1 + last)
-        self.table = table = baselines.table_so_far(run, last, books)
+        table = baselines.table_so_far(run, last, books)
         self.model = T5(replace(bi_encoder.config, codebooks=len(table), centroids=table.shape[1]))
         self.model.load_state_dict(bi_encoder.state_dict() | {"rq": table})
         if config.mixture and config.d0_mixture:
@@ -146,23 +146,10 @@ class FirstCorpus(Training):
         docids = self.targets[[row for row, _ in batch]]
         source, padding = model.encode(ids)
         hidden, routes = model.docid_hidden(source, padding, docids)
-        logits, config = segment_logits(hidden, model.rq), self.config
-        terms = {"ce": docid_cross_entropy(model, hidden, docids, config.d0_mask, logits)}
-        if config.d0_dense_kl:
-            terms["dense"] = config.d0_dense_kl * kl_to_previous(logits, self.dense_logits(ids), "mean")
-        terms |= router_losses(routes, config)
+        terms = {"ce": docid_cross_entropy(model, hidden, docids, self.config.d0_mask)}
+        terms |= router_losses(routes, self.config)
         self.energies.see(routes)
         return sum(terms.values()), terms
-
-    @torch.no_grad()
-    def dense_logits(self, ids: Tensor) -> Tensor:
-        """What the bi-encoder says of each code: token ids (B, S) -> (B, M, K).
-
-        Its score of a document is a sum over the docid's codes, <e_q, e_d> = sum_m <e_q, C^m[k_m]>. A model that is near these
-        terms finds documents it has not seen.
-        """
-        e = self.config.dense_scale * self.made.bi_encoder.embed(ids)  # (B, D)
-        return segment_logits(e[:, None].expand(-1, len(self.table), -1), self.table.to(e))
 
     def train(self) -> State:
         config = self.config

@@ -46,7 +46,7 @@ def outputs(page: str) -> list[str]:
     printed, names = [], {}
     threads, faiss_threads, here = torch.get_num_threads(), faiss.omp_get_max_threads(), Path.cwd()
     train = importlib.import_module("train")
-    counts = train.CALIBRATION_QUERIES, train.CONTROL_QUERIES
+    counts = train.FRESH_QUERIES, train.YARDSTICK
     with tempfile.TemporaryDirectory() as folder, torch.enable_grad():  # the page turns it off
         try:
             os.chdir(folder)
@@ -56,7 +56,7 @@ def outputs(page: str) -> list[str]:
                 printed.append("".join(line.rstrip() + "\n" for line in out.getvalue().splitlines()))
         finally:
             os.chdir(here)
-            train.CALIBRATION_QUERIES, train.CONTROL_QUERIES = counts
+            train.FRESH_QUERIES, train.YARDSTICK = counts
             torch.set_num_threads(threads)
             faiss.omp_set_num_threads(faiss_threads)
     return printed
