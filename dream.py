@@ -13,16 +13,16 @@ Differs  no text or query of an earlier corpus is kept or read: docids, codebook
 import torch
 from torch import Tensor
 
-import dense
 import rq
 from data import EOS, PAD
 from queries import is_unspaced
+from t5 import T5
 
 TOP = 40  # words of a docid, by inner product
 FEWEST, MOST = 2, 4  # of these in a dream
 NOISE = 4  # words at most from the tokenizer's prior; without them the model keeps bags of words and forgets queries
 STEEP = 3.0  # the word at place TOP is e^-3 times as likely as the first
-CHUNK = 1024  # docids whose inner products with all words are held at a time
+CHUNK = 1024  # words embedded, and docids whose inner products with all words are held, at a time
 
 
 class Dreams:
@@ -31,13 +31,7 @@ class Dreams:
     """
 
     def __init__(
-        self,
-        pieces: Tensor,
-        embeddings: Tensor,
-        prior: Tensor,
-        books: Tensor,
-        most: int = MOST,
-        noise: int = NOISE,
+        self, pieces: Tensor, embeddings: Tensor, prior: Tensor, books: Tensor, most=MOST, noise=NOISE
     ):
         """pieces (W,) token ids of words, their embeddings (W, D) as queries and log-probabilities (W,); books (M, K, D)."""
         self.pieces, self.embeddings, self.prior, self.books = pieces, embeddings, prior.double().exp(), books
@@ -56,9 +50,8 @@ class Dreams:
         for part in codes.split(CHUNK):
             words, p = self.words(part)
             own = words.gather(1, torch.multinomial(p, most, generator=generator))
-            others = torch.multinomial(self.prior, len(part) * (noise or 1), True, generator=generator).view(
-                len(part), -1
-            )
+            others = torch.multinomial(self.prior, len(part) * max(1, noise), True, generator=generator)
+            others = others.view(len(part), -1)
             n_own = torch.randint(min(FEWEST, most), most + 1, (len(part), 1), generator=generator)
             n_noise = torch.randint(noise + 1, (len(part), 1), generator=generator)
             kept = torch.cat([torch.arange(most) < n_own, torch.arange(others.shape[1]) < n_noise], dim=1)
@@ -69,14 +62,17 @@ class Dreams:
         return torch.cat(parts)
 
 
-def dreams(bi_encoder, tokenizer, books: Tensor, most: int = MOST, noise: int = NOISE) -> Dreams | None:
+@torch.no_grad()
+def dreams(bi_encoder: T5, tokenizer, books: Tensor, most: int = MOST, noise: int = NOISE) -> Dreams | None:
     """Dreams by this bi-encoder, or None where the tokenizer has fewer words than a docid takes."""
     pieces = word_pieces(tokenizer)
     if len(pieces) < TOP:
         return None
     asked = torch.stack([pieces, torch.full_like(pieces, EOS)], dim=1)
     prior = torch.tensor([tokenizer.get_score(piece) for piece in pieces.tolist()])
-    return Dreams(pieces, dense.embed(bi_encoder, asked, 1024), prior, books, most, noise)
+    device = bi_encoder.eval().word.device
+    embedded = [bi_encoder.embed(part.to(device)).float().cpu() for part in asked.split(CHUNK)]
+    return Dreams(pieces, torch.cat(embedded), prior, books, most, noise)
 
 
 def word_pieces(tokenizer) -> Tensor:
