@@ -395,7 +395,7 @@ def check_no_leak(t: int, rows: range, queries: list[tuple[int, str]], excluded:
 
 
 def train_tokenizer(passages: Iterable[str], vocab_size: int) -> bytes:
-    """A unigram SentencePiece model with T5's special ids and case folding, from D_0's passages alone."""
+    """A unigram SentencePiece model with T5's special ids and case folding, from these passages alone."""
     model = io.BytesIO()
     lines = (passage[i : i + 4000] for passage in passages for i in range(0, len(passage), 4000))
     try:

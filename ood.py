@@ -40,15 +40,11 @@ class Stats:
     mean: Tensor  # paper_code: (E, M)
     variance: Tensor  # paper_code: (E, M)
     base: dict[str, Tensor] = field(default_factory=dict)  # paper_code: expert 0's (M,) after corpus 1
-    arrivals: Tensor = field(
-        default_factory=lambda: torch.empty(0, SKETCH)
-    )  # pooled: a sketch of each corpus, (n, 512)
-    newest: Tensor = field(
-        default_factory=lambda: torch.empty(0, SKETCH)
-    )  # pooled: of the last one once learnt, (0 or 1, 512)
-    dreams: Tensor = field(
-        default_factory=lambda: torch.tensor([0.0, 1.0])
-    )  # pooled: median and interquartile range
+    # pooled: sketches of z, (n, SKETCH) of each corpus on arrival (D_0: once learnt), (0 or 1, SKETCH) of the newest
+    # once learnt; and the dreams' median and interquartile range, (2,)
+    arrivals: Tensor = field(default_factory=lambda: torch.empty(0, SKETCH))
+    newest: Tensor = field(default_factory=lambda: torch.empty(0, SKETCH))
+    dreams: Tensor = field(default_factory=lambda: torch.tensor([0.0, 1.0]))
 
     def state(self) -> dict:
         return vars(self).copy()

@@ -4,7 +4,8 @@ Paper    appendix C (bi-encoder), section 2 and Eq. 9 (docids), section 4.1 (BM2
 In       Config and a run folder
 Out      a Run, which all stages are handed; embeddings (n, D) of each corpus; codebooks (M, K, D) and docids (N, M)
 Next     train.py trains on D_0 and on each later corpus
-Differs  see dense.py and rq.py; the tokenizer is trained on D_0 where no published weights bring one
+Differs  see dense.py and rq.py; the tokenizer is trained on D_0 where no published weights bring one. General text,
+         ours, stands for T5's pre-training: tokenizer, bi-encoder and codebooks are fitted on it too
 """
 
 import math

@@ -193,7 +193,7 @@ class LaterCorpus(Training):
         self.n_old = config.dreams if dreams else 0
         if not self.n_old:
             return run.tokens(pairs), codes[[row for row, _ in pairs]]
-        # Half of the new queries are dreams too: or the model would tell old from new by their style
+        # Part of the new queries are dreams too, or the model would tell old from new by their style
         self.n_plain -= min(int(config.dream_style * len(pairs)), len(pairs) - 1)
         order = torch.randperm(len(pairs), generator=self.generator).tolist()
         pairs = [pairs[i] for i in order]
@@ -336,9 +336,9 @@ class LaterCorpus(Training):
         layers = mixed_layers(self.model)
         if not layers:
             return
-        gates = [layers[0].config.active]
         scores = fresh_scores(self.run, self.model, self.made, self.t)
-        self.record["routing"] = [mixlora.top_gates(s, *gates).mean((0, 1)).tolist() for s in scores]
+        active = layers[0].config.active
+        self.record["routing"] = [mixlora.top_gates(s, active).mean((0, 1)).tolist() for s in scores]
         self.record["first_choice"] = [mixlora.first_choice_share(s).tolist() for s in scores]
         measure_dreams(self.run, self.model, self.made, self.stats, self.t)
         if self.config.ood_mode == "pooled" and not self.first_mixture:
