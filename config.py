@@ -8,7 +8,7 @@ Differs  the defaults are the paper's for NQ320k; what a preset or method change
 """
 
 import argparse
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +222,12 @@ class Command:
     config: Config
     resume: bool = False
     overwrite: bool = False
+    extends: bool = False  # the run takes in the documents of `data`
+    data: Path = Path()
+    replace: bool = False  # documents of the same ids
+    keep: int = 2  # checkpoints beside D_0's
+    skip_invalid: bool = False
+    consolidates: Path | None = None  # the run whose documents a new one is trained on
     given: frozenset[str] = frozenset()  # settings that the command line names
 
 
@@ -245,14 +251,45 @@ def parse(argv: list[str], checked: bool = True) -> Command:
         text = f"{item.metadata['help']} [{item.default}]"
         group.add_argument(*spellings, dest=item.name, default=argparse.SUPPRESS, help=text, **form)
     parser.add_argument("--resume", metavar="RUN", default=argparse.SUPPRESS, help="go on with a stopped run")
+    text = "a finished run takes in the documents of --data, a folder in BEIR layout"
+    parser.add_argument("--extend", metavar="RUN", default=argparse.SUPPRESS, help=text)
+    text = "with --extend: new versions take the place of documents with the same ids"
+    parser.add_argument("--replace", action="store_true", default=argparse.SUPPRESS, help=text)
+    text = "with --extend: checkpoints that stay beside D_0's, the newest; 0: all [2]"
+    parser.add_argument("--keep", type=int, default=argparse.SUPPRESS, help=text)
+    text = "train D_0 of a new run, --run, on all documents that this run holds"
+    parser.add_argument("--consolidate", metavar="RUN", default=argparse.SUPPRESS, help=text)
     parser.add_argument("--overwrite", action="store_true", help="move a run that is in the way aside")
     given = vars(parser.parse_args(argv))
     overwrite, resume = given.pop("overwrite"), given.pop("resume", None)
+    if "extend" in given:
+        return extension(given)
+    if stray := [name for name in ("replace", "keep") if name in given]:
+        raise ValueError(f"--{stray[0]} is of --extend RUN --data DIR")
+    if "consolidate" in given:
+        source = Path(given.pop("consolidate"))
+        if "run" not in given or set(given) - {"run", "device"}:
+            raise ValueError(
+                "--consolidate RUN takes --run NEW, a folder for the new run, --device and --overwrite alone"
+            )
+        config = replace(saved_config(source), **given)
+        return Command(config, overwrite=overwrite, consolidates=source)
     if resume is None:
         return Command(settle(given, checked), overwrite=overwrite, given=frozenset(given))
     if given:
         raise ValueError(f"--resume takes every setting from the run; remove --{' --'.join(given)}")
     return Command(saved_config(Path(resume)), resume=True)
+
+
+def extension(given: dict) -> Command:
+    """--extend RUN --data DIR, with settings that are the run's."""
+    run, own = Path(given.pop("extend")), {"data", "replace", "keep", "skip_invalid"}
+    if "data" not in given or set(given) - own:
+        wanted = "--data DIR, --replace, --keep and --skip_invalid alone; every other setting is the run's"
+        raise ValueError(f"--extend {run} takes {wanted}")
+    if given.get("keep", 2) < 0:
+        raise ValueError(f"--keep {given['keep']}: wanted a number of checkpoints, 0 for all")
+    return Command(saved_config(run), extends=True, **given | {"data": Path(given["data"])})
 
 
 def settle(given: dict, checked: bool) -> Config:

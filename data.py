@@ -220,8 +220,12 @@ def text_digest(text: str) -> bytes:
     return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest()
 
 
-def read_beir(folder: Path, skip_invalid: bool = False, store: Path | None = None) -> Collection:
+def read_beir(
+    folder: Path, skip_invalid: bool = False, store: Path | None = None, tested: bool = True
+) -> Collection:
     """A folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv, and, if present, qrels/train.tsv and order.
+
+    Where it need not be `tested`, queries and labels may be absent.
 
     Raises one ValueError with all Problems; `skip_invalid` leaves them out instead, but that a document without a line
     in the order comes last. `store` is the documents' folder.
@@ -232,15 +236,18 @@ def read_beir(folder: Path, skip_invalid: bool = False, store: Path | None = Non
     documents = collection.documents
     for document in read_documents(corpus, problems):
         add_document(documents, problems, *document)
-    labels = [read_qrels(path, problems) for path in (test, train) if path is test or path.exists()]
+    labels = [
+        read_qrels(path, problems) for path in (test, train) if path.exists() or (tested and path is test)
+    ]
     asked = (
         (place, row["_id"], row["text"]) for place, row in read_jsonl(queries, ("_id", "text"), problems)
     )
-    tests, *trains = read_labelled(labels, asked, documents, problems)
+    answered = read_labelled(labels, asked, documents, problems) if labels else []
+    tests = answered.pop(0) if test.exists() else []
     for doc_id, query, query_id, relevance in tests:
         collection.test[query_id] = query
         collection.qrels.setdefault(query_id, {})[doc_id] = relevance
-    collection.train = [labelled[:3] for labelled in chain(*trains)]
+    collection.train = [labelled[:3] for labelled in chain(*answered)]
     if order.exists():
         listed = {}
         for place, line in read_lines(order, problems):
@@ -252,7 +259,7 @@ def read_beir(folder: Path, skip_invalid: bool = False, store: Path | None = Non
         for doc_id in unnamed:
             problems.add(order, "document without a line in the order", repr(doc_id))
         collection.order = [*listed, *unnamed]
-    return settled(collection, folder)
+    return settled(collection, folder, tested)
 
 
 def describe_files(folder: Path) -> dict[str, dict]:

@@ -27,7 +27,7 @@ from arrays import Chain, strict_json
 from data import Corpus
 from rq import Trie
 from search import Ranking, retrieve
-from store import LoadedRun
+from store import LoadedRun, live_rows
 from t5 import T5
 
 METRICS = ("recall@1", "recall@10", "mrr@10", "ndcg@10")
@@ -61,7 +61,7 @@ class Evaluation:
     values: list[dict[str, list[float]]]  # per corpus: metric -> one value per query
 
     def means(self, metric: str) -> list[float]:
-        """Row t of P: the metric's mean over each corpus's queries."""
+        """Row t of P: the metric's mean over each corpus's queries; NaN where it has none."""
         return [float(np.mean(values[metric])) if values[metric] else math.nan for values in self.values]
 
 
@@ -70,7 +70,7 @@ def evaluate(corpora: list[Corpus], ranker) -> Evaluation:
     ids = Chain([corpus.ids for corpus in corpora])
     rankings, values = [], []
     for corpus in corpora:
-        answers: list[Ranking] = ranker(list(corpus.test.values()))
+        answers: list[Ranking] = ranker(list(corpus.test.values())) if corpus.test else []
         named = {q: [(ids[row], score) for row, score in ranking] for q, ranking in zip(corpus.test, answers)}
         scored = [score_ranking([doc for doc, _ in named[q]], corpus.qrels[q]) for q in corpus.test]
         rankings.append(named)
@@ -80,7 +80,9 @@ def evaluate(corpora: list[Corpus], ranker) -> Evaluation:
 
 def evaluate_after(run, t: int, model: T5, docids: Tensor) -> Evaluation:
     """Searches D_0..D_t with every test query seen so far: run of prepare.py, docids (N, M)."""
-    corpora, trie = run.corpora[: t + 1], Trie(docids[: run.corpora[t].rows.stop])
+    corpora = run.corpora[: t + 1]
+    live = live_rows(run.folder, corpora)
+    trie = Trie(docids[live], live)
 
     def ranker(texts: list[str]) -> list[Ranking]:
         beam, length = run.config.beam, run.config.query_length
@@ -90,7 +92,8 @@ def evaluate_after(run, t: int, model: T5, docids: Tensor) -> Evaluation:
     evaluation = evaluate(corpora, ranker)
     rate = sum(len(corpus.test) for corpus in corpora) / (time.monotonic() - begin)
     for metric in ("recall@1", "recall@10", "mrr@10"):
-        means = " ".join(f"D{i} {100 * value:.1f}" for i, value in enumerate(evaluation.means(metric)))
+        means = evaluation.means(metric)
+        means = " ".join(f"D{i} {100 * means[i]:.1f}" for i in tested([evaluation]))
         run.log.line(f"after D{t}: {metric} {means}")
     run.log.line(f"after D{t}: searched at {rate:.0f} queries/s")
     return evaluation
@@ -129,10 +132,14 @@ def bootstrap_interval(values: list[list[float]], seed: int, draws: int = 1000) 
 
 
 def summarise(evaluations: list[Evaluation], seed: int) -> dict[str, dict]:
-    """{metric: {"P", "AP", "BWT", "FWT", "AP_micro", "AP_ci95"}} of the evaluations after D_0..D_T."""
-    summary = {}
-    for metric in METRICS:
-        p = [evaluation.means(metric) for evaluation in evaluations]
+    """{metric: {"P", "AP", "BWT", "FWT", "AP_micro", "AP_ci95"}} of the evaluations after D_0..D_T, or after those of them
+    that have test queries (`tested`). P has a row and a column for each of these.
+    """
+    columns, summary = tested(evaluations), {}
+    rows = [evaluation for evaluation in evaluations if len(evaluation.values) - 1 in columns]
+    for metric in METRICS if rows else ():
+        means = [evaluation.means(metric) for evaluation in rows]
+        p = [[row[i] for i in columns if i < len(row)] for row in means]
         last = [values[metric] for values in evaluations[-1].values]
         summary[metric] = {
             "P": p,
@@ -143,6 +150,13 @@ def summarise(evaluations: list[Evaluation], seed: int) -> dict[str, dict]:
             "AP_ci95": bootstrap_interval(last, seed),
         }
     return summary
+
+
+def tested(evaluations: list[Evaluation]) -> list[int]:
+    """Numbers t of the corpora of which test queries were scored last."""
+    return (
+        [t for t, values in enumerate(evaluations[-1].values) if values["recall@10"]] if evaluations else []
+    )
 
 
 # ------------------------------------------------------------------------------------------------- TREC files
@@ -176,10 +190,9 @@ def write_trec(folder: Path, t: int, corpora: list[Corpus], evaluation: Evaluati
 # -------------------------------------------------------------------------------------------------- the table
 
 
-def table(title: str, rows: dict[str, dict], metrics: tuple[str, ...] = ("recall@10", "mrr@10")) -> str:
-    """The last row of P for each system, with AP, BWT and FWT, in percent: `Recall@10/MRR@10` in each cell."""
-    corpora = len(next(iter(rows.values()))[metrics[0]]["P"])
-    heads = [f"D{i}" for i in range(corpora)] + ["AP", "BWT", "FWT"]
+def table(title: str, rows: dict[str, dict], corpora: list[int], metrics=("recall@10", "mrr@10")) -> str:
+    """The last row of P for each system, of these corpora, with AP, BWT and FWT, in percent: `Recall@10/MRR@10` in each cell."""
+    heads = [f"D{t}" for t in corpora] + ["AP", "BWT", "FWT"]
     width = max(map(len, rows)) + 2
     lines = [title, " " * width + "".join(f"{head:>12}" for head in heads)]
     for name, summary in rows.items():
@@ -198,7 +211,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def results(config, done: dict[str, dict], metrics: dict, references: dict, peak: int) -> dict:
+def results(config, done: dict[str, dict], evaluations: list, references: dict, peak: int) -> dict:
     """The contents of results.json: `done` is what the stages recorded, `peak` bytes of memory."""
     corpora = sorted((stage for stage in done if stage[1:].isdigit()), key=lambda stage: int(stage[1:]))
     later = corpora[1:]
@@ -206,7 +219,8 @@ def results(config, done: dict[str, dict], metrics: dict, references: dict, peak
         "method": config.method,
         "data": config.data,
         "seed": config.seed,
-        "metrics": metrics,
+        "evaluated": tested(evaluations),
+        "metrics": summarise(evaluations, config.seed),
         "baselines": references,
         "experts": {stage: done[stage]["experts"] for stage in corpora},
         "ood_percent": {s: [d["ood_percent"] for d in done[s]["decisions"]] for s in later},
@@ -228,12 +242,16 @@ def results(config, done: dict[str, dict], metrics: dict, references: dict, peak
 def report(results: dict) -> list[str]:
     """Lines for people: the results table and what grew where."""
     systems = {results["method"]: results["metrics"]} | results["baselines"]
-    lines = [table("Recall@10/MRR@10 in percent after the last corpus", systems)]
+    lines = ["no test queries: nothing is evaluated"]
+    if results["evaluated"]:
+        about = "Recall@10/MRR@10 in percent after the last corpus with test queries"
+        lines = [table(about, systems, results["evaluated"])]
+        low, high = results["metrics"]["recall@10"]["AP_ci95"]
     for stage, experts in results["experts"].items():
         shares = ", ".join(f"{percent:.1f}%" for percent in results["ood_percent"].get(stage, []))
         lines.append(f"{stage}: experts per layer {experts}" + (f", OOD queries {shares}" if shares else ""))
-    low, high = results["metrics"]["recall@10"]["AP_ci95"]
-    lines.append(f"AP in Recall@10: 95% interval {100 * low:.1f} to {100 * high:.1f} over queries")
+    if results["evaluated"]:
+        lines.append(f"AP in Recall@10: 95% interval {100 * low:.1f} to {100 * high:.1f} over queries")
     minutes, gib = sum(results["seconds"].values()) / 60, results["peak_memory_bytes"] / 2**30
     return [*lines, f"{minutes:.1f} minutes, peak memory {gib:.2f} GiB"]
 
@@ -267,7 +285,11 @@ def main(argv: list[str]) -> None:
         if args.trec:
             write_trec(args.trec, t, run.corpora, evaluations[-1], run.config["method"])
     summary = summarise(evaluations, run.config["seed"])
-    print(table("Recall@10/MRR@10, percent, after the last finished corpus", {run.config["method"]: summary}))
+    about, systems = (
+        "Recall@10/MRR@10, percent, after the last finished corpus",
+        {run.config["method"]: summary},
+    )
+    print(table(about, systems, tested(evaluations)))
     print(strict_json({metric: summary[metric]["AP_ci95"] for metric in METRICS}))
 
 

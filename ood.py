@@ -17,13 +17,16 @@ Differs  two modes. `paper_code` follows the released code: moving averages gath
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 MODES = ("pooled", "paper_code")
 SKETCH = 512  # quantiles that stand for a corpus's queries in the pooled reference
+ENOUGH = (
+    128  # documents: added corpora of fewer share one sketch, and a layer grows only once that is full (ours)
+)
 
 
 def energy(scores: Tensor) -> Tensor:
@@ -41,9 +44,10 @@ class Stats:
     variance: Tensor  # paper_code: (E, M)
     base: dict[str, Tensor] = field(default_factory=dict)  # paper_code: expert 0's (M,) after corpus 1
     # pooled: sketches of z, (n, SKETCH) of each corpus on arrival (D_0: once learnt), (0 or 1, SKETCH) of the newest
-    # once learnt; and the dreams' median and interquartile range, (2,)
+    # once learnt; z of arrivals of few documents, at most (SKETCH,); the dreams' median and interquartile range, (2,)
     arrivals: Tensor = field(default_factory=lambda: torch.empty(0, SKETCH))
     newest: Tensor = field(default_factory=lambda: torch.empty(0, SKETCH))
+    pool: Tensor = field(default_factory=lambda: torch.empty(0))
     dreams: Tensor = field(default_factory=lambda: torch.tensor([0.0, 1.0]))
 
     def state(self) -> dict:
@@ -101,8 +105,8 @@ def sketch(z: Tensor) -> Tensor:
 
 
 def reference(stats: Stats) -> Tensor:
-    """z of everything that is known, ascending: every sketch with equal weight."""
-    return torch.cat([stats.arrivals, stats.newest]).flatten().sort().values
+    """z of everything that is known, ascending: every sketch with equal weight, few documents by their number."""
+    return torch.cat([stats.arrivals.flatten(), stats.newest.flatten(), stats.pool]).sort().values
 
 
 def known_range(stats: Stats, epsilon: float) -> Tensor:
@@ -110,9 +114,26 @@ def known_range(stats: Stats, epsilon: float) -> Tensor:
     return torch.quantile(reference(stats), torch.tensor([epsilon / 2, 1 - epsilon / 2]))
 
 
-def arrive(stats: Stats, scores: Tensor) -> None:
-    """pooled: keeps how D_t (Q, M, E) looks to the model that has not trained on it. In place."""
-    stats.arrivals = torch.cat([stats.arrivals, sketch(standardised(scores, stats))[None]])
+def arrival(stats: Stats, scores: Tensor, documents: int) -> Tensor:
+    """z of an arriving corpus, (Q, M, E) -> (Q,): of few documents, some of them in proportion, after those in the pool."""
+    z = standardised(scores, stats)
+    if documents >= ENOUGH:
+        return z
+    points = max(1, SKETCH * documents // ENOUGH)
+    return torch.cat([stats.pool, z[:: max(1, len(z) // points)][:points]])
+
+
+def arrive(stats: Stats, scores: Tensor, documents: int = ENOUGH) -> None:
+    """pooled: keeps how D_t (Q, M, E) looks to the model that has not trained on it. In place.
+
+    Fewer documents than ENOUGH join the pool; a full pool becomes a sketch of its own.
+    """
+    z, few = arrival(stats, scores, documents), documents < ENOUGH
+    if few and len(z) < SKETCH:
+        stats.pool = z
+        return
+    stats.arrivals = torch.cat([stats.arrivals, sketch(z)[None]])
+    stats.pool = stats.pool[: 0 if few else None]
 
 
 # ----------------------------------------------------------------------------------------------------- paper_code
@@ -218,14 +239,19 @@ def grow(stats: Stats) -> None:
         stats.variance = torch.cat([stats.variance, stats.base["variance"][None]])
 
 
+def outside(z: Tensor, stats: Stats, epsilon: float) -> tuple[Tensor, Tensor]:
+    """pooled: which z (Q,) lie below and which above the known range."""
+    low, high = known_range(stats, epsilon)
+    return z < low, z > high
+
+
 def tails(scores: Tensor, stats: Stats, epsilon: float, sigmas: float = 0.0) -> tuple[Tensor, Tensor]:
     """Which queries (Q, M, E) lie below and which above what is known: two (Q,) bool, that is OOD. paper_code: above alone.
 
     `sigmas` raises paper_code's thresholds to mean + sigmas * standard deviation; it is 0 in every published run.
     """
     if stats.mode == "pooled":
-        z, (low, high) = standardised(scores, stats), known_range(stats, epsilon)
-        return z < low, z > high
+        return outside(standardised(scores, stats), stats, epsilon)
     above = (energy(scores) > _paper_threshold(stats, sigmas)).any(1)
     return torch.zeros_like(above), above
 
@@ -246,18 +272,26 @@ def histogram(scores: Tensor, stats: Stats, epsilon: float, bins: int = 60) -> d
     return {"edges": edges.tolist(), "thresholds": ends} | dict(zip(("queries", "reference"), counts))
 
 
-def decide(scores: Tensor, stats: Stats, delta: float, epsilon: float, sigmas: float = 0.0) -> Decision:
+def decide(
+    scores: Tensor, stats: Stats, delta: float, epsilon: float, sigmas: float = 0.0, documents: int = ENOUGH
+) -> Decision:
     """Is the layer to grow for this corpus? The one place that decides.
 
     Args:
         scores: (Q, M, E) router scores of the corpus's pseudo-queries, in evaluation mode.
         delta: percent of queries, beyond the expected false alarms, above which the layer expands.
         epsilon: the share of the reference that counts as false alarms; paper_code expects none.
+        documents: of the corpus. Fewer than ENOUGH decide together with those in the pool, and once that is full.
     """
-    below, above = (100 * flags.sum().item() / len(flags) for flags in tails(scores, stats, epsilon, sigmas))
-    pooled, e = stats.mode == "pooled", energy(scores)  # (Q, M)
+    pooled, e, few = stats.mode == "pooled", energy(scores), documents < ENOUGH  # e (Q, M)
+    if few and pooled:
+        z, stats = arrival(stats, scores, documents), replace(stats, pool=stats.pool[:0])
+        flags, full = outside(z, stats, epsilon), len(z) >= SKETCH
+    else:
+        flags, full = tails(scores, stats, epsilon, sigmas), not few
+    below, above = (100 * flag.sum().item() / len(flag) for flag in flags)
     percent = below + above
-    expand = percent - 100 * epsilon * pooled > delta
+    expand = full and percent - 100 * epsilon * pooled > delta
     threshold = known_range(stats, epsilon) if pooled else _paper_threshold(stats, sigmas)
     sample = e.flatten()[:: max(1, e.numel() // 1_000_000)]  # torch.quantile takes 16 million values at most
     quantiles = torch.quantile(sample, torch.tensor([0.05, 0.5, 0.95])).tolist()

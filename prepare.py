@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 import arrays
+import command
 import data
 import dense
 import distributed
 import dream
 import eval as scoring
 import memory
+import ood
 import published
 import queries
 import rq
@@ -72,17 +74,15 @@ class Run:
         if distributed.is_main_process():
             (report_changes if (folder / "corpus.json").exists() else read)(config, folder, log)
         distributed.wait()
-        self.corpora = store.load_corpora(folder)
+        self.load_corpora()
         self.config = config = sized(config, len(self.corpora[0].rows))
         self.general = store.load_general(folder)  # text that stands for pre-training, or None
-        self.excluded = store.load_excluded(folder)  # digests of test queries: no pseudo-query may be one
         if distributed.is_main_process() and not (folder / "tokenizer.model").exists():
             store.write(folder / "tokenizer.model", self._tokenizer())
         distributed.wait()
         self.tokenizer = data.load_tokenizer(folder / "tokenizer.model")
         self.resume = store.Resume(folder, config.save_seconds, log)
         self.listed = (folder / "pseudo_queries").exists()  # pseudo-queries came from a file
-        self._samplers = {}
         sizes = tuple(len(corpus.rows) for corpus in self.corpora)
         if config.docid_kind == "atomic":
             rq.require_few(sum(sizes))
@@ -92,10 +92,40 @@ class Run:
             workload = memory.Workload(sizes, config.document_length, n_general)
             memory.require_memory(config, workload, free, config.device)
 
-    @cached_property
+    def load_corpora(self) -> None:
+        """What the folder holds of corpora now."""
+        self.corpora = store.load_corpora(self.folder)
+        self.live = store.live_rows(self.folder, self.corpora)  # rows of documents that are not deleted
+        self.excluded = store.load_excluded(
+            self.folder
+        )  # digests of test queries: no pseudo-query may be one
+        self._samplers = {}
+
+    @property
     def ids(self) -> Chain:
         """Document ids of D_0..D_T, by document row."""
         return Chain([corpus.ids for corpus in self.corpora])
+
+    def choose(self, t: int, count: int, generator: torch.Generator) -> Tensor:
+        """Rows (count,) of documents of D_0..D_{t-1} to dream of, none of them deleted or about to be replaced.
+
+        Added corpora of few documents count as one, or a document of theirs would be drawn as often as a whole corpus.
+        """
+        gone = torch.tensor(self.corpora[t].replaced if t < len(self.corpora) else [], dtype=torch.long)
+        live = self.live[~torch.isin(self.live, gone)]
+        groups, few = [], live[:0]
+        for corpus in self.corpora[:t]:
+            rows = live[(live >= corpus.rows.start) & (live < corpus.rows.stop)]
+            if corpus.added and len(corpus.rows) < ood.ENOUGH:
+                few = torch.cat([few, rows])
+            elif len(rows):
+                groups.append(rows)
+        if len(few) >= ood.ENOUGH or not groups:
+            groups.append(few)
+        else:
+            groups[-1] = torch.cat([groups[-1], few])
+        ends = torch.tensor([len(rows) for rows in groups]).cumsum(0).tolist()
+        return torch.cat(groups)[dream.choose(ends, count, generator)]
 
     @property
     def read_first(self) -> list[data.Corpus]:
@@ -116,7 +146,7 @@ class Run:
         """Draws pseudo-queries of D_t's documents."""
         if t not in self._samplers:
             corpus, place = self.corpora[t], self.folder / "pseudo_queries" / f"D{t}"
-            if self.listed:
+            if place.exists():
                 self._samplers[t] = queries.ListedPseudoQueries(place, corpus.first_row)
             else:
                 texts = corpus.titles, corpus.texts
@@ -147,7 +177,7 @@ class Run:
 
     def training_queries(self, t: int) -> list[tuple[int, str]]:
         """What D_t, t >= 1, trains on: all of its pseudo-queries from the file, or a drawn list."""
-        if not self.listed:
+        if not isinstance(self.sampler(t), queries.ListedPseudoQueries):
             return self.pseudo_queries(t, self.config.pseudo_per_document, "training")
         return self.checked(t, self.sampler(t).pairs())
 
@@ -193,7 +223,9 @@ def read(config: Config, folder: Path, log: store.Log) -> None:
         place = Path(config.data_dir)
         collection = published.read(config.data, place, log.line, reading, config.skip_invalid)
     else:
-        collection = data.read_beir(Path(config.data), config.skip_invalid, reading)
+        collection = data.read_beir(
+            Path(config.data), config.skip_invalid, reading, tested=config.splits != "100"
+        )
     equal, general = merge_or_count(config, collection, log), None
     if config.general:
         place, texts = folder / "documents" / "general", collection.documents.texts
@@ -210,7 +242,7 @@ def read(config: Config, folder: Path, log: store.Log) -> None:
             f"{len(corpus.ids)} documents, {len(corpus.train)} annotated and {len(corpus.test)} test queries"
         )
         log.line(f"D{t}: {counts}, ids sha256 {store.ids_sha256(corpus)[:16]}")
-        if not corpus.test:
+        if not corpus.test and len(corpora) > 1:
             raise ValueError(f"D_{t} got no test query; choose fewer or larger corpora with --splits")
     check_sizes(config, len(corpora[0].ids), log)
     manifest = published.manifest(config.data, collection, corpora)
@@ -284,8 +316,11 @@ def report_changes(config: Config, folder: Path, log: store.Log) -> None:
     was = store.read_json(folder / "corpus.json")["manifest"].get("files")
     if was and Path(config.data).is_dir() and (now := data.describe_files(Path(config.data))) != was:
         changed = ", ".join(name for name in data.BEIR_FILES if now.get(name) != was.get(name))
-        held = "this run does not hold what is new; train a new run on it (another --run)"
-        log.line(f"{config.data} has changed since it was read ({changed}): {held}")
+        to_do = command.quoted("python", "train.py", "--extend", folder, "--data", "DIR")
+        log.line(
+            f"{config.data} has changed since it was read ({changed}): this run does not hold what is new; put new "
+            f"documents into a folder DIR and pass them to {to_do}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------- bi-encoder
@@ -463,27 +498,29 @@ def decoded(books: Tensor, codes: Tensor):
 
 
 def references(run: Run, made: Prepared) -> dict[str, dict]:
-    """BM25 and the bi-encoder, after each corpus: rows of the results. `dense` is its exact search, `quantised` that among
+    """BM25 and the bi-encoder, after each corpus with test queries: rows of the results. `dense` is its exact search, `quantised` that among
     the vectors that docids stand for.
     """
     evaluations: dict[str, list] = {"bm25": [], "dense": [], "quantised": []}
     embeddings = open_embeddings(run, run.corpora)
-    for t in range(len(run.corpora)):
+    for t in [t for t, corpus in enumerate(run.corpora) if corpus.tested]:
         corpora = run.corpora[: t + 1]
+        live = store.live_rows(run.folder, corpora)
         index = BM25(passage for corpus in corpora for passage in corpus.passages())
 
         def by_bm25(texts: list[str], index=index) -> list[Ranking]:
             return [index.top(text, 10) for text in texts]
 
-        def by_bi_encoder(texts: list[str], documents: list) -> list[Ranking]:
+        def by_bi_encoder(texts: list[str], documents: list, live=live) -> list[Ranking]:
             embedded = dense.embed(
                 made.bi_encoder, data.tokenize(run.tokenizer, texts, run.config.query_length)
             )
             scores, rows = dense.nearest(embedded, documents, 10, run.device)
-            return [list(zip(*pair)) for pair in zip(rows.tolist(), scores.tolist())]
+            return [list(zip(*pair)) for pair in zip(live[rows].tolist(), scores.tolist())]
 
-        exact = list(chunks_of(embeddings[: t + 1]))
-        quantised = list(decoded(made.books, made.codes[: corpora[-1].rows.stop]))
+        parts = zip(embeddings, corpora)
+        exact = list(chunks_of([part[np.isin(corpus.rows, live)] for part, corpus in parts]))
+        quantised = list(decoded(made.books, made.codes[live]))
         evaluations["bm25"].append(scoring.evaluate(corpora, by_bm25))
         evaluations["dense"].append(scoring.evaluate(corpora, partial(by_bi_encoder, documents=exact)))
         evaluations["quantised"].append(

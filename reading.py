@@ -159,14 +159,16 @@ def read_labelled(
     return answered
 
 
-def settled(collection, source: Path):
-    """What a reader returns: a data.Collection whose files had no problems, or from which they are left out."""
+def settled(collection, source: Path, tested: bool = True):
+    """What a reader returns: a data.Collection whose files had no problems, or from which they are left out; with test
+    queries where it is to be `tested`.
+    """
     collection.documents.close()
     if collection.problems.counts and not collection.problems.skip:
         deque(collection.pseudo or (), maxlen=0)  # whose problems belong into the same message
     collection.problems.check()
     if not len(collection.documents):
         raise ValueError(f"{source}: found no document")
-    if not collection.test:
+    if tested and not collection.test:
         raise ValueError(f"{source}: found no relevant pair of a test query; wanted one or more")
     return collection

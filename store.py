@@ -13,6 +13,7 @@ before it and from the seed, and is done again.
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import random
@@ -63,27 +64,48 @@ def save_corpora(
     """The documents and queries of each corpus, IDF of D_0 and the general text, digests of all test queries; corpus.json is
     last. `general` (arrays.Documents) is in its place already.
     """
-    with arrays.writing(folder / "doc_ids.txt") as file:
-        for t, corpus in enumerate(corpora):
-            documents = arrays.Documents(folder / "documents" / f"D{t}")
-            for doc_id, title, text in zip(corpus.ids, corpus.titles, corpus.texts):
-                documents.add(doc_id, title, text)
-                file.write(f"{doc_id}\n".encode())
-            documents.close()
-            queries = {name: getattr(corpus, name) for name in QUERIES}
-            write_json(folder / "queries" / f"D{t}.json", queries)
+    for t, corpus in enumerate(corpora):
+        save_corpus(folder, t, corpus)
+    write_ids(folder, corpora)
     read = chain(corpora[0].passages(), passages(general.titles, general.texts) if general else ())
     Idf(read).save(folder / "idf.json")
     arrays.write_array(folder / "excluded.npy", np.array(sorted(excluded_queries(corpora)), np.uint64))
-    listed = [dict(first_row=c.first_row, documents=len(c.ids), ids_sha256=ids_sha256(c)) for c in corpora]
+    listed = [described(corpus) for corpus in corpora]
     about = {"format": FORMAT, "source": source, "manifest": manifest, "left_out": left_out}
     write_json(folder / "corpus.json", about | {"corpora": listed, "general": len(general or ())})
+
+
+def save_corpus(folder: Path, t: int, corpus: Corpus) -> None:
+    """The documents and queries of D_t, which count once corpus.json names them."""
+    documents = arrays.Documents(folder / "documents" / f"D{t}")
+    for doc_id, title, text in zip(corpus.ids, corpus.titles, corpus.texts):
+        documents.add(doc_id, title, text)
+    documents.close()
+    write_json(folder / "queries" / f"D{t}.json", {name: getattr(corpus, name) for name in QUERIES})
+
+
+def write_ids(folder: Path, corpora: list[Corpus]) -> None:
+    """doc_ids.txt, for people: document ids in the order of docids.npy."""
+    with arrays.writing(folder / "doc_ids.txt") as file:
+        for doc_id in Chain([corpus.ids for corpus in corpora]):
+            file.write(f"{doc_id}\n".encode())
+
+
+def described(corpus: Corpus) -> dict:
+    """What corpus.json says of a corpus."""
+    return {
+        "first_row": corpus.first_row, "documents": len(corpus.ids), "test_queries": len(corpus.test),
+        "ids_sha256": ids_sha256(corpus),
+    }  # fmt: skip
 
 
 class StoredCorpus(Corpus):
     """A corpus of a run folder: its documents and its queries are opened when they are first asked for."""
 
     rows = range(0)  # in place of Corpus's, which would open the ids
+    added: dict | None = None  # what extend.py notes of a corpus that a finished run took in
+    replaced: list[int] = []  # rows of earlier documents that go once this corpus is learnt
+    tested = True  # has it test queries, so that there is something to evaluate?
 
     def __init__(self, folder: Path, name: str, rows: range):
         self.folder, self.name, self.first_row, self.rows = folder, name, rows.start, rows
@@ -118,6 +140,8 @@ def load_corpora(folder: Path) -> list[Corpus]:
             if item["first_row"] != row or not rows:
                 raise TypeError("rows do not follow each other")
             corpora.append(StoredCorpus(folder, f"D{t}", rows))
+            corpora[-1].added, corpora[-1].tested = item.get("added"), item.get("test_queries", 1) > 0
+            corpora[-1].replaced = item.get("added", {}).get("replaced", [])
             row = rows.stop
         if not corpora:
             raise TypeError("it lists none")
@@ -142,26 +166,46 @@ def load_docids(folder: Path) -> Tensor:
     return torch.from_numpy(arrays.read_array(folder / "docids.npy", np.integer, 2).astype(np.int64))
 
 
+def load_deleted(folder: Path) -> np.ndarray:
+    """Rows of the documents that were deleted, ascending (n,) int64."""
+    path = folder / "deleted.npy"
+    return arrays.read_array(path, np.int64, 1) if path.exists() else np.empty(0, np.int64)
+
+
+def live_rows(folder: Path, corpora: list[Corpus]) -> Tensor:
+    """Rows (n,) int64 of the documents of these corpora that are not deleted."""
+    rows = np.arange(corpora[-1].rows.stop)
+    return torch.from_numpy(np.setdiff1d(rows, load_deleted(folder), assume_unique=True))
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def stamp(folder: Path, docids: bool | None = None) -> dict:
-    """What a checkpoint says of itself: its format, and sha256 over the run's split, tokenizer and, once made, docids."""
+def stamp(folder: Path, docids: bool | None = None, corpora: int | None = None) -> dict:
+    """What a checkpoint says of itself: its format, and sha256 over the run's split, tokenizer and, once made, docids.
+
+    Of the first `corpora` corpora, by default of all: what a finished run takes in later leaves its checkpoints valid.
+    """
     docids = (folder / "docids.npy").exists() if docids is None else docids
-    digest = hashlib.sha256()
+    digest, listed = hashlib.sha256(), []
     if (folder / "corpus.json").exists():
-        for item in read_json(folder / "corpus.json")["corpora"]:
-            digest.update(item["ids_sha256"].encode())
-    for name in ("tokenizer.model", "docids.npy") if docids else ("tokenizer.model",):
-        if (folder / name).exists():
-            digest.update((folder / name).read_bytes())
-    return {"format": FORMAT, "docids": docids, "made_for": digest.hexdigest()}
+        listed = read_json(folder / "corpus.json")["corpora"][:corpora]
+    for item in listed:
+        digest.update(item["ids_sha256"].encode())
+    if (folder / "tokenizer.model").exists():
+        digest.update((folder / "tokenizer.model").read_bytes())
+    if docids and (folder / "docids.npy").exists():
+        with io.BytesIO() as file:
+            codes = arrays.read_array(folder / "docids.npy", np.integer, 2)
+            np.save(file, codes[: sum(item["documents"] for item in listed)])
+            digest.update(file.getbuffer())
+    return {"format": FORMAT, "docids": docids, "corpora": len(listed), "made_for": digest.hexdigest()}
 
 
 def check_stamp(path: Path, value: dict) -> None:
     """Raises ValueError where a checkpoint is of another format or belongs to another run."""
     check_format(path, value.get("format") if isinstance(value, dict) else type(value).__name__)
-    if value["made_for"] != stamp(path.parent, value["docids"])["made_for"]:
+    if value["made_for"] != stamp(path.parent, value["docids"], value.get("corpora"))["made_for"]:
         raise damaged(path, "made for other documents, another tokenizer or other docids than lie beside it")
 
 
@@ -220,7 +264,7 @@ class LoadedRun:
         if not self.finished:
             to_do = command.quoted("python", "train.py", "--resume", folder)
             raise ValueError(f"found no finished corpus in {folder}; go on with {to_do}")
-        self.docids = load_docids(folder)
+        self.docids, self.live = load_docids(folder), live_rows(folder, self.corpora)
         self.ids = Chain([corpus.ids for corpus in self.corpora])
 
     def headline(self, row: int) -> str:
@@ -230,9 +274,10 @@ class LoadedRun:
         return corpus.titles[i] or " ".join(corpus.texts[i][:400].split()[:12])
 
     def at(self, t: int) -> tuple[T5, Trie]:
-        """The model after D_t, and the trie of the documents of D_0..D_t."""
+        """The model after D_t, and the trie of the documents of D_0..D_t that are not deleted."""
         model, _ = load_model(self.folder / f"D{t}.pt", self.device)
-        return model, Trie(self.docids[: self.corpora[t].rows.stop])
+        live = live_rows(self.folder, self.corpora[: t + 1])
+        return model, Trie(self.docids[live], live)
 
 
 class Stages:
@@ -255,8 +300,11 @@ class Stages:
             if distributed.is_main_process():
                 decisions = {s: r["decisions"] for s, r in self.records.items() if "decisions" in r}
                 write_json(self.folder / "ood.json", decisions)
-                write_json(self.folder / "stages.json", self.records)
+                self.write()
         distributed.wait()
+
+    def write(self) -> None:
+        write_json(self.folder / "stages.json", self.records)
 
 
 def new_folder(folder: Path, config: dict, overwrite: bool):

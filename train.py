@@ -15,6 +15,7 @@ Differs  plain AdamW in place of 8-bit; the docid mask is on for plain T5 on D_0
 import hashlib
 import math
 import random
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,8 +31,8 @@ import command
 import data
 import dense
 import distributed
-import dream
 import eval as scoring
+import extend
 import mixlora
 import ood
 import optim
@@ -39,7 +40,7 @@ import prepare
 import queries
 import rq
 import store
-from config import Command, mix_config, parse
+from config import Command, mix_config, parse, saved_config
 from losses import docid_cross_entropy, kl_to_previous, router_losses
 from mixlora import attention_lora, mixed_layers
 from optim import Stage, fit, parameter_groups
@@ -51,6 +52,7 @@ EXTRA_SHARE = 0.3  # of D_0's batches: general text or, where there is none, fra
 FRESH_QUERIES = 8000  # pseudo-queries of a corpus on which its energies are measured once it is known (ours)
 YARDSTICK = 4000  # dreams that give energies their scale (ours)
 FAR = 10  # percent of the queries just learnt that may lie outside what was known, before a warning (ours)
+FULL = 258  # documents of an added corpus that take `steps` steps: the default's D_t (ours)
 SLOW_FACTOR = 0.01  # of the docid table's gradient or learning rate on D_t (paper)
 
 
@@ -173,7 +175,8 @@ class LaterCorpus(Training):
 
     def __init__(self, run: Run, t: int, made: Prepared, previous: State):
         self.run, self.config, self.t, self.made = run, run.config, t, made
-        self.model, self.stats = previous.model, previous.stats
+        self.model, self.stats, self.added = previous.model, previous.stats, run.corpora[t].added
+        self.documents = len(run.corpora[t].rows) if self.added else ood.ENOUGH  # that decide on growth
         torch.manual_seed(self.config.seed + 1 + t)
         self.generator = torch.Generator().manual_seed(self.config.seed + t)  # of dreams and batches
         run.ready(self.model)
@@ -190,15 +193,21 @@ class LaterCorpus(Training):
         config, run, codes, dreams = self.config, self.run, self.made.codes, self.made.dreams
         pairs = run.training_queries(self.t)
         self.n_plain = self.n_new = len(pairs)
+        self.batch = config.batch
+        self.steps = config.steps or math.ceil(config.epochs * len(pairs) / config.batch)
         self.n_old = config.dreams if dreams else 0
+        if self.added:
+            self.batch = min(config.batch, len(pairs))
+            if config.steps:
+                self.steps = math.ceil(config.steps * growth_of_steps(self.documents / FULL))
+            self.n_old = min(self.n_old, self.steps * config.dream_batch)
         if not self.n_old:
             return run.tokens(pairs), codes[[row for row, _ in pairs]]
         # Part of the new queries are dreams too, or the model would tell old from new by their style
         self.n_plain -= min(int(config.dream_style * len(pairs)), len(pairs) - 1)
         order = torch.randperm(len(pairs), generator=self.generator).tolist()
         pairs = [pairs[i] for i in order]
-        ends = [corpus.rows.stop for corpus in run.corpora[: self.t]]
-        old = dream.choose(ends, self.n_old, self.generator)
+        old = run.choose(self.t, self.n_old, self.generator)
         docids = torch.cat([codes[[row for row, _ in pairs]], codes[old]])
         asked, dreamt = run.tokens(pairs[: self.n_plain]), dreams.draw(docids[self.n_plain :], self.generator)
         if config.rehearsal:
@@ -213,7 +222,6 @@ class LaterCorpus(Training):
         frozen, teacher = config.mixture or config.prompts, bool(config.kl_coef or self.n_old)
         if not (frozen or teacher):
             return
-        measure_dreams(self.run, model, self.made, self.stats, self.t - 1)
         cache = SourceCache(model, self.ids, folder=self.run.folder / "cache")
 
         def is_ood(layer: int, scores: Tensor) -> Tensor:
@@ -245,15 +253,16 @@ class LaterCorpus(Training):
 
     def expand(self) -> list[dict]:
         """Decides for every mixed layer whether D_t makes it grow, and adds the experts. Returns the numbers."""
-        config, t, records = self.config, self.t, []
+        config, t, documents, records = self.config, self.t, self.documents, []
         for number, (layer, stat) in enumerate(zip(mixed_layers(self.model), self.stats)):
             scores = self.before.scores[number][: self.n_plain]
-            decision = ood.decide(scores, stat, config.delta, config.epsilon)
-            expand = config.expand == "always" or (config.expand == "ood" and decision.expand)
+            decision = ood.decide(scores, stat, config.delta, config.epsilon, documents=documents)
+            expand = config.expand == "always" and documents >= ood.ENOUGH
+            expand |= config.expand == "ood" and decision.expand
             expand = distributed.agree(expand)  # processes may differ in a last bit, not in their experts
             histogram = ood.histogram(scores, stat, config.epsilon)
             if stat.mode == "pooled":
-                ood.arrive(stat, scores)
+                ood.arrive(stat, scores, documents)
             experts = len(layer)
             if expand:
                 layer.add_expert(self.before.direction[number] if config.router_row == "ood_mean" else None)
@@ -272,7 +281,7 @@ class LaterCorpus(Training):
     def next_batch(self) -> Tensor:
         """(B, 1 + R) rows of `ids`: a new query and R dreams of earlier docids beside it, in every part of a batch."""
         new = next(self.order)[:, None]
-        each = self.config.dream_batch // self.config.batch if self.n_old else 0
+        each = self.config.dream_batch // self.batch if self.n_old else 0
         old = torch.randint(self.n_old or 1, (len(new), each), generator=self.generator)
         return torch.cat([new, self.n_new + old], dim=1)
 
@@ -317,7 +326,7 @@ class LaterCorpus(Training):
     def train(self) -> None:
         config, model = self.config, self.model
         self.energies = ood.MovingEnergies(self.stats, only_new=True)
-        self.order = dense.Batches(self.n_new, config.batch, self.generator)
+        self.order = dense.Batches(self.n_new, self.batch, self.generator)
         table_lr = (config.table_lr or config.lr) * (SLOW_FACTOR if config.slow == "lr" else 1.0)
         lora = dict(mixlora.attention_parameters(model))
         rest = [(n, p) for n, p in model.named_parameters() if n != "rq" and n not in lora]
@@ -325,9 +334,8 @@ class LaterCorpus(Training):
         groups += parameter_groups(lora.items(), config.attention_lr)
         self.record["trainable_parameters"] = sum(p.numel() for group in groups for p in group["params"])
         stage = Stage(
-            f"D{self.t}", groups, config.steps or math.ceil(config.epochs * self.n_new / config.batch), config.warmup,
-            self.next_batch, self.loss, {"order": self.order, "energies": self.energies}, self.before_clip,
-            self.after_step, climb=partial(baselines.climb, rho=config.sam_rho) if config.sam_rho else None,
+            f"D{self.t}", groups, self.steps, config.warmup, self.next_batch, self.loss,
+            {"order": self.order, "energies": self.energies}, self.before_clip, self.after_step, climb=partial(baselines.climb, rho=config.sam_rho) if config.sam_rho else None,
         )  # fmt: skip
         fit_and_check_frozen(self.run, model, stage)
 
@@ -343,7 +351,8 @@ class LaterCorpus(Training):
         measure_dreams(self.run, self.model, self.made, self.stats, self.t)
         if self.config.ood_mode == "pooled" and not self.first_mixture:
             self.report_distance(scores)
-        ood.settle(self.stats, scores, self.first_mixture)
+        if self.documents >= ood.ENOUGH:
+            ood.settle(self.stats, scores, self.first_mixture)
 
     def report_distance(self, scores: list[Tensor]) -> None:
         """How many of the queries just learnt lie outside what was known: the model forgets once it tells them from dreams."""
@@ -361,6 +370,11 @@ class LaterCorpus(Training):
                 f"warning: above {FAR}% the model tells new queries from dreams, and later corpora may make it forget; "
                 "pass a larger --dream_kl or --dream_batch"
             )
+
+
+def growth_of_steps(documents: float) -> float:
+    """How many times as many steps so many times as many documents take (ours): each of few is seen more often."""
+    return documents**0.5 if documents < 1 else documents**0.75
 
 
 def learn(run: Run, t: int, made: Prepared, previous: State | None) -> tuple[State, dict]:
@@ -389,7 +403,13 @@ def learn(run: Run, t: int, made: Prepared, previous: State | None) -> tuple[Sta
 
 def fresh_scores(run: Run, model: T5, made: Prepared, t: int, purpose: str = "fresh") -> list[Tensor]:
     """Router scores (Q, M, E) of each mixed layer for pseudo-queries of D_t that no training saw, unless they are listed."""
-    pairs = run.sample(t, FRESH_QUERIES, purpose)
+    corpus = run.corpora[t]
+    count = (
+        min(FRESH_QUERIES, run.config.pseudo_per_document * len(corpus.rows))
+        if corpus.added
+        else FRESH_QUERIES
+    )
+    pairs = run.sample(t, count, purpose)
     docids = made.codes[[row for row, _ in pairs]]
     return scan(model, SourceCache(model, run.tokens(pairs)), docids, hidden=False).scores
 
@@ -399,8 +419,7 @@ def measure_dreams(run: Run, model: T5, made: Prepared, stats: list[ood.Stats], 
     if run.config.ood_mode != "pooled" or not (stats and made.dreams):
         return
     generator = torch.Generator().manual_seed(run.config.seed)
-    rows = dream.choose([corpus.rows.stop for corpus in run.corpora[: t + 1]], YARDSTICK, generator)
-    docids = made.codes[rows]
+    docids = made.codes[run.choose(t + 1, YARDSTICK, generator)]
     cache = SourceCache(model, made.dreams.draw(docids, generator))
     for stat, scores in zip(stats, scan(model, cache, docids, hidden=False).scores):
         ood.measure(stat, scores)
@@ -467,18 +486,23 @@ def train(asked: Command, log: store.Log, last: int | None = None) -> dict:
         bi_encoder, books, codes, prepare.find_dreams(run, bi_encoder, books, "dreams" in asked.given)
     )
 
+    if asked.extends:
+        extend.take_in(run, made, asked)
     evaluations, state = [], None
-    for t in range(len(run.corpora)):
+    for t, corpus in enumerate(run.corpora):
         if t - 1 == last:
             return {}
         name, checkpoint = f"D{t}", folder / f"D{t}.pt"
-        if name in done and checkpoint.exists():
-            log.line(f"D{t} is done already")
+        if name in done and (checkpoint.exists() or done.records[name].get("dropped")):
+            if not asked.extends:
+                log.line(f"D{t} is done already")
             state, path = None, folder / f"evaluation_D{t}.json"
+            if not corpus.tested:
+                continue
             if not path.exists():
                 model = run.ready(run.after(t)[0])  # by every process: it waits for all
                 if distributed.is_main_process():
-                    store.write_json(path, asdict(scoring.evaluate_after(run, t, model, codes)))
+                    store.write_json(path, asdict(scoring.evaluate_after(run, t, model, made.codes)))
                 distributed.wait()
             evaluations.append(scoring.Evaluation(**store.read_json(path)))
             continue
@@ -491,17 +515,24 @@ def train(asked: Command, log: store.Log, last: int | None = None) -> dict:
             record["training_seconds"] = time.monotonic() - begin
             if distributed.is_main_process():
                 store.save_model(checkpoint, state.model, state.stats)
-                evaluations.append(scoring.evaluate_after(run, t, state.model, codes))
-                store.write_json(folder / f"evaluation_D{t}.json", asdict(evaluations[-1]))
+                if corpus.replaced:
+                    log.line(extend.delete(folder, corpus.replaced))
+                if corpus.tested:
+                    evaluations.append(scoring.evaluate_after(run, t, state.model, made.codes))
+                    store.write_json(folder / f"evaluation_D{t}.json", asdict(evaluations[-1]))
+        if corpus.added and distributed.is_main_process():
+            extend.drop_checkpoints(run, done)
 
     peak, references = scoring.peak_memory(), {}
     with done.stage("baselines"):
         if config.baselines and distributed.is_main_process():
-            references = prepare.references(run, made)
+            if run.corpora[-1].tested or not (folder / "results.json").exists():
+                references = prepare.references(run, made)
+            else:  # nothing is scored anew
+                references = store.read_json(folder / "results.json")["baselines"]
     if not distributed.is_main_process():
         return {}
-    metrics = scoring.summarise(evaluations, config.seed)
-    results = scoring.results(config, done.records, metrics, references, peak)
+    results = scoring.results(config, done.records, evaluations, references, peak)
     store.write_json(folder / "results.json", results)
     return results
 
@@ -516,9 +547,10 @@ def execute(asked: Command, last: int | None = None, quiet: bool = False) -> dic
     folder, main_process = Path(config.run), distributed.is_main_process()
     lock = None
     if main_process:
-        lock = (
-            store.lock(folder) if asked.resume else store.new_folder(folder, asdict(config), asked.overwrite)
-        )
+        goes_on = asked.resume or asked.extends
+        lock = store.lock(folder) if goes_on else store.new_folder(folder, asdict(config), asked.overwrite)
+        if asked.extends:
+            extend.require_finished(folder, asked.data)
     distributed.wait()
     log = store.Log(folder, quiet, writes=main_process)
     log.line(" ".join(f"{name}={value}" for name, value in asdict(config).items() if value != ""))
@@ -533,8 +565,24 @@ def execute(asked: Command, last: int | None = None, quiet: bool = False) -> dic
     return results
 
 
+def consolidate(
+    folder: Path, target: Path, device: str = "", overwrite: bool = False, quiet: bool = False
+) -> dict:
+    """Trains D_0 of a new run, in `target`, on all documents that the run in `folder` holds; see `execute`."""
+    config, corpora = saved_config(folder), store.load_corpora(folder)
+    with tempfile.TemporaryDirectory(prefix="consolidate.") as place:
+        documents = extend.export(folder, Path(place))
+        config = extend.anew(config, Path(place), target, documents, len(corpora[0].rows))
+        config.device = device or config.device
+        return execute(Command(config, overwrite=overwrite), quiet=quiet)
+
+
 def main(argv: list[str]) -> None:
-    execute(parse(argv))
+    asked = parse(argv)
+    if asked.consolidates:
+        consolidate(asked.consolidates, Path(asked.config.run), asked.config.device, asked.overwrite)
+    else:
+        execute(asked)
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ def test_table_prints_percent_of_both_metrics_in_every_cell():
         }
 
     lines = scoring.table(
-        "a title", {"ours": system(0.7516, 0.5), "a longer name": system(1.0, 0.0)}
+        "a title", {"ours": system(0.7516, 0.5), "a longer name": system(1.0, 0.0)}, [0, 1]
     ).splitlines()
     assert lines[0] == "a title"
     assert lines[1].split() == ["D0", "D1", "AP", "BWT", "FWT"]

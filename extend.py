@@ -1,0 +1,274 @@
+"""A finished run takes in documents as D_{T+1}, gives documents up, or is trained anew on all that it holds.
+
+Paper    section 2: a corpus D_t is all that its stage sees; a finished run of the paper's experiments takes none
+In       a run folder; a folder in BEIR layout, whose queries and labels are optional; ids of documents to delete
+Out      documents, embeddings and docids of D_{T+1} in the run folder, on which train.py then trains as on any D_t;
+         `deleted.npy`, and files without the text of what is deleted
+Next     train.py (--extend, --consolidate) and index.py call it
+Differs  ours throughout. A document is a row of the stream: an id that is replaced or deleted and added again is a
+         new row. Nothing counts before corpus.json (taking in) or deleted.npy (deleting) is renamed into place
+"""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import arrays
+import command
+import data
+import dense
+import distributed
+import prepare
+import rq
+import store
+from config import Command, Config
+from data import Corpus
+
+METHODS = ("mixlora-dsi", "paper", "dream")
+
+
+# -------------------------------------------------------------------------------------------------- taking in
+
+
+def require_finished(folder: Path, source: Path | None = None) -> bool:
+    """Raises ValueError where the run cannot take documents in. True where it is taking in those of `source` already."""
+    config, corpora, done = (
+        store.read_json(folder / "config.json"),
+        store.load_corpora(folder),
+        store.Stages(folder),
+    )
+    to_do = command.quoted("python", "train.py", "--resume", folder)
+    if config["method"] not in METHODS:
+        raise ValueError(
+            f"{folder}: a run of {config['method']} takes no documents in, only of {', '.join(METHODS)}"
+        )
+    if missing := [corpus.name for corpus in corpora if corpus.name not in done]:
+        added = corpora[-1].added
+        if missing != [corpora[-1].name] or not added:
+            raise ValueError(f"{folder}: the run is not finished ({', '.join(missing)}); go on with {to_do}")
+        if source is None or (source.exists() and data.describe_files(source) != added["files"]):
+            raise ValueError(
+                f"{folder}: it is taking other documents in, which was stopped; go on with {to_do} first"
+            )
+        return True
+    if not (folder / "results.json").exists():
+        raise ValueError(f"{folder}: the run is not finished; go on with {to_do}")
+    return False
+
+
+def take_in(run: prepare.Run, made: prepare.Prepared, asked: Command) -> None:
+    """The documents of the BEIR folder `asked.data` become the run's next corpus, with embeddings and docids; nothing has
+    trained on it yet.
+
+    Raises ValueError where the folder holds what cannot be indexed, or ids that the run holds, unless it may `replace` these documents, which go
+    once the new ones are learnt.
+    """
+    source = asked.data
+    if distributed.is_main_process() and not require_finished(run.folder, source):
+        erase(run.folder)  # what a stop within `delete` left
+        collection = data.read_beir(source, asked.skip_invalid, tested=False)
+        prepare.merge_or_count(run.config, collection, run.log)
+        documents, first_row, t = collection.documents, run.corpora[-1].rows.stop, len(run.corpora)
+        held = {run.ids[row]: row for row in run.live.tolist()}
+        replaced = [held[doc_id] for doc_id in documents.ids if doc_id in held]
+        if replaced and not asked.replace:
+            ids = ", ".join(run.ids[row] for row in replaced[:10]) + ", .." * (len(replaced) > 10)
+            raise ValueError(
+                f"{run.folder}: holds {ids} already; pass --replace to put the new versions in their place"
+            )
+        corpus = Corpus(
+            first_row,
+            documents.ids,
+            documents.titles,
+            documents.texts,
+            test=collection.test,
+            qrels=collection.qrels,
+        )
+        store.save_corpus(run.folder, t, corpus)
+        excluded = run.excluded | data.excluded_queries([corpus])
+        arrays.write_array(run.folder / "excluded.npy", np.array(sorted(excluded), np.uint64))
+        stored = store.StoredCorpus(run.folder, f"D{t}", corpus.rows)
+        forget_tokens(run.folder, t)  # of an attempt that was stopped
+        tokens = prepare.document_tokens(run, stored)
+        embedded = arrays.ArrayWriter(
+            run.folder / "embeddings" / f"D{t}.npy", (len(tokens), made.books.shape[-1])
+        )
+        dense.embed(made.bi_encoder, tokens, out=embedded.values)
+        beam = 1 if run.config.docid_kind == "pq" else rq.BEAM
+        codes = rq.encode(embedded.close(), made.books, beam, device=run.device)
+        every = torch.cat([made.codes[:first_row], codes])
+        arrays.write_array(run.folder / "docids.npy", every.numpy().astype(np.int16))
+        store.write_ids(run.folder, [*run.corpora, corpus])
+        about = store.read_json(run.folder / "corpus.json")
+        added = {
+            "source": str(source),
+            "files": data.describe_files(source),
+            "replaced": sorted(replaced),
+            "keep": asked.keep,
+        }
+        about["corpora"].append(store.described(corpus) | {"added": added})
+        arrays.write_json(run.folder / "corpus.json", about)
+        dropped = (
+            len(collection.train)
+            and f"; {len(collection.train)} annotated queries left out, which only D_0 has"
+        )
+        gone = f", {len(replaced)} of them in place of earlier versions" if replaced else ""
+        run.log.line(
+            f"D{t}: {len(documents)} documents{gone}, {len(corpus.test)} test queries{dropped or ''}"
+        )
+    distributed.wait()
+    run.load_corpora()
+    made.codes = store.load_docids(run.folder)
+
+
+def drop_checkpoints(run: prepare.Run, done: store.Stages) -> None:
+    """Removes the run's checkpoints but D_0's and the newest, as many as the corpus that came last says; of 0, none."""
+    keep = run.corpora[-1].added["keep"]
+    for corpus in run.corpora[1:-keep] if keep else ():
+        path = run.folder / f"{corpus.name}.pt"
+        if path.exists():
+            done.records[corpus.name]["dropped"] = True
+            done.write()
+            path.unlink()
+
+
+# --------------------------------------------------------------------------------------------------- giving up
+
+
+def rows_of(folder: Path, ids: list[str]) -> list[int]:
+    """The rows of these documents. Raises ValueError with those that the run does not hold, or that are named twice."""
+    corpora = store.load_corpora(folder)
+    every = arrays.Chain([corpus.ids for corpus in corpora])
+    row_of = {every[row]: row for row in store.live_rows(folder, corpora).tolist()}
+    if unknown := [doc_id for doc_id in ids if doc_id not in row_of]:
+        raise ValueError(
+            f"{folder}: holds no document {', '.join(map(str, unknown[:10]))}; doc_ids.txt lists its own"
+        )
+    if len(set(ids)) < len(ids):
+        raise ValueError("an id stands twice among those to delete; name each once")
+    return [row_of[doc_id] for doc_id in ids]
+
+
+def delete(folder: Path, rows: list[int]) -> str:
+    """Deletes the documents in these rows: from now on no search finds them and nothing is dreamt of them. Then erases
+    their titles, texts, embeddings and queries from the folder's files. Returns a line that says what left.
+
+    The weights stay as they are, and their docids stay in docids.npy, so that other rows keep their numbers.
+    """
+    gone = np.union1d(store.load_deleted(folder), np.array(rows, np.int64))
+    if len(gone) == store.load_corpora(folder)[-1].rows.stop:
+        raise ValueError(f"{folder}: these are all of its documents; remove the folder instead")
+    arrays.write_array(folder / "deleted.npy", gone)
+    return erase(folder)
+
+
+def erase(folder: Path) -> str:
+    """Blanks what the folder's files still hold of deleted documents, as after a stop within `delete`. Says what left."""
+    deleted, gone, count, left = set(store.load_deleted(folder).tolist()), set(), 0, np.zeros(2, int)
+    for t, corpus in enumerate(store.load_corpora(folder)):
+        for row, doc_id in zip(
+            corpus.rows, corpus.ids
+        ):  # an id may be taken in again after its first version went
+            (gone.add if row in deleted else gone.discard)(doc_id)
+        left += forget_queries(folder, corpus, deleted, gone)
+        rows = np.array([row - corpus.first_row for row in corpus.rows if row in deleted], np.int64)
+        if not any(corpus.titles[row].strip() or corpus.texts[row].strip() for row in rows):
+            continue
+        count += len(rows)
+        forget_tokens(folder, t)
+        listed = folder / "pseudo_queries" / f"D{t}"
+        if listed.exists():
+            starts = arrays.read_array(listed / "starts.npy", np.int64, 1)
+            blank(
+                listed / "queries.bin",
+                np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows]),
+            )
+        embeddings = np.array(arrays.read_array(folder / "embeddings" / f"D{t}.npy", np.float32, 2))
+        embeddings[rows] = 0
+        arrays.write_array(folder / "embeddings" / f"D{t}.npy", embeddings)
+        for name in ("titles", "texts"):  # last: they tell that the rest is done
+            blank(folder / "documents" / f"D{t}" / f"{name}.bin", rows)
+    return f"deleted {count} documents; {left[0]} labels and {left[1]} test queries left evaluation with them"
+
+
+def forget_queries(
+    folder: Path, corpus: store.StoredCorpus, deleted: set[int], gone: set[str]
+) -> tuple[int, int]:
+    """Drops annotated queries and labels of deleted documents, and test queries that have no label then. Counts the last two."""
+    train = [
+        (pair, query_id) for pair, query_id in zip(corpus.train, corpus.train_ids) if pair[0] not in deleted
+    ]
+    qrels = {
+        q: {doc: label for doc, label in docs.items() if doc not in gone} for q, docs in corpus.qrels.items()
+    }
+    labels = sum(map(len, corpus.qrels.values())) - sum(map(len, qrels.values()))
+    qrels = {q: docs for q, docs in qrels.items() if docs}
+    queries = len(corpus.qrels) - len(qrels)
+    if labels or len(train) < len(corpus.train):
+        held = {"train": [pair for pair, _ in train], "train_ids": [query_id for _, query_id in train]}
+        held |= {"test": {q: corpus.test[q] for q in qrels}, "qrels": qrels}
+        arrays.write_json(folder / "queries" / f"{corpus.name}.json", held)
+    return labels, queries
+
+
+def blank(path: Path, rows: np.ndarray) -> None:
+    """Puts spaces in place of these strings of an arrays.Strings file, whose spans stay."""
+    content, spans = bytearray(path.read_bytes()), arrays.read_array(path.with_suffix(".npy"), np.int64, 2)
+    for start, end in spans[rows].tolist():
+        content[start:end] = b" " * (end - start)
+    arrays.write(path, bytes(content))
+
+
+def forget_tokens(folder: Path, t: int) -> None:
+    """Removes the cached token ids of D_t's documents; what needs them makes them anew."""
+    for path in (folder / "cache").glob(f"documents_*_D{t}.*"):
+        path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------- training anew
+
+
+def export(folder: Path, target: Path) -> int:
+    """Writes all that a run holds of documents that are not deleted, with their queries, as a folder in BEIR layout, and its
+    general text below `general`. Returns the number of documents.
+    """
+    corpora, deleted, n = store.load_corpora(folder), set(store.load_deleted(folder).tolist()), 0
+    queries, labels = {}, {"train": [], "test": []}
+    with arrays.writing(target / "corpus.jsonl") as file:
+        for corpus in corpora:
+            for row, document in zip(corpus.rows, zip(corpus.ids, corpus.titles, corpus.texts)):
+                if row not in deleted:
+                    file.write((json.dumps(dict(zip(("_id", "title", "text"), document))) + "\n").encode())
+                    n += 1
+            annotated = zip(corpus.train_ids, corpus.train)
+            for query_id, (row, text) in annotated:
+                queries[query_id] = text
+                labels["train"].append(f"{query_id}\t{corpus.ids[row - corpus.first_row]}\t1\n")
+            queries |= corpus.test
+            labels["test"] += [
+                f"{q}\t{doc}\t{label}\n" for q, docs in corpus.qrels.items() for doc, label in docs.items()
+            ]
+    lines = (json.dumps({"_id": query_id, "text": text}) + "\n" for query_id, text in queries.items())
+    arrays.write(target / "queries.jsonl", "".join(lines).encode())
+    for name, rows in labels.items():
+        if rows:
+            arrays.write(target / "qrels" / f"{name}.tsv", "".join(rows).encode())
+    if general := store.load_general(folder):
+        with arrays.writing(target / "general" / "corpus.jsonl") as file:
+            for document in zip(general.ids, general.titles, general.texts):
+                file.write((json.dumps(dict(zip(("_id", "title", "text"), document))) + "\n").encode())
+    return n
+
+
+def anew(config: Config, source: Path, target: Path, documents: int, before: int) -> Config:
+    """The settings of a run that trains D_0 on all of these documents, where it had as many `before`."""
+    steps = math.ceil(config.d0_steps * max(1.0, documents / before))
+    general = str(source / "general") if config.general else ""
+    return replace(
+        config, data=str(source), data_dir="", run=str(target), splits="100", split_by="random", general=general,
+        d0_steps=steps, pseudo_queries="drawn", docids="", teacher="", tokenizer="",
+    )  # fmt: skip

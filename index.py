@@ -1,0 +1,231 @@
+"""A living index in Python: train it on documents, add, delete and search them, and open it again later.
+
+Paper    section 2: the index is the model, and grows by corpora D_1, D_2, ..
+In       documents (id, title, text), queries
+Out      an Index over a run folder, whose answers are Hits
+Next     serve.py shows it; train.py, extend.py and search.py do the work, on the files that the commands write
+Differs  ours: the released code has no interface
+
+>>> index = Index.train([("d1", "Moon", "Can you shine a laser at it? ..."), ...], folder="runs/mine")
+>>> index.search("laser moon")
+[Hit(id='d1', score=-0.3, title='Moon'), ...]
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import arrays
+import command
+import extend
+import search
+import store
+import train
+from config import SMALL, parse
+
+TRAINED_ON = 1551  # documents of D_0 for which the small presets' steps are made
+FEWEST_STEPS = 0.15  # of these steps, for an index of a few documents
+
+Document = tuple[str, str, str]  # id, title, text
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A document that a search found: its id, sum_m log p_m of its docid (at most 0), and its title or first words."""
+
+    id: str
+    score: float
+    title: str
+
+
+class Index:
+    """The documents of a run folder and the model that finds them, as they are after its newest finished corpus.
+
+    Of one process. Others may search the same folder while one adds: each call sees what is finished by then.
+    """
+
+    def __init__(self, folder: str | Path, device: str = "cpu"):
+        self.folder, self.device, self.seen = Path(folder), command.check_device(device), None
+        self.refresh()
+
+    @classmethod
+    def open(cls, folder: str | Path, device: str = "cpu") -> "Index":
+        """The index in a run folder, as train.py or Index.train left it. Texts stay on disk.
+
+        Raises ValueError where the folder holds no finished corpus.
+        """
+        return cls(folder, device)
+
+    @classmethod
+    def train(
+        cls,
+        documents: Iterable[Document],
+        folder: str | Path,
+        method: str = "mixlora-dsi",
+        queries: Iterable[tuple[str, str]] = (),
+        device: str = "cpu",
+        **settings,
+    ) -> "Index":
+        """A new index of these documents, which become D_0: two or more.
+
+        Args:
+            documents: (id, title, text) each; a title may be empty.
+            method: mixlora-dsi, paper or dream; others take no further documents.
+            queries: (text, document id) pairs to learn from, beside what is drawn from the texts.
+            settings: of config.Config, as d0_steps=2000. Where not given, M, K, vocabulary and steps follow from the
+                number of documents.
+
+        Raises ValueError where a document is empty, an id stands twice, a setting is unknown, or the folder holds a run.
+        """
+        if method not in extend.METHODS:
+            raise ValueError(
+                f"method {method!r}: an index takes documents in, so one of {', '.join(extend.METHODS)}"
+            )
+        with beir_folder(documents, queries) as (place, n):
+            scale = max(FEWEST_STEPS, train.growth_of_steps(n / TRAINED_ON))
+            steps = {
+                name: round(scale * SMALL[name]) for name in ("dense_warmup_steps", "dense_steps", "d0_steps")
+            }
+            flags = [
+                "--data",
+                str(place),
+                "--run",
+                str(folder),
+                "--method",
+                method,
+                "--splits",
+                "100",
+                "--no-baselines",
+            ]
+            for name, value in (steps | {"device": device} | settings).items():
+                flags += (
+                    [f"--{name}" if value else f"--no-{name}"]
+                    if isinstance(value, bool)
+                    else [f"--{name}", str(value)]
+                )
+            train.execute(parse(flags), quiet=True)
+        return cls(folder, device)
+
+    def refresh(self) -> None:
+        """Takes up what another process, or `add`, has finished; all other methods call it first."""
+        files = [self.folder / name for name in ("stages.json", "deleted.npy")]
+        seen = [(path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None for path in files]
+        if seen == self.seen:
+            return
+        run = store.LoadedRun(self.folder, self.device)
+        t = next(t for t in reversed(run.finished) if f"D{t}" in store.Stages(self.folder))
+        live = store.live_rows(self.folder, run.corpora[: t + 1])
+        self.model, self.stats = store.load_model(self.folder / f"D{t}.pt", self.device)
+        self.run, self.live, self.trie = run, live, store.Trie(run.docids[live], live)
+        self.row_of = {run.ids[row]: row for row in live.tolist()}
+        self.seen = seen
+
+    def search(self, query: str | Sequence[str], k: int = 10) -> list[Hit] | list[list[Hit]]:
+        """The k best documents of a query, best first; of a list of queries, a list for each.
+
+        Raises ValueError where k is below 1 or a query has no word.
+        """
+        self.refresh()
+        queries, config = [query] if isinstance(query, str) else list(query), self.run.config
+        if k < 1:
+            raise ValueError(f"k = {k}: wanted a positive number of documents")
+        if any(not text.strip() for text in queries):
+            raise ValueError("the query is empty; type some words")
+        beam = min(max(config["beam"], k), len(self.live))
+        found = search.retrieve(
+            self.model, self.trie, self.run.tokenizer, queries, self.run.ids, k, beam, config["query_length"]
+        )
+        hits = [
+            [Hit(self.run.ids[row], score, self.run.headline(row)) for row, score in ranking]
+            for ranking in found
+        ]
+        return hits[0] if isinstance(query, str) else hits
+
+    def add(
+        self,
+        documents: Iterable[Document],
+        queries: Iterable[tuple[str, str]] = (),
+        replace: bool = False,
+        keep: int = 2,
+    ) -> None:
+        """Learns these documents, one or thousands, as the next corpus D_{T+1}. Returns once searches find them.
+
+        Args:
+            queries: (text, document id) to evaluate with; nothing trains on them.
+            replace: documents whose ids the index holds are new versions; without it they are refused.
+            keep: checkpoints that stay on disk beside D_0's, the newest; 0: all.
+
+        Raises ValueError, with the index as it was, where a document is empty, an id stands twice or is held already,
+        or another process adds or deletes.
+        """
+        with beir_folder(documents, queries, "test") as (place, _):
+            flags = ["--extend", str(self.folder), "--data", str(place), "--keep", str(keep)]
+            train.execute(parse(flags + ["--replace"] * replace), quiet=True)
+        self.refresh()
+
+    def delete(self, ids: Sequence[str]) -> str:
+        """Deletes these documents: no search finds them from now on, and their texts are erased from disk. The weights stay
+        as they are. Returns a line with what else left.
+
+        Raises ValueError, and deletes none, where an id is unknown, or another process adds or deletes.
+        """
+        with store.lock(self.folder):
+            extend.require_finished(self.folder)
+            said = extend.delete(self.folder, extend.rows_of(self.folder, ids))
+        self.refresh()
+        return said
+
+    def consolidate(self, folder: str | Path) -> "Index":
+        """A new index in a new folder, whose D_0 is all documents of this one: for an index that has aged."""
+        train.consolidate(self.folder, Path(folder), self.device, quiet=True)
+        return Index(folder, self.device)
+
+    def documents(self, ids: Sequence[str]) -> list[Document]:
+        """(id, title, text) of these documents. Raises ValueError with those that the index does not hold."""
+        self.refresh()
+        if unknown := [doc_id for doc_id in ids if doc_id not in self.row_of]:
+            raise ValueError(f"{self.folder}: holds no document {', '.join(map(str, unknown[:10]))}")
+        texts = (
+            arrays.Chain([getattr(corpus, name) for corpus in self.run.corpora])
+            for name in ("titles", "texts")
+        )
+        titles, texts = texts
+        return [(doc_id, titles[row], texts[row]) for doc_id, row in ((i, self.row_of[i]) for i in ids)]
+
+    def __len__(self) -> int:
+        self.refresh()
+        return len(self.live)
+
+    def __contains__(self, doc_id: str) -> bool:
+        self.refresh()
+        return doc_id in self.row_of
+
+
+@contextmanager
+def beir_folder(documents: Iterable[Document], queries: Iterable[tuple[str, str]] = (), split: str = "train"):
+    """(folder in BEIR layout, number of documents) of documents and labelled queries, which goes with the block.
+
+    Raises ValueError where one is not made of strings.
+    """
+    with tempfile.TemporaryDirectory(prefix="documents.") as place:
+        folder, n, lines, labels = Path(place), 0, [], []
+        with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
+            for document in documents:
+                if len(document) != 3 or not all(isinstance(part, str) for part in document):
+                    raise ValueError(f"found {document!r:.200}, wanted (id, title, text), three strings")
+                file.write(json.dumps(dict(zip(("_id", "title", "text"), document))) + os.linesep)
+                n += 1
+        if not n:
+            raise ValueError("found no document, wanted one or more")
+        for i, (text, doc_id) in enumerate(queries):
+            lines.append(json.dumps({"_id": f"q{i}", "text": text}))
+            labels.append(f"q{i}\t{doc_id}\t1")
+        if lines:
+            (folder / "qrels").mkdir()
+            (folder / "queries.jsonl").write_text("\n".join(lines), encoding="utf-8")
+            (folder / "qrels" / f"{split}.tsv").write_text("\n".join(labels), encoding="utf-8")
+        yield folder, n

@@ -1,0 +1,323 @@
+"""A finished run takes documents in and gives them up; what was there stays, and what is stopped goes on."""
+
+import errno
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import link_tree
+from test_resume import FLAGS, outcome, runner  # noqa: F401  (a fixture)
+from toy import TOY
+
+import arrays
+import extend
+import ood
+import prepare
+import store
+import train
+from config import parse
+from mixlora import mixed_layers
+
+NEW = [
+    ("n1", "zebra stripes", "zebras have stripes against flies"),
+    ("n2", "", "kiwis lay large eggs at night"),
+]
+
+
+def folder_of(path: Path, documents=NEW, tests: dict[str, str] | None = None) -> Path:
+    """A BEIR folder; tests: {document id: query}."""
+    (path / "qrels").mkdir(parents=True)
+    lines = (json.dumps({"_id": i, "title": title, "text": text}) for i, title, text in documents)
+    (path / "corpus.jsonl").write_text("\n".join(lines))
+    if tests:
+        lines = (json.dumps({"_id": f"q-{i}", "text": text}) for i, text in tests.items())
+        (path / "queries.jsonl").write_text("\n".join(lines))
+        (path / "qrels" / "test.tsv").write_text("\n".join(f"q-{i}\t{i}\t1" for i in tests))
+    return path
+
+
+def extend_by(run: Path, source: Path, *more: str) -> None:
+    train.main(["--extend", str(run), "--data", str(source), *more])
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    files = (path for path in run.rglob("*") if path.is_file() and path.name not in ("lock", "log.txt"))
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+
+def test_a_finished_run_takes_documents_in_and_keeps_what_it_had(copied, finished, tmp_path):
+    before, was = contents(copied), store.LoadedRun(copied)
+    extend_by(copied, folder_of(tmp_path / "new"), "--keep", "0")
+    run, results = store.LoadedRun(copied), store.read_json(copied / "results.json")
+    assert [run.ids[row] for row in run.corpora[5].rows] == ["n1", "n2"] and run.finished == list(range(6))
+    assert run.docids[:50].equal(was.docids) and len(run.docids) == 52
+    assert (copied / "doc_ids.txt").read_text().split() == list(run.ids)
+    for t in range(6):  # those of before are whole, and still belong to the run
+        model, trie = run.at(t)
+        assert len(trie.documents) == run.corpora[t].rows.stop
+    assert results["evaluated"] == list(range(5)) and list(results["experts"]) == [f"D{t}" for t in range(6)]
+    old = store.read_json(finished / "results.json")
+    assert (
+        results["metrics"] == old["metrics"] and results["baselines"] == old["baselines"]
+    )  # nothing is scored anew
+    assert contents(finished) == before  # with which the copy shared its files
+
+
+def test_documents_with_queries_are_evaluated_beside_the_others(copied, tmp_path, capsys):
+    extend_by(copied, folder_of(tmp_path / "new", tests={"n1": "zebra flies", "n2": "large eggs of kiwis"}))
+    results = store.read_json(copied / "results.json")
+    assert results["evaluated"] == list(range(6))
+    for system in (results["metrics"], results["baselines"]["bm25"]):
+        assert list(map(len, system["recall@10"]["P"])) == list(range(1, 7))
+    assert results["baselines"]["bm25"]["recall@1"]["P"][5][5] == 1
+    assert "D5" in capsys.readouterr().out
+
+
+def test_a_corpus_without_queries_has_no_row_and_no_column_in_the_table(copied, tmp_path):
+    extend_by(copied, folder_of(tmp_path / "a", NEW[:1]))
+    extend_by(copied, folder_of(tmp_path / "b", NEW[1:], {"n2": "large eggs"}))
+    results = store.read_json(copied / "results.json")
+    assert results["evaluated"] == [0, 1, 2, 3, 4, 6]
+    assert list(map(len, results["metrics"]["mrr@10"]["P"])) == list(range(1, 7))
+    assert not (copied / "evaluation_D5.json").exists()
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.soak)])
+def test_killed_at_random_moments_the_same_command_or_resume_goes_on_to_the_same_bits(
+    once,
+    toy,
+    runner,
+    tmp_path,
+    kills,  # noqa: F811
+):
+    """Also with the new documents' folder gone, once the run has taken them in. Searches are answered all the while."""
+    base = once("whole", lambda folder: train.main(["--data", str(toy), *FLAGS, "--run", str(folder)]))
+    source, rng = folder_of(tmp_path / "new", tests={"n1": "zebra flies"}), random.Random(1)
+    extend_by(link_tree(base, tmp_path / "wanted"), source)
+    wanted, sent, number = outcome(tmp_path / "wanted"), 0, 0
+    while sent < kills:
+        run, place = link_tree(base, tmp_path / f"run{number}"), tmp_path / f"new{number}"
+        shutil.copytree(source, place)
+        for i in range(4):
+            flags = ["--extend", str(run), "--data", str(place)]
+            if len(store.load_corpora(run)) == 4:
+                shutil.rmtree(place, ignore_errors=True)
+                flags = ["--resume", str(run)] if i % 2 else flags
+            if runner.run(flags, rng.uniform(0, 0.6) if i < 3 else None):
+                break
+            sent += 1
+            reopened = store.LoadedRun(run)
+            assert {len(reopened.at(t)[1].documents) for t in reopened.finished[:3]} == {30, 40, 50}
+        found = outcome(run)
+        found["results"]["config"], wanted["results"]["config"] = None, None
+        assert found == wanted
+        number += 1
+
+
+def test_ids_that_the_run_holds_are_refused_or_replaced(copied, tmp_path):
+    source = folder_of(
+        tmp_path / "new", [("d3", "zebra stripes", "zebras have stripes")], {"d3": "zebra flies"}
+    )
+    before = contents(copied)
+    with pytest.raises(ValueError, match="holds d3 already; pass --replace"):
+        extend_by(copied, source)
+    after = contents(copied)
+    assert {name for name in after if after[name] != before.get(name)} == set() and set(before) <= set(after)
+    extend_by(copied, source, "--replace")
+    run = store.LoadedRun(copied)
+    rows = [row for row in range(len(run.ids)) if run.ids[row] == "d3"]
+    assert rows[1] == 50 and rows[0] not in run.live and rows[1] in run.live and len(run.live) == 50
+    asked = [(q, docs) for corpus in run.corpora for q, docs in corpus.qrels.items() if "d3" in docs]
+    assert asked == [("q-d3", {"d3": 1})]  # the old version's test query is gone
+
+
+def test_deleted_documents_leave_trie_disk_dreams_and_evaluation_and_the_weights_stay(copied, finished):
+    run = store.LoadedRun(copied)
+    row = next(row for row in run.corpora[1].rows)
+    doc_id, title = run.ids[row], run.headline(row)
+    weights = (copied / "D4.pt").read_bytes()
+    assert sum(title.encode() in content for content in contents(copied).values()) >= 3
+    said = extend.delete(copied, extend.rows_of(copied, [doc_id]))
+    assert said == "deleted 1 documents; 1 labels and 1 test queries left evaluation with them"
+    run = store.LoadedRun(copied)
+    assert all(row not in run.at(t)[1].documents for t in run.finished)
+    held = [name for name, content in contents(copied).items() if title.encode() in content]
+    assert set(held) <= {"idf.json", "tokenizer.model"}, held  # counts of D_0's words
+    assert not arrays.open_array(copied / "embeddings" / "D1.npy")[0].any()
+    assert len(run.corpora[1].test) == 4 and (copied / "D4.pt").read_bytes() == weights
+    assert (
+        extend.erase(copied) == "deleted 0 documents; 0 labels and 0 test queries left evaluation with them"
+    )
+    whole = store.LoadedRun(finished)
+    assert (
+        whole.headline(row) == title and len(whole.corpora[1].test) == 5
+    )  # which shares files with the copy
+    log = store.Log(copied, quiet=True)
+    prepared = prepare.Run(
+        parse(["--data", "x", *TOY, "--run", str(copied), "--no-check_memory"]).config, copied, log
+    )
+    drawn = prepared.choose(5, 5000, torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == set(range(50)) - {row}
+
+
+@pytest.mark.parametrize(
+    "ids, message", [(["d3", "x"], "holds no document x"), (["d3", "d3"], "name each once")]
+)
+def test_unknown_ids_and_ids_named_twice_delete_nothing(copied, ids, message):
+    before = contents(copied)
+    with pytest.raises(ValueError, match=message):
+        extend.delete(copied, extend.rows_of(copied, ids))
+    assert contents(copied) == before
+
+
+def test_a_run_of_another_method_or_one_that_is_not_finished_takes_nothing(begun, tmp_path):
+    source = folder_of(tmp_path / "new")
+    with pytest.raises(
+        ValueError, match="a run of base takes no documents in, only of mixlora-dsi, paper, dream"
+    ):
+        extend_by(begun(False), source)
+    with pytest.raises(
+        ValueError, match=r"the run is not finished \(D1, D2\); go on with python train.py --resume"
+    ):
+        extend_by(begun(True), source)
+    with pytest.raises(ValueError, match="found no .*config.json"):
+        extend_by(tmp_path, source)
+
+
+def test_a_stopped_extension_is_ended_before_another_begins(copied, tmp_path, monkeypatch):
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "learn", stop)
+        extend_by(copied, folder_of(tmp_path / "new"))
+    for other in (
+        lambda: extend_by(copied, folder_of(tmp_path / "other", NEW[:1])),
+        lambda: extend.require_finished(copied),
+    ):
+        with pytest.raises(ValueError, match="taking other documents in, which was stopped; go on with"):
+            other()
+    train.main(["--resume", str(copied)])
+    assert store.LoadedRun(copied).finished[-1] == 5
+
+
+@pytest.mark.parametrize(
+    "name", ["texts.bin", "D5.json", "excluded.npy", "D5.npy", "docids.npy", "corpus.json", "D5.pt"]
+)
+def test_a_disk_that_is_full_in_the_middle_leaves_the_run_as_it_was(copied, tmp_path, monkeypatch, name):
+    """Every file that is written before the new documents count, and the checkpoint."""
+    source, before = folder_of(tmp_path / "new"), store.LoadedRun(copied)
+
+    def full(old: Path, new: Path) -> None:
+        if new.name.removesuffix(".npy") in (name, name.removesuffix(".npy"), name.removesuffix(".bin")):
+            raise OSError(errno.ENOSPC, "No space left on device", str(new))
+        rename(old, new)
+
+    rename = arrays.rename
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(arrays, "rename", full)
+        extend_by(copied, source)
+    run = store.LoadedRun(copied)
+    assert run.finished == before.finished and list(run.ids)[:50] == list(before.ids)
+    assert run.at(4)[1].documents.equal(before.at(4)[1].documents)
+    extend_by(copied, source)
+    assert store.LoadedRun(copied).finished[-1] == 5
+
+
+def test_two_processes_do_not_extend_at_once(copied, tmp_path):
+    with store.lock(copied), pytest.raises(ValueError, match="another process trains here"):
+        extend_by(copied, folder_of(tmp_path / "new"))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--extend", "RUN"], "takes --data DIR"), (["--extend", "RUN", "--data", "x", "--lr", "1"], "takes --data DIR"),
+    (["--replace"], "--replace is of --extend"), (["--extend", "RUN", "--data", "x", "--keep", "-1"], "--keep -1"),
+    (["--consolidate", "RUN"], "takes --run NEW"),
+])  # fmt: skip
+def test_flags_that_do_not_belong_together_are_refused(finished, flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse([str(finished) if flag == "RUN" else flag for flag in flags])
+
+
+def test_few_documents_never_grow_a_layer_and_share_one_sketch(copied, tmp_path, monkeypatch):
+    """Of the run, every layer grew with every corpus. Two documents a time fill a pool of four."""
+    monkeypatch.setattr(ood, "ENOUGH", 4)
+    before = [len(layer) for layer in mixed_layers(store.LoadedRun(copied).at(4)[0])]
+    arrivals, experts = [], []
+    for i in range(3):
+        extend_by(
+            copied, folder_of(tmp_path / f"{i}", [(f"{i}{doc}", title, text) for doc, title, text in NEW])
+        )
+        model, stats = store.load_model(copied / f"D{5 + i}.pt")
+        arrivals.append([(len(stat.arrivals), len(stat.pool)) for stat in stats])
+        experts.append([len(layer) for layer in mixed_layers(model)])
+    size = ood.SKETCH * 2 // 4
+    n = 5  # D_0 and the four corpora of the stream
+    drawn = min(size, 2 * 2)  # of few pseudo-queries, all: 4 a document, half of them dreams
+    assert arrivals[0] == [(n, drawn)] * 2 and arrivals[2][0][0] in (n, n + 1)
+    assert experts[0] == experts[1] == before
+    assert not (copied / "D4.pt").exists() and (copied / "D0.pt").exists()  # the newest two stay
+    assert store.LoadedRun(copied).finished == [0, 6, 7]
+
+
+def test_a_full_pool_becomes_a_sketch_and_decides(monkeypatch):
+    """By hand: z are the numbers themselves where one expert's score is -z and the scale of dreams is 0, 1."""
+    monkeypatch.setattr(ood, "ENOUGH", 8)
+
+    def scores(z) -> torch.Tensor:
+        return -torch.as_tensor(z, dtype=torch.float32)[:, None, None]  # (Q, 1, 1)
+
+    stats = ood.new_stats("pooled", 1, 1)
+    ood.arrive(stats, scores(np.linspace(0, 1, 1000)))
+    strange = scores(np.full(2000, 5.0))
+    for documents, pool in ((3, 192), (4, 448)):
+        assert not ood.decide(strange, stats, 1.0, 0.02, documents=documents).expand
+        ood.arrive(stats, strange, documents)
+        assert len(stats.pool) == pool and len(stats.arrivals) == 1
+    assert ood.decide(strange, stats, 1.0, 0.02, documents=1).expand  # 8 documents by now
+    assert ood.decide(strange, stats, 1.0, 0.02, documents=1).tails == [0.0, 100.0]
+    assert not ood.decide(
+        scores(np.linspace(0, 1, 2000)), ood.Stats(**stats.state() | {"pool": stats.pool[:0]}), 1.0, 0.02
+    ).expand
+    ood.arrive(stats, strange, 1)
+    assert len(stats.pool) == 0 and len(stats.arrivals) == 2 and stats.arrivals[1].eq(5).all()
+
+
+def test_steps_grow_with_the_number_of_documents():
+    assert [train.growth_of_steps(n / 258) for n in (258, 258 / 4, 258 * 16)] == [1, 0.5, 8]
+
+
+def test_dream_takes_documents_in_as_well(toy, tmp_path):
+    run = tmp_path / "run"
+    train.main(
+        [
+            "--data",
+            str(toy),
+            "--splits",
+            "80,20",
+            *TOY,
+            "--method",
+            "dream",
+            "--no-baselines",
+            "--run",
+            str(run),
+        ]
+    )
+    extend_by(run, folder_of(tmp_path / "new"))
+    assert store.LoadedRun(run).finished == [0, 1, 2]
+
+
+def test_consolidated_all_live_documents_are_d0_of_a_new_run(copied, tmp_path):
+    extend_by(copied, folder_of(tmp_path / "new"))
+    extend.delete(copied, extend.rows_of(copied, ["d3"]))
+    was = store.LoadedRun(copied)
+    train.main(["--consolidate", str(copied), "--run", str(tmp_path / "anew")])
+    run = store.LoadedRun(tmp_path / "anew")
+    assert set(run.ids) == {was.ids[row] for row in was.live.tolist()} and len(run.corpora) == 1
+    annotated = [pair for pair in was.corpora[0].train if pair[0] in was.live]
+    assert len(run.corpora[0].test) == 49 and len(run.corpora[0].train) == len(annotated) >= 29
+    assert run.config["d0_steps"] == 51  # 30 for 30 documents
