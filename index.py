@@ -101,7 +101,7 @@ class Index:
                 "100",
                 "--no-baselines",
             ]
-            for name, value in (steps | {"device": device} | settings).items():
+            for name, value in (steps | {"M": SMALL["M"], "device": device} | settings).items():
                 flags += (
                     [f"--{name}" if value else f"--no-{name}"]
                     if isinstance(value, bool)

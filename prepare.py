@@ -469,6 +469,8 @@ def report_recall(run: Run, bi_encoder: T5, embeddings: list[Tensor], books: Ten
     for corpus in run.corpora:
         relevant += [{row_of[doc_id] for doc_id in labels} for labels in corpus.qrels.values()]
     texts = [text for corpus in run.corpora for text in corpus.test.values()]
+    if not texts:
+        return
     embedded = dense.embed(bi_encoder, data.tokenize(run.tokenizer, texts, run.config.query_length))
     n_d0, d0 = len(run.corpora[0].test), len(embeddings[0])
 
