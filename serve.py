@@ -46,12 +46,13 @@ from t5 import T5, segment_logits
 
 SHOWN = 10  # documents of an answer
 OUTSIDE, CODES, BELOW, WORDS, DREAMS = 6, 8, 4, 12, 5  # how many of what is listed beside it
-BODY, QUERY, TEXT = (
-    1_000_000,
-    1000,
-    5000,
-)  # bytes of a request; characters of a query, and of a text that is shown
+BODY, QUERY, TEXT = 1_000_000, 1000, 5000  # bytes of a request; characters of a query and of a shown text
 PATIENCE, WAIT, CLIENTS = 10, 60, 64  # seconds for a request to arrive and for its turn; requests at a time
+HEADERS = [
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+]
 PAGE = Path(__file__).with_name("serve.html")
 
 
@@ -182,42 +183,40 @@ def checked(name: str, value: object, limit: int, blank: bool = False) -> str:
     return value
 
 
+@contextmanager
+def held(lock: threading.Lock, seconds: int, refusal: Refusal):
+    if not lock.acquire(timeout=seconds):
+        raise refusal
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class Site:
     """The answers, as JSON-able dicts. One model computation at a time and, beside it, one change of the index."""
 
     def __init__(self, index: Index):
         self.index, self.token = index, secrets.token_urlsafe(32)
         self.model_lock, self.change_lock = threading.Lock(), threading.Lock()
-        self.ranked = torch.empty(
-            0, dtype=torch.long
-        )  # rows of the documents that BM25 and the bi-encoder rank
+        self.ranked = torch.empty(0, dtype=torch.long)  # rows that BM25 and the bi-encoder rank
 
     @contextmanager
     def computing(self):
-        """The run, which stays the same for as long as the block takes."""
-        if not self.model_lock.acquire(timeout=WAIT):
-            raise Refusal(503, "the model is busy; try again")
-        try:
+        """The run, which stays as it is for as long as the block takes."""
+        with held(self.model_lock, WAIT, Refusal(503, "the model is busy; try again")):
             self.index.refresh()
             yield self.index.run
-        finally:
-            self.model_lock.release()
 
-    @contextmanager
     def changing(self):
-        if not self.change_lock.acquire(blocking=False):
-            raise Refusal(409, "another change of the index is under way; wait until it is done")
-        try:
-            yield
-        finally:
-            self.change_lock.release()
+        return held(self.change_lock, 0, Refusal(409, "the index is being changed; wait until that is done"))
 
     def about(self) -> dict:
         with self.computing() as run:
             rows, shape = self.index.trie.documents, self.index.model.config
             corpora = [int(((rows >= c.rows.start) & (rows < c.rows.stop)).sum()) for c in run.corpora]
             examples = [query for c, n in zip(run.corpora, corpora) if n for query in [*c.test.values()][:2]]
-            answer = {name: run.config[name] for name in ("method", "ood_mode", "epsilon")}
+            answer = {name: run.config[name] for name in ("method", "expand", "ood_mode", "epsilon", "delta")}
             answer |= {"name": run.folder.resolve().name, "M": shape.codebooks, "K": shape.centroids}
             return answer | {"corpora": corpora, "examples": examples[-6:], "layers": growth(run.folder)}
 
@@ -232,11 +231,8 @@ class Site:
 
     @cached_property
     def dreams(self) -> dream.Dreams | None:
-        run, config = self.index.run, self.index.run.config
-        books, sizes = (
-            arrays.read_tensors(run.folder / "rq.pt"),
-            (config["dream_words"], config["dream_noise"]),
-        )
+        run, books = self.index.run, arrays.read_tensors(self.index.run.folder / "rq.pt")
+        sizes = run.config["dream_words"], run.config["dream_noise"]
         return dream.dreams(self.bi_encoder, run.tokenizer, books, *sizes)
 
     def others(self, q: str) -> dict:
@@ -253,11 +249,8 @@ class Site:
                 self.ranked = rows
             ids = tokenize(run.tokenizer, [query], run.config["query_length"])
             scores, places = dense.nearest(dense.embed(self.bi_encoder, ids), self.vectors, SHOWN)
-            answers = {
-                "bm25": self.bm25.top(query, SHOWN),
-                "dense": zip(places[0].tolist(), scores[0].tolist()),
-            }
-            return {name: [headline(run, int(rows[i]), s) for i, s in best] for name, best in answers.items()}
+            best = {"bm25": self.bm25.top(query, SHOWN), "dense": zip(places[0].tolist(), scores[0].tolist())}
+            return {name: [headline(run, int(rows[i]), s) for i, s in pairs] for name, pairs in best.items()}
 
     def document(self, id: str, seed: str = "0") -> dict:
         """A document, words near its docid, and what the run dreams of it."""
@@ -277,11 +270,8 @@ class Site:
             return answer
 
     def add(self, id: str, title: str, text: str) -> dict:
-        document = (
-            checked("the id", id, 200),
-            checked("the title", title, QUERY, True),
-            checked("the text", text, BODY),
-        )
+        named = checked("the id", id, 200), checked("the title", title, QUERY, blank=True)
+        document = *named, checked("the text", text, BODY)
         with self.changing():  # by an index of its own, so that searches go on
             Index.open(self.index.run.folder, self.index.run.device).add([document])
         with self.computing():
@@ -391,15 +381,14 @@ class Handler(BaseHTTPRequestHandler):
             "HTTP/1.0"  # also where the first line made no sense, or there is no status line
         )
         self.send_response(status)
-        own = f"'nonce-{self.nonce}'" if self.nonce else "'none'"
-        policy = f"default-src 'none'; script-src {own}; style-src {own}; connect-src 'self'; img-src data:"
-        policy += "; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        self.send_header("Content-Security-Policy", policy)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
+        own = f"'nonce-{self.nonce}'" if self.nonce else "'none'"
+        policy = f"default-src 'none'; script-src {own}; style-src {own}; connect-src 'self'; img-src data:; "
+        policy += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        self.send_header("Content-Security-Policy", policy)
+        for header in HEADERS:
+            self.send_header(*header)
         self.end_headers()
         self.wfile.write(body)
 

@@ -403,7 +403,8 @@ def page(browser, server) -> Page:
     return Page(browser, server.server_port)
 
 
-def test_search_shows_the_way_and_three_rankings(page, index, traced):
+def test_search_shows_the_way_and_three_rankings(page, server):
+    index, traced = server.site.index, get(server, "search", q=QUERY)[1]
     page.search(QUERY)
     assert [b.get_attribute("data-id") for b in page.all("#found .hit")] == [
         d["id"] for d in traced["documents"]
@@ -418,7 +419,8 @@ def test_search_shows_the_way_and_three_rankings(page, index, traced):
     assert not page.browser.get_log("browser")
 
 
-def test_steps_are_walked_through_by_keys_and_buttons(page, traced):
+def test_steps_are_walked_through_by_keys_and_buttons(page, server):
+    traced = get(server, "search", q=QUERY)[1]
     page.search(QUERY)
     page.browser.execute_script("document.activeElement.blur()")
     docid = traced["ways"][0]["docid"]
