@@ -439,7 +439,12 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not 0 <= args.port < 1 << 16:
         raise ValueError(f"--port {args.port}: wanted 0 to 65535")
-    with Server(Index.open(args.run, args.device), args.port) as server:
+    index = Index.open(args.run, args.device)
+    try:
+        server = Server(index, args.port)
+    except OSError as error:
+        raise ValueError(f"--port {args.port}: {error.strerror}; pass another, or 0 for a free one") from None
+    with server:
         print(f"http://127.0.0.1:{server.server_port}  (Ctrl-C ends)", flush=True)
         server.serve_forever()
 

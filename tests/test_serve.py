@@ -17,6 +17,8 @@ import pytest
 import torch
 from conftest import link_tree
 
+import arrays
+import dense
 import ood
 import search
 import serve
@@ -189,6 +191,19 @@ def test_other_rankings_are_of_the_live_documents(server):
     assert get(server, "others", q="zzzz")[1]["bm25"] == []
 
 
+def test_bi_encoder_ranks_what_is_left_by_its_own_vectors(copied):
+    site = serve.Site(Index.open(copied))
+    run, answers = site.index.run, site.others(QUERY)["dense"]
+    vectors = torch.cat([arrays.open_array(copied / "embeddings" / f"{c.name}.npy") for c in run.corpora])
+    (query,) = dense.embed(site.bi_encoder, ids_of(site.index))
+    expected = {run.ids[row]: float(score) for row, score in enumerate(vectors @ query)}
+    site.delete(run.ids[0])  # the rows of all others move up by one
+    left = site.others(QUERY)["dense"]
+    assert [d["id"] for d in left][:9] == [d["id"] for d in answers if d["id"] != run.ids[0]][:9]
+    for d in left:
+        assert d["score"] == pytest.approx(expected[d["id"]], rel=1e-4)
+
+
 def test_document_has_its_text_and_dreams(server):
     (document,) = server.site.index.documents(["d12"])
     status, answer = get(server, "document", id="d12")
@@ -302,6 +317,13 @@ def test_changes_need_the_token_and_a_small_json_object(server):
     assert status("/api/add", b'{"id": "d1", "title": "", "text": "held"}') == 400
     assert status("/api/search") == 405 and status("/") == 404
     assert set(server.site.index.row_of) == before
+
+
+def test_taken_port_is_told_in_a_line(server, finished):
+    with pytest.raises(ValueError, match=f"--port {server.server_port}: .*; pass another"):
+        serve.main([str(finished), "--port", str(server.server_port)])
+    with pytest.raises(ValueError, match="--port 65536: wanted 0 to 65535"):
+        serve.main([str(finished), "--port", "65536"])
 
 
 def test_slow_client_is_let_go(server, monkeypatch):
