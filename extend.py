@@ -35,7 +35,9 @@ METHODS = ("mixlora-dsi", "paper", "dream")
 
 
 def require_finished(folder: Path, source: Path | None = None) -> bool:
-    """Raises ValueError where the run cannot take documents in. True where it is taking in those of `source` already."""
+    """Raises ValueError where the run cannot take documents in. True where it holds those of `source` already, whether it
+    has learnt them or was stopped before.
+    """
     config, corpora, done = (
         store.read_json(folder / "config.json"),
         store.load_corpora(folder),
@@ -57,7 +59,8 @@ def require_finished(folder: Path, source: Path | None = None) -> bool:
         return True
     if not (folder / "results.json").exists():
         raise ValueError(f"{folder}: the run is not finished; go on with {to_do}")
-    return False
+    newest = corpora[-1].added
+    return bool(newest and source and source.exists() and data.describe_files(source) == newest["files"])
 
 
 def take_in(run: prepare.Run, made: prepare.Prepared, asked: Command) -> None:

@@ -109,7 +109,7 @@ class Run:
     def choose(self, t: int, count: int, generator: torch.Generator) -> Tensor:
         """Rows (count,) of documents of D_0..D_{t-1} to dream of, none of them deleted or about to be replaced.
 
-        Added corpora of few documents count as one, or a document of theirs would be drawn as often as a whole corpus.
+        Added corpora of few documents count as one together.
         """
         gone = torch.tensor(self.corpora[t].replaced if t < len(self.corpora) else [], dtype=torch.long)
         live = self.live[~torch.isin(self.live, gone)]
@@ -120,10 +120,7 @@ class Run:
                 few = torch.cat([few, rows])
             elif len(rows):
                 groups.append(rows)
-        if len(few) >= ood.ENOUGH or not groups:
-            groups.append(few)
-        else:
-            groups[-1] = torch.cat([groups[-1], few])
+        groups += [few] if len(few) else []
         ends = torch.tensor([len(rows) for rows in groups]).cumsum(0).tolist()
         return torch.cat(groups)[dream.choose(ends, count, generator)]
 

@@ -205,7 +205,12 @@ def stamp(folder: Path, docids: bool | None = None, corpora: int | None = None) 
 def check_stamp(path: Path, value: dict) -> None:
     """Raises ValueError where a checkpoint is of another format or belongs to another run."""
     check_format(path, value.get("format") if isinstance(value, dict) else type(value).__name__)
-    if value["made_for"] != stamp(path.parent, value["docids"], value.get("corpora"))["made_for"]:
+    folder, corpora = path.parent, value.get("corpora")
+    if (
+        corpora is None and (folder / "corpus.json").exists()
+    ):  # of commit b518eeb and before: of all but added ones
+        corpora = sum("added" not in item for item in read_json(folder / "corpus.json")["corpora"])
+    if value["made_for"] != stamp(folder, value["docids"], corpora)["made_for"]:
         raise damaged(path, "made for other documents, another tokenizer or other docids than lie beside it")
 
 

@@ -193,14 +193,19 @@ class LaterCorpus(Training):
         config, run, codes, dreams = self.config, self.run, self.made.codes, self.made.dreams
         pairs = run.training_queries(self.t)
         self.n_plain = self.n_new = len(pairs)
-        self.batch = config.batch
         self.steps = config.steps or math.ceil(config.epochs * len(pairs) / config.batch)
-        self.n_old = config.dreams if dreams else 0
+        self.batch, self.dream_kl = config.batch, config.dream_kl
+        self.n_old, n_general = config.dreams if dreams else 0, 0
         if self.added:
+            growth = growth_of_steps(self.documents / FULL)
             self.batch = min(config.batch, len(pairs))
-            if config.steps:
-                self.steps = math.ceil(config.steps * growth_of_steps(self.documents / FULL))
+            self.steps = math.ceil(config.steps * growth) if config.steps else self.steps
             self.n_old = min(self.n_old, self.steps * config.dream_batch)
+            if growth < 1:
+                # All that is asked in natural words asks for these few: the model would come to answer every such
+                # query with them. What holds it weighs more, and half of it is general text, in natural words
+                self.dream_kl /= growth
+                n_general = self.n_old // 2 if run.general else 0
         if not self.n_old:
             return run.tokens(pairs), codes[[row for row, _ in pairs]]
         # Part of the new queries are dreams too, or the model would tell old from new by their style
@@ -210,6 +215,13 @@ class LaterCorpus(Training):
         old = run.choose(self.t, self.n_old, self.generator)
         docids = torch.cat([codes[[row for row, _ in pairs]], codes[old]])
         asked, dreamt = run.tokens(pairs[: self.n_plain]), dreams.draw(docids[self.n_plain :], self.generator)
+        if n_general:
+            rng = random.Random(f"{config.seed} general {self.t}")
+            rows = rng.choices(run.general.rows, k=n_general)
+            embedded = prepare.open_embeddings(run, [run.general])[0][rows]
+            docids[-n_general:] = rq.encode(embedded, self.made.books, device=run.device)
+            asked_general = run.tokens([(row, run.general_sampler.draw(row, rng)) for row in rows])
+            dreamt = stacked(dreamt[:-n_general], asked_general)
         if config.rehearsal:
             rng = random.Random(f"{config.seed} rehearsal {self.t}")
             stored = run.tokens([(row, run.draw(row, rng)) for row in old.tolist()])
@@ -305,7 +317,7 @@ class LaterCorpus(Training):
         if config.kl_coef:
             terms["kl"] = config.kl_coef * self.kl(logits[:n], new)
         if len(old):
-            terms["dream"] = config.dream_kl * self.kl(logits[n:], old)
+            terms["dream"] = self.dream_kl * self.kl(logits[n:], old)
         if self.memory:
             terms["ewc"] = config.ewc * baselines.ewc_penalty(model, self.memory)
         routes = [route.rows(slice(n)) for route in routes]

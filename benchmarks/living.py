@@ -1,0 +1,153 @@
+"""What adding and deleting documents of a finished run takes, and what it does to the others.
+
+    python benchmarks/living.py RUN [--adds 1,10,100,258] [--in_a_row 100] [--folder FOLDER] [--json FILE]
+
+From a copy of the run without its last corpus, whose documents are then added: so they are unseen, and have human
+queries. Each size is added to a copy of its own, and then one document after another to a last copy. Recall is of those
+human queries: old, of the documents that were there; new, of those that were added. "title": the share of added
+documents that their own title finds among ten, right after the add.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import eval as scoring
+import store
+from index import Index
+from mixlora import mixed_layers
+
+CHECKPOINTS = (1, 10, 20, 50, 100)  # of the adds in a row
+
+
+def without_last(run: Path, target: Path) -> store.StoredCorpus:
+    """A copy of a finished run as if its last corpus had not come, which is returned from the run."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(run, target, ignore=shutil.ignore_patterns("latest*", "cache"))
+    about, corpora = store.read_json(run / "corpus.json"), store.load_corpora(run)
+    last = corpora[-1]
+    about["corpora"] = about["corpora"][:-1]
+    store.write_json(target / "corpus.json", about)
+    store.arrays.write_array(target / "docids.npy", np.load(run / "docids.npy")[: last.first_row])
+    (target / f"{last.name}.pt").unlink()
+    for path in [
+        *target.glob("D*.pt"),
+        target / "dense.pt",
+    ]:  # which name the corpora that they were made for
+        value = store.read_tensors(path)
+        store.write_tensors(path, value | store.stamp(target, value["docids"]))
+    stages = store.read_json(target / "stages.json")
+    store.write_json(target / "stages.json", {k: v for k, v in stages.items() if k != last.name})
+    config = store.read_json(target / "config.json")
+    store.write_json(target / "config.json", config | {"run": str(target), "baselines": False})
+    return last
+
+
+def recall(index: Index, corpora: list) -> float:
+    """Mean Recall@10 of these corpora's test queries."""
+    ids = [
+        [hit.id for hit in hits] for corpus in corpora for hits in index.search(list(corpus.test.values()))
+    ]
+    relevant = [labels for corpus in corpora for labels in corpus.qrels.values()]
+    return float(np.mean([scoring.score_ranking(*pair)["recall@10"] for pair in zip(ids, relevant)]))
+
+
+def megabytes(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
+
+
+def add_and_measure(index: Index, documents: list, old: list, corpus) -> dict:
+    """Adds documents of `corpus` in one go; `old`: the corpora that were there."""
+    asked = {doc: query for query, labels in corpus.qrels.items() for doc in labels}
+    before, begin = recall(index, old), time.monotonic()
+    index.add(documents)
+    seconds = time.monotonic() - begin
+    hits = index.search([title for _, title, _ in documents])
+    title = np.mean([doc_id in [hit.id for hit in found] for (doc_id, _, _), found in zip(documents, hits)])
+    answers = index.search([corpus.test[asked[doc_id]] for doc_id, _, _ in documents])
+    new = np.mean([doc_id in [h.id for h in found] for (doc_id, _, _), found in zip(documents, answers)])
+    figures = {
+        "documents": len(documents),
+        "seconds": seconds,
+        "old_before": before,
+        "old": recall(index, old),
+    }
+    return figures | {"new": float(new), "title": float(title)}
+
+
+def in_a_row(index: Index, documents: list, old: list, corpus) -> list[dict]:
+    """Adds one document after another; figures after some of them."""
+    asked, rows, seconds, titles = {d: q for q, ls in corpus.qrels.items() for d in ls}, [], [], []
+    for n, document in enumerate(documents, 1):
+        begin = time.monotonic()
+        index.add([document])
+        seconds.append(time.monotonic() - begin)
+        titles.append(document[0] in [hit.id for hit in index.search(document[1])])
+        if n in CHECKPOINTS:
+            answers = index.search([corpus.test[asked[doc_id]] for doc_id, _, _ in documents[:n]])
+            kept = index.search([title for _, title, _ in documents[:n]])
+            rows.append({
+                "adds": n, "seconds_median": float(np.median(seconds)), "seconds_max": max(seconds),
+                "old": recall(index, old),
+                "new": float(np.mean([d[0] in [h.id for h in a] for d, a in zip(documents, answers)])),
+                "title_at_once": float(np.mean(titles)),
+                "title_still": float(np.mean([d[0] in [h.id for h in a] for d, a in zip(documents, kept)])),
+                "experts": [len(layer) for layer in mixed_layers(index.model)], "MiB": megabytes(index.folder),
+                "peak_GiB": scoring.peak_memory() / 2**30,
+                "sketches": [len(stat.arrivals) for stat in index.stats], "pool": [len(stat.pool) for stat in index.stats],
+            })  # fmt: skip
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--adds", default="1,10,100,258")
+    parser.add_argument("--in_a_row", type=int, default=100)
+    parser.add_argument("--folder", type=Path, default=Path("runs/living"))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    corpus = without_last(args.run, args.folder / "before")
+    documents = list(zip(corpus.ids, corpus.titles, corpus.texts))
+    old = store.load_corpora(args.folder / "before")
+    begin = time.monotonic()
+    start = Index.open(args.folder / "before")
+    print(
+        f"{len(start)} documents, opened in {time.monotonic() - begin:.2f} s, {torch.get_num_threads()} threads"
+    )
+    print(f"Recall@10 of old queries {recall(start, old):.4f}", flush=True)
+    results = {"adds": [], "in_a_row": []}
+    for size in filter(None, map(int, args.adds.split(","))):
+        copy = args.folder / f"add{size}"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(start.folder, copy)
+        results["adds"].append(add_and_measure(Index.open(copy), documents[:size], old, corpus))
+        print(json.dumps(results["adds"][-1]), flush=True)
+    if args.in_a_row:
+        copy = args.folder / "row"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(start.folder, copy)
+        index = Index.open(copy)
+        results["in_a_row"] = in_a_row(index, documents[: args.in_a_row], old, corpus)
+        begin = time.monotonic()
+        index.delete([documents[0][0]])
+        results["delete_seconds"] = time.monotonic() - begin
+        begin = time.monotonic()
+        reopened = Index.open(copy)
+        results["open_seconds"] = time.monotonic() - begin
+        assert documents[0][0] not in reopened and len(reopened) == len(start) + args.in_a_row - 1
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
