@@ -48,19 +48,20 @@ def require_finished(folder: Path, source: Path | None = None) -> bool:
         raise ValueError(
             f"{folder}: a run of {config['method']} takes no documents in, only of {', '.join(METHODS)}"
         )
-    if missing := [corpus.name for corpus in corpora if corpus.name not in done]:
-        added = corpora[-1].added
-        if missing != [corpora[-1].name] or not added:
-            raise ValueError(f"{folder}: the run is not finished ({', '.join(missing)}); go on with {to_do}")
-        if source is None or (source.exists() and data.describe_files(source) != added["files"]):
+    results, newest = folder / "results.json", corpora[-1]
+    reported = store.read_json(results)["experts"] if results.exists() else ()
+    missing = [corpus.name for corpus in corpora if corpus.name not in done]
+    if missing or newest.name not in reported:
+        if not newest.added or missing not in ([], [newest.name]):
+            names = ", ".join(missing) or "its table"
+            raise ValueError(f"{folder}: the run is not finished ({names}); go on with {to_do}")
+        if source is None or (source.exists() and data.describe_files(source) != newest.added["files"]):
             raise ValueError(
                 f"{folder}: it is taking other documents in, which was stopped; go on with {to_do} first"
             )
         return True
-    if not (folder / "results.json").exists():
-        raise ValueError(f"{folder}: the run is not finished; go on with {to_do}")
-    newest = corpora[-1].added
-    return bool(newest and source and source.exists() and data.describe_files(source) == newest["files"])
+    added = newest.added
+    return bool(added and source and source.exists() and data.describe_files(source) == added["files"])
 
 
 def take_in(run: prepare.Run, made: prepare.Prepared, asked: Command) -> None:
