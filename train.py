@@ -52,6 +52,7 @@ EXTRA_SHARE = 0.3  # of D_0's batches: general text or, where there is none, fra
 FRESH_QUERIES = 8000  # pseudo-queries of a corpus on which its energies are measured once it is known (ours)
 YARDSTICK = 4000  # dreams that give energies their scale (ours)
 FAR = 10  # percent of the queries just learnt that may lie outside what was known, before a warning (ours)
+GENERAL = 512  # documents of general text whose queries hold the model while it learns few documents (ours)
 FULL = 258  # documents of an added corpus that take `steps` steps: the default's D_t (ours)
 SLOW_FACTOR = 0.01  # of the docid table's gradient or learning rate on D_t (paper)
 
@@ -217,7 +218,8 @@ class LaterCorpus(Training):
         asked, dreamt = run.tokens(pairs[: self.n_plain]), dreams.draw(docids[self.n_plain :], self.generator)
         if n_general:
             rng = random.Random(f"{config.seed} general {self.t}")
-            rows = rng.choices(run.general.rows, k=n_general)
+            pages = rng.sample(run.general.rows, min(GENERAL, len(run.general.rows)))
+            rows = rng.choices(pages, k=n_general)
             embedded = prepare.open_embeddings(run, [run.general])[0][rows]
             docids[-n_general:] = rq.encode(embedded, self.made.books, device=run.device)
             asked_general = run.tokens([(row, run.general_sampler.draw(row, rng)) for row in rows])
