@@ -21,7 +21,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import eval as scoring
+import ood
+import prepare
+import queries
+import scan
 import store
+from config import saved_config as config_of
 from index import Index
 from mixlora import mixed_layers
 
@@ -108,6 +113,29 @@ def in_a_row(index: Index, documents: list, old: list, corpus) -> list[dict]:
     return rows
 
 
+def alarms(start: Index, last: store.StoredCorpus, draws: int = 2000) -> dict[int, float]:
+    """How often would arrivals of so many documents grow a layer, by chance? Percent, drawn from the documents of the last
+    corpus, of which as a whole no layer took notice; as many of their queries as the pool takes.
+    """
+    config = config_of(start.folder)
+    run = prepare.Run(config, start.folder, store.Log(start.folder, quiet=True, writes=False))
+    sampler = queries.PseudoQuerySampler(last.titles, last.texts, run.idf, run.excluded, last.first_row)
+    pairs = queries.draw_pseudo_queries(sampler, last.rows, config.pseudo_per_document, "alarms")
+    docids = store.load_docids(last.folder)[[row for row, _ in pairs]]
+    scores = scan.scan(start.model, scan.SourceCache(start.model, run.tokens(pairs)), docids, hidden=False).scores
+    flags = [torch.cat([f[None] for f in ood.tails(s, stat, config.epsilon)]).any(0) for s, stat in zip(scores, start.stats)]
+    flags = torch.stack(flags).view(len(flags), len(last.rows), -1)  # (layers, documents, queries)
+    rng, shares = np.random.default_rng(0), {}
+    for n in (16, 32, 64, 96, 128, 192):
+        grown, each = 0, max(1, ood.SKETCH // n)
+        for _ in range(draws):
+            documents = rng.choice(flags.shape[1], n, replace=False)
+            chosen = flags[:, documents][:, :, rng.choice(flags.shape[2], each, replace=False)]
+            grown += bool((100 * chosen.float().mean((1, 2)) - 100 * config.epsilon > config.delta).any())
+        shares[n] = 100 * grown / draws
+    return {"whole": [float(f) for f in 100 * flags.float().mean((1, 2))]} | shares
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
@@ -125,7 +153,8 @@ def main() -> None:
         f"{len(start)} documents, opened in {time.monotonic() - begin:.2f} s, {torch.get_num_threads()} threads"
     )
     print(f"Recall@10 of old queries {recall(start, old):.4f}", flush=True)
-    results = {"adds": [], "in_a_row": []}
+    results = {"adds": [], "in_a_row": [], "alarms": alarms(start, corpus) if start.stats else {}}
+    print(json.dumps(results["alarms"]), flush=True)
     for size in filter(None, map(int, args.adds.split(","))):
         copy = args.folder / f"add{size}"
         shutil.rmtree(copy, ignore_errors=True)
