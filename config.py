@@ -283,13 +283,15 @@ def parse(argv: list[str], checked: bool = True) -> Command:
 
 def extension(given: dict) -> Command:
     """--extend RUN --data DIR, with settings that are the run's."""
-    run, own = Path(given.pop("extend")), {"data", "replace", "keep", "skip_invalid"}
+    run, own = Path(given.pop("extend")), {"data", "replace", "keep", "skip_invalid", "device"}
     if "data" not in given or set(given) - own:
-        wanted = "--data DIR, --replace, --keep and --skip_invalid alone; every other setting is the run's"
+        wanted = "--data DIR, --replace, --keep, --skip_invalid and --device alone; every other setting is the run's"
         raise ValueError(f"--extend {run} takes {wanted}")
     if given.get("keep", 2) < 0:
         raise ValueError(f"--keep {given['keep']}: wanted a number of checkpoints, 0 for all")
-    return Command(saved_config(run), extends=True, **given | {"data": Path(given["data"])})
+    config = saved_config(run)
+    config.device = check_device(given.pop("device", config.device))
+    return Command(config, extends=True, **given | {"data": Path(given["data"])})
 
 
 def settle(given: dict, checked: bool) -> Config:

@@ -12,7 +12,6 @@ Differs  ours: the released code has no interface
 """
 
 import json
-import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
@@ -49,7 +48,8 @@ class Index:
     """
 
     def __init__(self, folder: str | Path, device: str = "cpu"):
-        self.folder, self.device, self.seen = Path(folder), command.check_device(device), None
+        self.folder = Path(folder).absolute()  # the caller may change the working directory
+        self.device, self.seen = command.check_device(device), None
         self.refresh()
 
     @classmethod
@@ -112,22 +112,32 @@ class Index:
 
     def refresh(self) -> None:
         """Takes up what another process, or `add`, has finished; all other methods call it first."""
+        while (state := self.state_on_disk()) != self.seen:
+            try:
+                self.load()
+                self.seen = state
+            except ValueError:  # a checkpoint may have made way for a newer one in the meantime
+                if state == self.state_on_disk():
+                    raise
+
+    def state_on_disk(self) -> list[tuple[int, int] | None]:
+        """Changes with each corpus that is finished, and with each deletion."""
         files = [self.folder / name for name in ("stages.json", "deleted.npy")]
-        seen = [(path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None for path in files]
-        if seen == self.seen:
-            return
+        return [(path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None for path in files]
+
+    def load(self) -> None:
+        """The documents, and the newest checkpoint, of the folder."""
         run = store.LoadedRun(self.folder, self.device)
-        t = next(t for t in reversed(run.finished) if f"D{t}" in store.Stages(self.folder))
+        t = run.finished[-1]
         live = store.live_rows(self.folder, run.corpora[: t + 1])
         self.model, self.stats = store.load_model(self.folder / f"D{t}.pt", self.device)
         self.run, self.live, self.trie = run, live, store.Trie(run.docids[live], live)
         self.row_of = {run.ids[row]: row for row in live.tolist()}
-        self.seen = seen
 
     def search(self, query: str | Sequence[str], k: int = 10) -> list[Hit] | list[list[Hit]]:
         """The k best documents of a query, best first; of a list of queries, a list for each.
 
-        Raises ValueError where k is below 1 or a query has no word.
+        Raises ValueError where k is below 1 or a query is empty.
         """
         self.refresh()
         queries, config = [query] if isinstance(query, str) else list(query), self.run.config
@@ -164,17 +174,20 @@ class Index:
         """
         with beir_folder(documents, queries, "test") as (place, _):
             flags = ["--extend", str(self.folder), "--data", str(place), "--keep", str(keep)]
+            flags += ["--device", self.device]
             train.execute(parse(flags + ["--replace"] * replace), quiet=True)
         self.refresh()
 
-    def delete(self, ids: Sequence[str]) -> str:
+    def delete(self, ids: Iterable[str]) -> str:
         """Deletes these documents: no search finds them from now on, and their texts are erased from disk. The weights stay
         as they are. Returns a line with what else left.
 
         Raises ValueError, and deletes none, where an id is unknown, or another process adds or deletes.
         """
+        ids = list_of(ids)
         with store.lock(self.folder):
             extend.require_finished(self.folder)
+            extend.erase(self.folder)  # what a stop within an earlier call left
             said = extend.delete(self.folder, extend.rows_of(self.folder, ids))
         self.refresh()
         return said
@@ -184,17 +197,15 @@ class Index:
         train.consolidate(self.folder, Path(folder), self.device, quiet=True)
         return Index(folder, self.device)
 
-    def documents(self, ids: Sequence[str]) -> list[Document]:
+    def documents(self, ids: Iterable[str]) -> list[Document]:
         """(id, title, text) of these documents. Raises ValueError with those that the index does not hold."""
         self.refresh()
+        ids = list_of(ids)
         if unknown := [doc_id for doc_id in ids if doc_id not in self.row_of]:
             raise ValueError(f"{self.folder}: holds no document {', '.join(map(str, unknown[:10]))}")
-        texts = (
-            arrays.Chain([getattr(corpus, name) for corpus in self.run.corpora])
-            for name in ("titles", "texts")
-        )
-        titles, texts = texts
-        return [(doc_id, titles[row], texts[row]) for doc_id, row in ((i, self.row_of[i]) for i in ids)]
+        titles = arrays.Chain([corpus.titles for corpus in self.run.corpora])
+        texts = arrays.Chain([corpus.texts for corpus in self.run.corpora])
+        return [(doc_id, titles[self.row_of[doc_id]], texts[self.row_of[doc_id]]) for doc_id in ids]
 
     def __len__(self) -> int:
         self.refresh()
@@ -205,23 +216,38 @@ class Index:
         return doc_id in self.row_of
 
 
+def list_of(ids: Iterable[str]) -> list[str]:
+    """As a list. Raises ValueError for a single string, whose letters would be the ids."""
+    if isinstance(ids, str):
+        raise ValueError(f"found {ids!r}, wanted a list of ids; pass [{ids!r}]")
+    return list(ids)
+
+
+def require_strings(found, names: str) -> None:
+    """Raises ValueError where it is no tuple or list of as many strings as there are names."""
+    n = len(names.split(", "))
+    if not (isinstance(found, (tuple, list)) and len(found) == n and all(isinstance(part, str) for part in found)):
+        raise ValueError(f"found {found!r:.200}, wanted ({names}), {n} strings")
+
+
 @contextmanager
 def beir_folder(documents: Iterable[Document], queries: Iterable[tuple[str, str]] = (), split: str = "train"):
     """(folder in BEIR layout, number of documents) of documents and labelled queries, which goes with the block.
 
-    Raises ValueError where one is not made of strings.
+    Raises ValueError where there is no document, or one of them or of the queries is not made of strings.
     """
     with tempfile.TemporaryDirectory(prefix="documents.") as place:
         folder, n, lines, labels = Path(place), 0, [], []
         with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
             for document in documents:
-                if len(document) != 3 or not all(isinstance(part, str) for part in document):
-                    raise ValueError(f"found {document!r:.200}, wanted (id, title, text), three strings")
-                file.write(json.dumps(dict(zip(("_id", "title", "text"), document))) + os.linesep)
+                require_strings(document, "id, title, text")
+                file.write(json.dumps(dict(zip(("_id", "title", "text"), document))) + "\n")
                 n += 1
         if not n:
             raise ValueError("found no document, wanted one or more")
-        for i, (text, doc_id) in enumerate(queries):
+        for i, query in enumerate(queries):
+            require_strings(query, "text, document id")
+            text, doc_id = query
             lines.append(json.dumps({"_id": f"q{i}", "text": text}))
             labels.append(f"q{i}\t{doc_id}\t1")
         if lines:

@@ -9,7 +9,8 @@ Differs  plain AdamW in place of 8-bit; the docid mask is on for plain T5 on D_0
          once, by the scan. Ours, each by a flag: on D_0 part of each batch asks for general text (`general`) or
          fragments of documents (`d0_fragments`); on D_t dreams hold the model to what it said of earlier docids
          (dream.py, `dreams`), LoRA adapts the attention to the query (`attention_rank`), and a layer that does not
-         grow trains its newest expert (`evolve`). None of them sees an earlier corpus's text.
+         grow trains its newest expert (`evolve`). A corpus that a finished run takes in (extend.py) has steps by the
+         number of its documents. None of them sees an earlier corpus's text.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -559,22 +561,21 @@ def execute(asked: Command, last: int | None = None, quiet: bool = False) -> dic
     if config.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32, as the paper
     folder, main_process = Path(config.run), distributed.is_main_process()
-    lock = None
-    if main_process:
-        goes_on = asked.resume or asked.extends
-        lock = store.lock(folder) if goes_on else store.new_folder(folder, asdict(config), asked.overwrite)
-        if asked.extends:
-            extend.require_finished(folder, asked.data)
-    distributed.wait()
-    log = store.Log(folder, quiet, writes=main_process)
-    log.line(" ".join(f"{name}={value}" for name, value in asdict(config).items() if value != ""))
-    results = train(asked, log, last)
-    if results:
-        for line in scoring.report(results):
-            log.line(line)
-        log.line(command.quoted("python", "search.py", folder, "a question"))
-    if lock:
-        lock.close()
+    with ExitStack() as held:
+        if main_process:
+            goes_on = asked.resume or asked.extends
+            lock = store.lock(folder) if goes_on else store.new_folder(folder, asdict(config), asked.overwrite)
+            held.enter_context(lock)
+            if asked.extends:
+                extend.require_finished(folder, asked.data)
+        distributed.wait()
+        log = store.Log(folder, quiet, writes=main_process)
+        log.line(" ".join(f"{name}={value}" for name, value in asdict(config).items() if value != ""))
+        results = train(asked, log, last)
+        if results:
+            for line in scoring.report(results):
+                log.line(line)
+            log.line(command.quoted("python", "search.py", folder, "a question"))
     distributed.stop()
     return results
 

@@ -13,7 +13,11 @@ import json
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
+from urllib.parse import urlencode
+from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -25,6 +29,7 @@ import ood
 import prepare
 import queries
 import scan
+import serve
 import store
 from config import saved_config as config_of
 from index import Index
@@ -122,8 +127,13 @@ def alarms(start: Index, last: store.StoredCorpus, draws: int = 2000) -> dict[in
     sampler = queries.PseudoQuerySampler(last.titles, last.texts, run.idf, run.excluded, last.first_row)
     pairs = queries.draw_pseudo_queries(sampler, last.rows, config.pseudo_per_document, "alarms")
     docids = store.load_docids(last.folder)[[row for row, _ in pairs]]
-    scores = scan.scan(start.model, scan.SourceCache(start.model, run.tokens(pairs)), docids, hidden=False).scores
-    flags = [torch.cat([f[None] for f in ood.tails(s, stat, config.epsilon)]).any(0) for s, stat in zip(scores, start.stats)]
+    scores = scan.scan(
+        start.model, scan.SourceCache(start.model, run.tokens(pairs)), docids, hidden=False
+    ).scores
+    flags = [
+        torch.cat([f[None] for f in ood.tails(s, stat, config.epsilon)]).any(0)
+        for s, stat in zip(scores, start.stats)
+    ]
     flags = torch.stack(flags).view(len(flags), len(last.rows), -1)  # (layers, documents, queries)
     rng, shares = np.random.default_rng(0), {}
     for n in (16, 32, 64, 96, 128, 192):
@@ -134,6 +144,18 @@ def alarms(start: Index, last: store.StoredCorpus, draws: int = 2000) -> dict[in
             grown += bool((100 * chosen.float().mean((1, 2)) - 100 * config.epsilon > config.delta).any())
         shares[n] = 100 * grown / draws
     return {"whole": [float(f) for f in 100 * flags.float().mean((1, 2))]} | shares
+
+
+def page_rate(index: Index, texts: list[str]) -> float:
+    """Requests a second that serve.py's page answers, each with a query's whole way, to ten clients at once."""
+    with serve.Server(index, 0) as server, ThreadPoolExecutor(10) as clients:
+        Thread(target=server.serve_forever, daemon=True).start()
+        place, begin = f"http://127.0.0.1:{server.server_port}/api/search?", time.monotonic()
+        for answer in clients.map(lambda text: urlopen(place + urlencode({"q": text})).read(), texts):
+            assert json.loads(answer)
+        seconds = time.monotonic() - begin
+        server.shutdown()
+    return len(texts) / seconds
 
 
 def main() -> None:
@@ -155,6 +177,8 @@ def main() -> None:
     print(f"Recall@10 of old queries {recall(start, old):.4f}", flush=True)
     results = {"adds": [], "in_a_row": [], "alarms": alarms(start, corpus) if start.stats else {}}
     print(json.dumps(results["alarms"]), flush=True)
+    results["requests_per_second"] = page_rate(start, list(corpus.test.values())[:100])
+    print(f"{results['requests_per_second']:.1f} requests/s of the page", flush=True)
     for size in filter(None, map(int, args.adds.split(","))):
         copy = args.folder / f"add{size}"
         shutil.rmtree(copy, ignore_errors=True)
