@@ -137,7 +137,9 @@ def alarms(start: Index, last: store.StoredCorpus, draws: int = 2000) -> dict[in
     flags = torch.stack(flags).view(len(flags), len(last.rows), -1)  # (layers, documents, queries)
     rng, shares = np.random.default_rng(0), {}
     for n in (16, 32, 64, 96, 128, 192):
-        grown, each = 0, max(1, ood.SKETCH // n)
+        if n > flags.shape[1]:
+            break
+        grown, each = 0, min(ood.SKETCH // n, flags.shape[2])
         for _ in range(draws):
             documents = rng.choice(flags.shape[1], n, replace=False)
             chosen = flags[:, documents][:, :, rng.choice(flags.shape[2], each, replace=False)]

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -53,3 +54,48 @@ def test_the_page_on_speed_shows_the_results_that_were_measured(monkeypatch, cap
     run.main()
     shown = capsys.readouterr().out
     assert shown.count("|") > 50 and shown in (SCRIPT.parents[1] / "docs" / "speed.md").read_text()
+
+
+def test_one_query_is_timed_against_its_products(finished, tmp_path):
+    flags = [str(finished), "--queries", "5", "--starts", "1", "--json", str(tmp_path / "out.json")]
+    script = SCRIPT.with_name("query.py")
+    done = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert results["queries"] >= 5 and results["open_to_products"] > 1 and results["cold_to_floor"] > 0
+    assert 0 < sum(results["shares"].values()) < 1
+
+
+def test_products_are_recorded_and_done_again():
+    from benchmarks.query import Recorded, replay
+
+    x, w = torch.randn(3, 4), torch.randn(5, 4)
+    with Recorded() as recorded:
+        x @ w.T
+        torch.addmm(torch.randn(5), x, w.T)
+        x.expand(2, 3, 4) @ torch.randn(2, 4, 6)
+    assert [name for name, _ in recorded.calls] == ["mm", "addmm", "bmm"]
+    assert recorded.calls[0][1] == (((3, 4), (4, 1), torch.float32), ((4, 5), (1, 4), torch.float32))
+    assert replay(recorded.calls) > 0
+
+
+def test_adds_are_measured_on_a_copy_without_the_last_corpus(finished, tmp_path):
+    before = (finished / "corpus.json").read_bytes(), (finished / "D4.pt").read_bytes()
+    flags = [
+        str(finished),
+        "--adds",
+        "2",
+        "--in_a_row",
+        "1",
+        "--folder",
+        str(tmp_path),
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
+    script = SCRIPT.with_name("living.py")
+    done = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert results["adds"][0]["documents"] == 2 and 0 <= results["adds"][0]["old"] <= 1
+    assert results["in_a_row"][0]["adds"] == 1 and results["requests_per_second"] > 0
+    assert before == ((finished / "corpus.json").read_bytes(), (finished / "D4.pt").read_bytes())
