@@ -27,6 +27,7 @@ import rq
 import store
 from config import Command, Config
 from data import Corpus
+from queries import query_digest
 
 METHODS = ("mixlora-dsi", "paper", "dream")
 
@@ -35,8 +36,8 @@ METHODS = ("mixlora-dsi", "paper", "dream")
 
 
 def require_finished(folder: Path, source: Path | None = None) -> bool:
-    """Raises ValueError where the run cannot take documents in. True where it holds those of `source` already, whether it
-    has learnt them or was stopped before.
+    """Raises ValueError where the run cannot take documents in. True where those of `source` came last and are all there,
+    whether the run has learnt them or was stopped before.
     """
     config, corpora, done = (
         store.read_json(folder / "config.json"),
@@ -44,24 +45,27 @@ def require_finished(folder: Path, source: Path | None = None) -> bool:
         store.Stages(folder),
     )
     to_do = command.quoted("python", "train.py", "--resume", folder)
+    newest = corpora[-1]
+    added = newest.added or {}
+    same = source is not None and data.describe_files(source) == added.get("files")
     if config["method"] not in METHODS:
         raise ValueError(
             f"{folder}: a run of {config['method']} takes no documents in, only of {', '.join(METHODS)}"
         )
-    results, newest = folder / "results.json", corpora[-1]
+    results = folder / "results.json"
     reported = store.read_json(results)["experts"] if results.exists() else ()
     missing = [corpus.name for corpus in corpora if corpus.name not in done]
     if missing or newest.name not in reported:
-        if not newest.added or missing not in ([], [newest.name]):
+        if not added or missing not in ([], [newest.name]):
             names = ", ".join(missing) or "its table"
             raise ValueError(f"{folder}: the run is not finished ({names}); go on with {to_do}")
-        if source is None or (source.exists() and data.describe_files(source) != newest.added["files"]):
+        gone = source is not None and str(source) == added["source"] and not source.exists()
+        if not (same or gone):
             raise ValueError(
                 f"{folder}: it is taking other documents in, which was stopped; go on with {to_do} first"
             )
         return True
-    added = newest.added
-    return bool(added and source and source.exists() and data.describe_files(source) == added["files"])
+    return same and not np.isin(newest.rows, store.load_deleted(folder)).any()
 
 
 def take_in(run: prepare.Run, made: prepare.Prepared, asked: Command) -> None:
@@ -149,9 +153,7 @@ def rows_of(folder: Path, ids: list[str]) -> list[int]:
     every = arrays.Chain([corpus.ids for corpus in corpora])
     row_of = {every[row]: row for row in store.live_rows(folder, corpora).tolist()}
     if unknown := [doc_id for doc_id in ids if doc_id not in row_of]:
-        raise ValueError(
-            f"{folder}: holds no document {', '.join(map(str, unknown[:10]))}; doc_ids.txt lists its own"
-        )
+        raise ValueError(f"{folder}: holds no document {', '.join(map(str, unknown[:10]))}")
     if len(set(ids)) < len(ids):
         raise ValueError("an id stands twice among those to delete; name each once")
     return [row_of[doc_id] for doc_id in ids]
@@ -240,23 +242,34 @@ def export(folder: Path, target: Path) -> int:
     """Writes all that a run holds of documents that are not deleted, with their queries, as a folder in BEIR layout, and its
     general text below `general`. Returns the number of documents.
     """
-    corpora, deleted, n = store.load_corpora(folder), set(store.load_deleted(folder).tolist()), 0
-    queries, labels = {}, {"train": [], "test": []}
+    corpora, excluded = store.load_corpora(folder), store.load_excluded(folder)
+    live, ids = set(store.live_rows(folder, corpora).tolist()), set()
+    texts, labels = {}, {"train": [], "test": []}
+
     with arrays.writing(target / "corpus.jsonl") as file:
         for corpus in corpora:
             for row, document in zip(corpus.rows, zip(corpus.ids, corpus.titles, corpus.texts)):
-                if row not in deleted:
+                if row in live:
                     file.write((json.dumps(dict(zip(("_id", "title", "text"), document))) + "\n").encode())
-                    n += 1
-            annotated = zip(corpus.train_ids, corpus.train)
-            for query_id, (row, text) in annotated:
-                queries[query_id] = text
-                labels["train"].append(f"{query_id}\t{corpus.ids[row - corpus.first_row]}\t1\n")
-            queries |= corpus.test
-            labels["test"] += [
-                f"{q}\t{doc}\t{label}\n" for q, docs in corpus.qrels.items() for doc, label in docs.items()
-            ]
-    lines = (json.dumps({"_id": query_id, "text": text}) + "\n" for query_id, text in queries.items())
+                    ids.add(document[0])
+            train = (
+                (query_id, text, corpus.ids[row - corpus.first_row], 1)
+                for query_id, (row, text) in zip(corpus.train_ids, corpus.train)
+                if row in live and query_digest(text) not in excluded  # a test query may have come later
+            )
+            test = (
+                (query_id, corpus.test[query_id], doc_id, label)
+                for query_id, docs in corpus.qrels.items()
+                for doc_id, label in docs.items()
+                if doc_id in ids
+            )
+            for split, labelled in (("train", train), ("test", test)):
+                for query_id, text, doc_id, label in labelled:
+                    if texts.setdefault(query_id, text) != text:  # a later folder may use an id again
+                        query_id = f"{corpus.name}.{query_id}"
+                        texts[query_id] = text
+                    labels[split].append(f"{query_id}\t{doc_id}\t{label}\n")
+    lines = (json.dumps({"_id": query_id, "text": text}) + "\n" for query_id, text in texts.items())
     arrays.write(target / "queries.jsonl", "".join(lines).encode())
     for name, rows in labels.items():
         if rows:
@@ -265,7 +278,7 @@ def export(folder: Path, target: Path) -> int:
         with arrays.writing(target / "general" / "corpus.jsonl") as file:
             for document in zip(general.ids, general.titles, general.texts):
                 file.write((json.dumps(dict(zip(("_id", "title", "text"), document))) + "\n").encode())
-    return n
+    return len(ids)
 
 
 def anew(config: Config, source: Path, target: Path, documents: int, before: int) -> Config:

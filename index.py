@@ -226,7 +226,8 @@ def list_of(ids: Iterable[str]) -> list[str]:
 def require_strings(found, names: str) -> None:
     """Raises ValueError where it is no tuple or list of as many strings as there are names."""
     n = len(names.split(", "))
-    if not (isinstance(found, (tuple, list)) and len(found) == n and all(isinstance(part, str) for part in found)):
+    listed = isinstance(found, (tuple, list)) and len(found) == n
+    if not listed or not all(isinstance(part, str) for part in found):
         raise ValueError(f"found {found!r:.200}, wanted ({names}), {n} strings")
 
 

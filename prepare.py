@@ -95,7 +95,7 @@ class Run:
     def load_corpora(self) -> None:
         """What the folder holds of corpora now."""
         self.corpora = store.load_corpora(self.folder)
-        self.live = store.live_rows(self.folder, self.corpora)  # rows of documents that are not deleted
+        self.live = store.live_rows(self.folder, self.corpora)  # rows of documents not deleted or replaced
         self.excluded = store.load_excluded(
             self.folder
         )  # digests of test queries: no pseudo-query may be one
@@ -111,11 +111,9 @@ class Run:
 
         Added corpora of few documents count as one together.
         """
-        gone = torch.tensor(self.corpora[t].replaced if t < len(self.corpora) else [], dtype=torch.long)
-        live = self.live[~torch.isin(self.live, gone)]
-        groups, few = [], live[:0]
+        live, groups, few = self.live, [], self.live[:0]
         for corpus in self.corpora[:t]:
-            rows = live[(live >= corpus.rows.start) & (live < corpus.rows.stop)]
+            rows = within(live, corpus)
             if corpus.added and len(corpus.rows) < ood.ENOUGH:
                 few = torch.cat([few, rows])
             elif len(rows):

@@ -173,9 +173,10 @@ def load_deleted(folder: Path) -> np.ndarray:
 
 
 def live_rows(folder: Path, corpora: list[Corpus]) -> Tensor:
-    """Rows (n,) int64 of the documents of these corpora that are not deleted."""
-    rows = np.arange(corpora[-1].rows.stop)
-    return torch.from_numpy(np.setdiff1d(rows, load_deleted(folder), assume_unique=True))
+    """Rows (n,) int64 of the documents of these corpora that are neither deleted nor replaced by a later one of them."""
+    replaced = [row for corpus in corpora for row in corpus.replaced]
+    gone = np.union1d(load_deleted(folder), np.array(replaced, np.int64))
+    return torch.from_numpy(np.setdiff1d(np.arange(corpora[-1].rows.stop), gone, assume_unique=True))
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -282,6 +283,7 @@ class LoadedRun:
         """The model after D_t, and the trie of the documents of D_0..D_t that are not deleted."""
         model, _ = load_model(self.folder / f"D{t}.pt", self.device)
         live = live_rows(self.folder, self.corpora[: t + 1])
+        live = live[live < len(self.docids)]  # tools/doctor.py tells of docids that are missing
         return model, Trie(self.docids[live], live)
 
 
@@ -346,7 +348,7 @@ def lock(folder: Path):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise ValueError(f"{folder}: another process trains here; wait, or pass another --run") from None
+        raise ValueError(f"{folder}: another process trains here; wait, or take another folder") from None
     return file
 
 

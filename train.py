@@ -198,7 +198,8 @@ class LaterCorpus(Training):
         self.n_plain = self.n_new = len(pairs)
         self.steps = config.steps or math.ceil(config.epochs * len(pairs) / config.batch)
         self.batch, self.dream_kl = config.batch, config.dream_kl
-        self.n_old, n_general = config.dreams if dreams else 0, 0
+        earlier = len(run.live) > len(run.corpora[self.t].rows)  # not where D_t replaces all that there was
+        self.n_old, n_general = config.dreams if dreams and earlier else 0, 0
         if self.added:
             growth = growth_of_steps(self.documents / FULL)
             self.batch = min(config.batch, len(pairs))
@@ -536,8 +537,8 @@ def train(asked: Command, log: store.Log, last: int | None = None) -> dict:
                 if corpus.tested:
                     evaluations.append(scoring.evaluate_after(run, t, state.model, made.codes))
                     store.write_json(folder / f"evaluation_D{t}.json", asdict(evaluations[-1]))
-        if corpus.added and distributed.is_main_process():
-            extend.drop_checkpoints(run, done)
+    if run.corpora[-1].added and distributed.is_main_process():
+        extend.drop_checkpoints(run, done)
 
     peak, references = scoring.peak_memory(), {}
     with done.stage("baselines"):

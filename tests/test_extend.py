@@ -14,12 +14,14 @@ from test_resume import FLAGS, outcome, runner  # noqa: F401  (a fixture)
 from toy import TOY
 
 import arrays
+import data
 import extend
 import ood
 import prepare
 import store
 import train
 from config import parse
+from index import Index
 from mixlora import mixed_layers
 
 NEW = [
@@ -198,8 +200,56 @@ def test_a_stopped_extension_is_ended_before_another_begins(copied, tmp_path, mo
     ):
         with pytest.raises(ValueError, match="taking other documents in, which was stopped; go on with"):
             other()
+    with pytest.raises(ValueError, match="taking other documents in"):
+        extend_by(copied, tmp_path / "absent")  # is not the folder that may be gone by now
     train.main(["--resume", str(copied)])
     assert store.LoadedRun(copied).finished[-1] == 5
+
+
+def test_stopped_while_old_versions_go_it_ends_with_the_same_bits_and_an_index_has_one_version_throughout(
+    copied, finished, tmp_path, monkeypatch
+):
+    source = folder_of(tmp_path / "new", [("d3", "zebra", "zebras have stripes"), NEW[1]])
+    extend_by(wanted := link_tree(finished, tmp_path / "wanted"), source, "--replace", "--keep", "1")
+
+    def stop(folder, *given):
+        # `take_in` erases too: what an earlier stop has left
+        if name == "drop_checkpoints" or (folder / "D5.pt").exists():
+            raise KeyboardInterrupt
+
+    for name in ("erase", "drop_checkpoints"):
+        run = link_tree(finished, tmp_path / name)
+        before = Index.open(run)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(extend, name, stop)
+            extend_by(run, source, "--replace", "--keep", "1")
+        for index in (before, Index.open(run)):
+            assert len(index) == 51 and "n2" in index and index.documents(["d3"])[0][1] == "zebra"
+        train.main(["--resume", str(run)])
+        found, expected = (store.read_tensors(path / "D5.pt") for path in (run, wanted))
+        assert all(found["model"][key].equal(value) for key, value in expected["model"].items())
+        for stat, was in zip(found["stats"], expected["stats"], strict=True):
+            assert all(torch.equal(stat[key], was[key]) for key in ("arrivals", "newest", "pool", "dreams"))
+        assert store.load_deleted(run).tolist() == store.load_deleted(wanted).tolist()
+        assert [p.name for p in sorted(run.glob("D*.pt"))] == ["D0.pt", "D5.pt"]
+        assert not any("zebras" in text for text in store.load_corpora(run)[0].texts)
+
+
+def test_new_versions_of_all_documents(copied, tmp_path):
+    """Of no earlier docid is there anything to dream."""
+    extend.delete(copied, list(range(2, 50)))
+    ids = [store.LoadedRun(copied).ids[row] for row in (0, 1)]
+    extend_by(copied, folder_of(tmp_path / "new", [(doc, "", f"{doc} anew") for doc in ids]), "--replace")
+    run = store.LoadedRun(copied)
+    assert run.live.tolist() == [50, 51] and run.finished[-1] == 5
+
+
+def test_what_was_deleted_can_be_taken_in_again_from_the_same_folder(copied, tmp_path):
+    source = folder_of(tmp_path / "new")
+    extend_by(copied, source)
+    extend.delete(copied, extend.rows_of(copied, ["n1", "n2"]))
+    extend_by(copied, source)
+    assert store.LoadedRun(copied).live.tolist() == [*range(50), 52, 53]
 
 
 @pytest.mark.parametrize(
@@ -327,3 +377,32 @@ def test_consolidated_all_live_documents_are_d0_of_a_new_run(copied, tmp_path):
     annotated = [pair for pair in was.corpora[0].train if pair[0] in was.live]
     assert len(run.corpora[0].test) == 49 and len(run.corpora[0].train) == len(annotated) >= 29
     assert run.config["d0_steps"] == 51  # 30 for 30 documents
+
+
+def test_exported_queries_keep_apart_what_different_folders_call_alike(copied, tmp_path, monkeypatch):
+    """Replaced documents and their queries stay out, also where the run was stopped, and training queries that a later
+    corpus has for test queries.
+    """
+    first = store.load_corpora(copied)[0]
+    asked, train_id = first.train[0][1], first.train_ids[0]
+    texts = {"n1": "zebra flies", "n2": "large eggs", "n3": asked}
+    for i, (doc_id, text) in enumerate(texts.items()):
+        folder = folder_of(tmp_path / f"{i}", [(doc_id, "", f"of {text}")], {doc_id: text})
+        for path in (folder / "queries.jsonl", folder / "qrels" / "test.tsv"):
+            path.write_text(path.read_text().replace(f"q-{doc_id}", "q"))
+        extend_by(copied, folder)
+
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "learn", stop)
+        extend_by(copied, folder_of(tmp_path / "new", [("n1", "", "an ibis")]), "--replace")
+    assert extend.export(copied, tmp_path / "all") == 53
+    held = data.read_beir(tmp_path / "all")
+    del texts["n1"]  # of the version that goes
+    assert {text: list(held.qrels[q]) for q, text in held.test.items() if text in texts.values()} == {
+        text: [doc_id] for doc_id, text in texts.items()
+    }
+    trained = [query_id for *_, query_id in held.train]
+    assert len(trained) == len(first.train) - 1 and train_id not in trained

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import link_tree
 
+import extend
 import search
 import store
 from index import Hit, Index
@@ -17,9 +18,7 @@ ANIMALS = "zebra kiwi otter walrus gecko heron badger lemur ibis tapir".split()
 DOCUMENTS = [
     (f"d{i}", name, f"the {name} lives in region {i} and eats food {i}") for i, name in enumerate(ANIMALS)
 ]
-SMALL = dict(
-    width=32, heads=2, feed_forward=64, encoder_blocks=1, dream_batch=64, batch=64, d0_batch=64
-)
+SMALL = dict(width=32, heads=2, feed_forward=64, encoder_blocks=1, dream_batch=64, batch=64, d0_batch=64)
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +97,58 @@ def test_new_versions_replace_old_ones(index):
     assert len(index) == 10 and index.documents(["d2"]) == [("d2", "otter", "an otter swims on its back")]
 
 
+def test_a_document_that_was_deleted_can_be_added_again_as_it_was(index):
+    document = ("n1", "narwhal", "the narwhal has a long tooth")
+    for _ in range(2):
+        index.add([document])
+        assert index.documents(["n1"]) == [document]
+        index.delete(["n1"])
+    assert len(index) == 10
+
+
+def test_what_a_stop_within_delete_left_is_erased_by_the_next_call(index, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(extend, "erase", lambda folder: "stopped")
+        index.delete(["d0"])
+    assert len(index) == 9 and b"zebra" in (index.folder / "documents" / "D0" / "texts.bin").read_bytes()
+    with pytest.raises(ValueError, match="holds no document d0"):
+        index.delete(["d0"])
+    assert b"zebra" not in (index.folder / "documents" / "D0" / "texts.bin").read_bytes()
+
+
+def test_ids_and_documents_may_come_one_by_one_and_the_working_directory_may_change(index, monkeypatch):
+    monkeypatch.chdir(index.folder.parent)
+    opened = Index.open(index.folder.name)
+    monkeypatch.chdir("/")
+    opened.add(document for document in [["日本é", "narwhal", "a long tooth"]])
+    assert [doc_id for doc_id, *_ in opened.documents(iter(["d1", "日本é"]))] == ["d1", "日本é"]
+    opened.delete(iter(["d1"]))
+    assert len(opened) == 10
+
+
+def test_a_checkpoint_that_makes_way_while_it_is_opened_is_no_error(index, monkeypatch):
+    load, calls = store.load_model, []
+
+    def gone_at_first(*given):
+        calls.append(given)
+        if len(calls) == 1:
+            stages = index.folder / "stages.json"
+            store.write(stages, stages.read_bytes())
+            raise ValueError("found no D0.pt")
+        return load(*given)
+
+    monkeypatch.setattr(store, "load_model", gone_at_first)
+    index.delete(["d0"])
+    assert len(index) == 9 and len(calls) == 2
+
+
+def test_an_error_that_is_kept_does_not_keep_the_folder(index):
+    with pytest.raises(ValueError, match="holds d1 already") as kept:
+        index.add([("d1", "a b", "c")])
+    index.add([("n1", "a b", "c")])
+    assert kept and len(index) == 11
+
+
 def test_consolidated_it_is_an_index_of_the_same_documents(index, tmp_path):
     index.add([("n1", "narwhal", "the narwhal has a long tooth")])
     index.delete(["d9"])
@@ -113,7 +164,12 @@ def test_consolidated_it_is_an_index_of_the_same_documents(index, tmp_path):
         (lambda i: i.add([("n1", "a b", "c"), ("n1", "a b", "d")]), "duplicate document id"),
         (lambda i: i.add([("n 1", "a b", "c")]), "document id that is empty or has white space"),
         (lambda i: i.add([("d1", "a b", "c")]), "holds d1 already"),
-        (lambda i: i.add([("n1", None, "c")]), r"wanted \(id, title, text\), three strings"),
+        (lambda i: i.add([("n1", None, "c")]), r"wanted \(id, title, text\), 3 strings"),
+        (lambda i: i.add(["abc"]), r"found 'abc', wanted \(id, title, text\)"),
+        (lambda i: i.add([dict(id="n1", title="a", text="b")]), r"wanted \(id, title, text\)"),
+        (lambda i: i.add([("n1", "a", "b")], queries=["ab"]), r"found 'ab', wanted \(text, document id\)"),
+        (lambda i: i.delete("d1"), r"wanted a list of ids; pass \['d1'\]"),
+        (lambda i: i.documents("d1"), r"wanted a list of ids; pass \['d1'\]"),
         (lambda i: i.add([("n1", "a", "b")], keep=-1), "--keep -1"),
         (lambda i: i.add([("n1", "a", "b")], queries=[("q", "x")]), "label of a missing document"),
         (lambda i: i.delete(["x"]), "holds no document x"),
