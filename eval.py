@@ -133,10 +133,12 @@ def bootstrap_interval(values: list[list[float]], seed: int, draws: int = 1000) 
 
 def summarise(evaluations: list[Evaluation], seed: int) -> dict[str, dict]:
     """{metric: {"P", "AP", "BWT", "FWT", "AP_micro", "AP_ci95"}} of the evaluations after D_0..D_T, or after those of them
-    that have test queries (`tested`). P has a row and a column for each of these.
+    that have test queries (`tested`). P has a row and a column for each of these; where an evaluation is missing, as of a
+    checkpoint that was dropped, there is no BWT and FWT.
     """
     columns, summary = tested(evaluations), {}
     rows = [evaluation for evaluation in evaluations if len(evaluation.values) - 1 in columns]
+    whole = len(rows) == len(columns)
     for metric in METRICS if rows else ():
         means = [evaluation.means(metric) for evaluation in rows]
         p = [[row[i] for i in columns if i < len(row)] for row in means]
@@ -144,8 +146,8 @@ def summarise(evaluations: list[Evaluation], seed: int) -> dict[str, dict]:
         summary[metric] = {
             "P": p,
             "AP": average_performance(p),
-            "BWT": forgetting(p),
-            "FWT": learning(p),
+            "BWT": forgetting(p) if whole else None,
+            "FWT": learning(p) if whole else None,
             "AP_micro": float(np.mean(sum(last, []))),
             "AP_ci95": bootstrap_interval(last, seed),
         }
@@ -278,10 +280,9 @@ def main(argv: list[str]) -> None:
             return retrieve(model, trie, run.tokenizer, queries, run.ids, beam=beam, max_length=length)
 
         evaluations.append(evaluate(run.corpora[: t + 1], ranker))
-        print(
-            f"D{t}: recall@10 " + " ".join(f"{100 * p:.1f}" for p in evaluations[-1].means("recall@10")),
-            flush=True,
-        )
+        means = evaluations[-1].means("recall@10")
+        shown = " ".join(f"{100 * means[i]:.1f}" for i in tested(evaluations))
+        print(f"D{t}: recall@10 {shown}", flush=True)
         if args.trec:
             write_trec(args.trec, t, run.corpora, evaluations[-1], run.config["method"])
     summary = summarise(evaluations, run.config["seed"])

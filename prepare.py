@@ -179,8 +179,8 @@ class Run:
     def sample(self, t: int, count: int, purpose: str) -> list[tuple[int, str]]:
         """Some `count` pairs of D_t, at least one, as evenly over its documents as that goes."""
         count, rng = max(1, count), random.Random(f"{self.config.seed} {purpose} {t}")
-        rows = self.corpora[t].rows
-        chosen = list(rows) * (count // len(rows)) or rng.sample(rows, count)
+        rows = within(self.live, self.corpora[t]).tolist()
+        chosen = rows * (count // max(1, len(rows))) or rng.sample(rows, min(count, len(rows)))
         return self.checked(t, [(row, self.sampler(t).draw(row, rng)) for row in chosen])
 
     def checked(self, t: int, pairs: list[tuple[int, str]]) -> list[tuple[int, str]]:
@@ -205,6 +205,11 @@ class Run:
     def after(self, t: int) -> tuple[T5, list]:
         """The model and OOD statistics that D_t's checkpoint holds."""
         return store.load_model(self.folder / f"D{t}.pt")
+
+
+def within(rows: Tensor, corpus: data.Corpus) -> Tensor:
+    """Those of the rows that are of this corpus."""
+    return rows[(rows >= corpus.rows.start) & (rows < corpus.rows.stop)]
 
 
 def read(config: Config, folder: Path, log: store.Log) -> None:

@@ -19,6 +19,7 @@ import rq
 import store
 import train
 from arrays import Chain
+from index import Index
 from mixlora import MixConfig, add_mixture, mixed_layers
 from queries import store_pseudo_queries
 from reading import Problems
@@ -442,3 +443,13 @@ def test_the_command_says_what_is_wrong_with_exit_status_1(tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["doctor.py", str(tmp_path)])
     with pytest.raises(SystemExit, match="^tools.doctor: found no "):  # a text: status 1
         command.run(doctor.main, "tools.doctor")
+
+
+def test_a_run_that_took_documents_in_and_gave_some_up_is_well(healthy, tmp_path):
+    link = link_tree(healthy, tmp_path / "run")
+    index = Index.open(link)
+    index.add([("new1", "zebra stripes", "why do zebras have stripes and horses do not")])
+    index.delete([index.run.ids[3], index.run.ids[40]])
+    index.add([("new2", "kiwi eggs", "kiwis lay large eggs")], queries=[("kiwi eggs", "new2")])
+    findings = list(doctor.examine(doctor.Patient(link, 20, "cpu")))
+    assert not [(name, finding.measured) for name, finding in findings if finding.verdict == "FAIL"]

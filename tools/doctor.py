@@ -32,6 +32,7 @@ import data
 import dense
 import dream
 import mixlora
+import ood
 import optim
 import prepare
 import queries
@@ -67,9 +68,9 @@ def beyond_chance(recall: float, documents: int) -> float:
     return (recall - chance) / (1 - chance)
 
 
-def some(n: int, most: int) -> Tensor:
-    """Numbers below n, at most so many, the same at every call."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:most]
+def some(rows: Tensor, most: int) -> Tensor:
+    """At most so many of these rows (n, ..), the same at every call."""
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most]]
 
 
 class Patient:
@@ -82,7 +83,10 @@ class Patient:
         self.run = prepare.Run(self.config, folder, store.Log(folder, writes=False))
         self.t = self.trained.finished[-1]  # the last corpus that was trained on
         self.corpora, self.ids = self.run.corpora[: self.t + 1], self.run.ids
-        self.codes = self.trained.docids  # (N, M)
+        self.codes, self.live = (
+            self.trained.docids,
+            self.run.live,
+        )  # (N, M); rows of documents that are not deleted
         self.books = store.read_tensors(folder / "rq.pt")  # (M, K, D)
         self.embeddings = Chain(prepare.open_embeddings(self.run, self.run.corpora))  # N of (D,), on disk
         self.d0_embeddings = self.embeddings.parts[0]  # (N_0, D)
@@ -174,9 +178,10 @@ def round_trip(patient: Patient) -> Finding:
     codes, (model, trie), (m, k, _) = patient.codes, patient.last, patient.books.shape
     fits = codes.shape[1:] == (m,) and (model.config.codebooks, model.config.centroids) == (m, k)
     fits = fits and bool(((codes >= 0) & (codes < k)).all())
-    lost = patient.corpora[-1].rows.stop - len(trie.documents)
+    live = store.live_rows(patient.folder, patient.corpora)
+    lost = len(live) - len(trie.documents)
     if fits:
-        rows = some(len(trie.documents), patient.count)
+        rows = some(live[live < len(codes)], patient.count)
         nodes = trie.root(len(rows))
         for depth in range(m):
             nodes = trie.child(depth, nodes, codes[rows, depth])
@@ -192,7 +197,8 @@ def round_trip(patient: Patient) -> Finding:
 
 def fresh_embeddings(patient: Patient) -> Finding:
     """Embeds some documents again."""
-    rows, corpora = some(min(len(patient.embeddings), len(patient.ids)), EMBEDDED), patient.run.corpora
+    n, corpora = min(len(patient.embeddings), len(patient.ids)), patient.run.corpora
+    rows = some(patient.live[patient.live < n], EMBEDDED)
     titles, texts = (Chain([getattr(corpus, name) for corpus in corpora]) for name in ("titles", "texts"))
     passages = list(queries.passages(*([part[row] for row in rows.tolist()] for part in (titles, texts))))
     ids = data.tokenize(patient.run.tokenizer, passages, patient.config.document_length)
@@ -208,7 +214,8 @@ def fresh_docids(patient: Patient) -> Finding:
     """Encodes some embeddings again."""
     if made := patient.config.docids:
         return Finding("skip", f"docids come from {made}")
-    rows = some(min(len(patient.embeddings), len(patient.codes)), 10 * patient.count)
+    n = min(len(patient.embeddings), len(patient.codes))
+    rows = some(patient.live[patient.live < n], 10 * patient.count)
     again = rq.encode(patient.stored(rows), patient.books, device=patient.run.device)
     same = float((again == patient.codes[rows]).all(1).float().mean())
     return Finding(
@@ -220,7 +227,7 @@ def fresh_docids(patient: Patient) -> Finding:
 def distinct_docids(patient: Patient) -> Finding:
     """Tells docids that many documents share, and codebooks that tell little."""
     d0 = rq.report(patient.d0_embeddings, patient.books, patient.d0_codes)
-    distinct = len(patient.codes.unique(dim=0)) / len(patient.codes)
+    distinct = len(patient.codes[patient.live].unique(dim=0)) / len(patient.live)
     full = math.log2(min(patient.books.shape[1], d0.documents))
     return Finding(
         verdict(d0.distinct < 0.95, distinct < 0.9 or min(d0.entropy) < full / 2),
@@ -345,8 +352,11 @@ def updates(patient: Patient) -> Finding:
     """How far each stage moved every group: what trains must move, what is frozen must not."""
     before, stages, rates = patient.start, [], patient.logged("lr")
     faults = {"did not train": [], "frozen but moved": [], "large": []}
-    for t in range(patient.t + 1):
+    for t in patient.trained.finished:
         after = patient.checkpoint(f"D{t}.pt")
+        if t and t - 1 not in patient.trained.finished:  # dropped since
+            before = after
+            continue
         frozen, counts = frozen_groups(t, after, patient.config), [len(x.old) for x in mixed_layers(after)]
         both = zip(groups(before, counts).items(), groups(after, counts).values())
         ratios = {name: moved_by(old, new) for (name, old), new in both if any(map(Tensor.numel, old))}
@@ -375,6 +385,8 @@ def learnt(patient: Patient) -> Finding:
     """Recall on queries as trained on against test queries: neither, both, or the former alone (memorised)."""
     recalls, verdicts, at_first = [], [("ok", "")], 0.0
     for t, i in dict.fromkeys([(0, 0), (patient.t, patient.t), (patient.t, 0)]):  # D_i by the model after D_t
+        if not patient.corpora[i].test:
+            continue
         model, trie = patient.last if t == patient.t else patient.trained.at(t)
         trained = patient.recall(model, trie, patient.training_queries(i))
         tested = patient.recall(model, trie, patient.test_queries(patient.count, i))
@@ -401,10 +413,11 @@ def answers_dreams(patient: Patient) -> Finding:
         return Finding("skip", f"D{t}.pt was trained on no dreams")
     if not (drawer := prepare.find_dreams(patient.run, patient.start, patient.books, wanted=False)):
         return Finding("skip", f"the tokenizer has fewer than {dream.TOP} words")
-    rows = dream.choose([corpus.rows.stop for corpus in patient.corpora[:-1]], patient.count, generator)
+    rows = patient.run.choose(t, patient.count, generator)
     codes, shares = patient.codes[rows], []
     ids, beam = drawer.draw(codes, generator).to(patient.run.device), max(10, config.beam)
-    for model, trie in patient.trained.at(t - 1), patient.last:
+    t_before = patient.trained.finished[-2]
+    for model, trie in patient.trained.at(t_before), patient.last:
         leaves = torch.cat([beam_search(model, trie, part, beam)[0] for part in ids.split(64)])
         begin, end = leaves[:, :10].unbind(-1)
         answers = trie.rows[begin.clamp(max=len(trie.rows) - 1)] == codes[:, None]  # (Q, 10, M)
@@ -412,7 +425,7 @@ def answers_dreams(patient: Patient) -> Finding:
     before, now = shares
     return Finding(
         verdict(now < 0.5 * before, now < 0.8 * before or before < 0.2),
-        f"{now:.1%} of {len(ids)} dreams of D_0..D_{t - 1} find their docid among 10, {before:.1%} by D{t - 1}.pt",
+        f"{now:.1%} of {len(ids)} dreams of D_0..D_{t - 1} find their docid among 10, {before:.1%} by D{t_before}.pt",
         "80% of the latter, and that 20%",
         "raise --dream_kl or --dream_batch, or lower --lr; where both are low, dreams say little of their documents "
         "(python -m tools.dreams): train the bi-encoder longer, or take more codebooks",
@@ -461,7 +474,7 @@ def beam_reaches_best(patient: Patient) -> Finding:
     """How often the best docid of all survives the beam."""
     (model, trie), hits = patient.last, []
     docids = trie.rows.unique(dim=0).long()
-    docids = docids[some(len(docids), EXACT_DOCIDS)]
+    docids = some(docids, EXACT_DOCIDS)
     for ids in patient.tokens(patient.test_queries(min(EXACT, patient.count))).split(1):
         best = beam_search(model, trie, ids, patient.config.beam)[1].max()
         hits.append(bool(best >= exact_scores(model, ids, docids.to(ids.device)).max() - TOLERANCE))
@@ -499,15 +512,20 @@ def expert_load(patient: Patient) -> Finding:
 def ood_statistics(patient: Patient) -> Finding:
     """Every mixed layer of every checkpoint knows the energies of what it has seen."""
     broken, seen, unseen, m = [], 0, 0, len(patient.books)
-    for t in range(patient.t + 1):
+    for t in patient.trained.finished:
+        large = [c for c in patient.corpora[: t + 1] if not c.added or len(c.rows) >= ood.ENOUGH]
         model, stats = store.load_model(patient.folder / f"D{t}.pt")
         layers = mixed_layers(model)
         if len(stats) != len(layers):
             broken.append(f"D{t}: {len(stats)} statistics of {len(layers)} layers")
         for number, (layer, stat) in enumerate(zip(layers, stats)):
             if stat.mode == "pooled":  # a sketch of each corpus since the mixture came, and the scale
-                sketches, arrived = (len(stat.arrivals), len(stat.newest)), t + patient.config.d0_mixture
-                good = sketches == (arrived, arrived > 1) and bool(stat.dreams[1] > 0)
+                arrived = (
+                    len(large) - 1 + patient.config.d0_mixture
+                )  # few documents: in a pool, later in a sketch
+                pooled = t + 1 > len(large)
+                good = len(stat.arrivals) == arrived or (pooled and len(stat.arrivals) > arrived)
+                good &= len(stat.newest) == (arrived > 1) and bool(stat.dreams[1] > 0)
                 values = [stat.arrivals.flatten(), stat.newest.flatten(), stat.dreams]
             else:
                 values, good = [stat.mean, stat.variance], bool((stat.variance >= 0).all())
