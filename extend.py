@@ -52,6 +52,8 @@ def require_finished(folder: Path, source: Path | None = None) -> bool:
         raise ValueError(
             f"{folder}: a run of {config['method']} takes no documents in, only of {', '.join(METHODS)}"
         )
+    if config["docid_kind"] == "atomic":
+        raise ValueError(f"{folder}: a run of atomic docids takes no documents in, only one of rq or pq")
     results = folder / "results.json"
     reported = store.read_json(results)["experts"] if results.exists() else ()
     missing = [corpus.name for corpus in corpora if corpus.name not in done]
@@ -181,8 +183,9 @@ def erase(folder: Path) -> str:
         ):  # an id may be taken in again after its first version went
             (gone.add if row in deleted else gone.discard)(doc_id)
         left += forget_queries(folder, corpus, deleted, gone)
-        rows = np.array([row - corpus.first_row for row in corpus.rows if row in deleted], np.int64)
-        if not any(corpus.titles[row].strip() or corpus.texts[row].strip() for row in rows):
+        rows = [row - corpus.first_row for row in corpus.rows if row in deleted]
+        rows = [row for row in rows if corpus.titles[row].strip() or corpus.texts[row].strip()]
+        if not rows:
             continue
         count += len(rows)
         forget_tokens(folder, t)
@@ -221,7 +224,7 @@ def forget_queries(
     return labels, queries
 
 
-def blank(path: Path, rows: np.ndarray) -> None:
+def blank(path: Path, rows: list[int] | np.ndarray) -> None:
     """Puts spaces in place of these strings of an arrays.Strings file, whose spans stay."""
     content, spans = bytearray(path.read_bytes()), arrays.read_array(path.with_suffix(".npy"), np.int64, 2)
     for start, end in spans[rows].tolist():

@@ -170,7 +170,7 @@ class Index:
             keep: checkpoints that stay on disk beside D_0's, the newest; 0: all.
 
         Raises ValueError, with the index as it was, where a document is empty, an id stands twice or is held already,
-        or another process adds or deletes.
+        or another process adds or deletes. The very documents that came last, once more, change nothing.
         """
         with beir_folder(documents, queries, "test") as (place, _):
             flags = ["--extend", str(self.folder), "--data", str(place), "--keep", str(keep)]

@@ -173,6 +173,14 @@ def test_unknown_ids_and_ids_named_twice_delete_nothing(copied, ids, message):
     assert contents(copied) == before
 
 
+def test_a_run_of_atomic_docids_takes_nothing(copied, tmp_path):
+    """A new document would get the docid of the nearest old one."""
+    config = store.read_json(copied / "config.json")
+    store.write_json(copied / "config.json", config | {"docid_kind": "atomic"})
+    with pytest.raises(ValueError, match="atomic docids"):
+        extend_by(copied, folder_of(tmp_path / "new"))
+
+
 def test_a_run_of_another_method_or_one_that_is_not_finished_takes_nothing(begun, tmp_path):
     source = folder_of(tmp_path / "new")
     with pytest.raises(
