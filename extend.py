@@ -74,8 +74,8 @@ def take_in(run: prepare.Run, made: prepare.Prepared, asked: Command) -> None:
     """The documents of the BEIR folder `asked.data` become the run's next corpus, with embeddings and docids; nothing has
     trained on it yet.
 
-    Raises ValueError where the folder holds what cannot be indexed, or ids that the run holds, unless it may `replace` these documents, which go
-    once the new ones are learnt.
+    Raises ValueError where the folder holds what cannot be indexed or, without `asked.replace`, ids that the run holds.
+    What is replaced goes once the new versions are learnt.
     """
     source = asked.data
     if distributed.is_main_process() and not require_finished(run.folder, source):
@@ -122,14 +122,10 @@ def take_in(run: prepare.Run, made: prepare.Prepared, asked: Command) -> None:
         }
         about["corpora"].append(store.described(corpus) | {"added": added})
         arrays.write_json(run.folder / "corpus.json", about)
-        dropped = (
-            len(collection.train)
-            and f"; {len(collection.train)} annotated queries left out, which only D_0 has"
-        )
+        n = len(collection.train)
+        left_out = f"; {n} annotated queries left out, which only D_0 has" if n else ""
         gone = f", {len(replaced)} of them in place of earlier versions" if replaced else ""
-        run.log.line(
-            f"D{t}: {len(documents)} documents{gone}, {len(corpus.test)} test queries{dropped or ''}"
-        )
+        run.log.line(f"D{t}: {len(documents)} documents{gone}, {len(corpus.test)} test queries{left_out}")
     distributed.wait()
     run.load_corpora()
     made.codes = store.load_docids(run.folder)

@@ -85,6 +85,9 @@ class Index:
             raise ValueError(
                 f"method {method!r}: an index takes documents in, so one of {', '.join(extend.METHODS)}"
             )
+        if own := settings.keys() & {"data", "run", "splits"}:
+            names = ", ".join(sorted(own))
+            raise ValueError(f"{names}: follows from the documents and the folder; leave it out")
         with beir_folder(documents, queries) as (place, n):
             scale = max(FEWEST_STEPS, train.growth_of_steps(n / TRAINED_ON))
             steps = {
@@ -187,8 +190,12 @@ class Index:
         ids = list_of(ids)
         with store.lock(self.folder):
             extend.require_finished(self.folder)
-            extend.erase(self.folder)  # what a stop within an earlier call left
-            said = extend.delete(self.folder, extend.rows_of(self.folder, ids))
+            try:
+                said = extend.delete(self.folder, extend.rows_of(self.folder, ids))
+            except ValueError:
+                # An id may be gone since an earlier call, which was stopped before all was erased
+                extend.erase(self.folder)
+                raise
         self.refresh()
         return said
 

@@ -196,6 +196,8 @@ def test_an_index_is_of_a_run_and_of_a_method_that_takes_documents(tmp_path):
         Index.train(DOCUMENTS, tmp_path / "x", method="base")
     with pytest.raises(ValueError, match="unrecognized arguments: --nonsense"):
         Index.train(DOCUMENTS, tmp_path / "x", nonsense=1)
+    with pytest.raises(ValueError, match="run: follows from the documents and the folder"):
+        Index.train(DOCUMENTS, tmp_path / "x", run=str(tmp_path / "y"))
     with pytest.raises(ValueError, match="D_0 has 1 document, wanted 2 or more"):
         Index.train(DOCUMENTS[:1], tmp_path / "x")
     assert not (tmp_path / "x" / "corpus.json").exists()
