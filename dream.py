@@ -18,7 +18,8 @@ from data import EOS, PAD
 from queries import is_unspaced
 from t5 import T5
 
-TOP = 40  # words of a docid, by inner product
+TOP = 40  # words of a docid, by inner product: at most
+LEAST = 10  # words of a tokenizer, of which fewer say too little
 FEWEST, MOST = 2, 4  # of these in a dream
 NOISE = 4  # words at most from the tokenizer's prior; without them the model keeps bags of words and forgets queries
 STEEP = 3.0  # the word at place TOP is e^-3 times as likely as the first
@@ -38,8 +39,8 @@ class Dreams:
         self.most, self.noise = most, noise
 
     def words(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """The TOP words of docids (n, M), nearest first: numbers among the pieces, and probabilities, each (n, TOP)."""
-        best = (rq.decode(self.books, codes) @ self.embeddings.T).topk(TOP, dim=1)
+        """The TOP words, or all, of docids (n, M), nearest first: numbers among the pieces, and probabilities, (n, TOP)."""
+        best = (rq.decode(self.books, codes) @ self.embeddings.T).topk(min(TOP, len(self.pieces)), dim=1)
         first, last = best.values[:, :1], best.values[:, -1:]
         p = torch.exp(STEEP * (best.values - first) / (first - last).clamp(min=1e-9))
         return best.indices, p / p.sum(1, keepdim=True)
@@ -64,9 +65,9 @@ class Dreams:
 
 @torch.no_grad()
 def dreams(bi_encoder: T5, tokenizer, books: Tensor, most: int = MOST, noise: int = NOISE) -> Dreams | None:
-    """Dreams by this bi-encoder, or None where the tokenizer has fewer words than a docid takes."""
+    """Dreams by this bi-encoder, or None where the tokenizer has fewer words than LEAST, or than a dream takes."""
     pieces = word_pieces(tokenizer)
-    if len(pieces) < TOP:
+    if len(pieces) < max(LEAST, most):
         return None
     asked = torch.stack([pieces, torch.full_like(pieces, EOS)], dim=1)
     prior = torch.tensor([tokenizer.get_score(piece) for piece in pieces.tolist()])

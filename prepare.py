@@ -435,7 +435,7 @@ def find_dreams(run: Run, bi_encoder: T5, books: Tensor, wanted: bool) -> Dreams
         return None
     found = dreams(bi_encoder, run.tokenizer, books, run.config.dream_words, run.config.dream_noise)
     if not found:
-        text = f"the tokenizer has fewer than {dream.TOP} words, too few for dreams"
+        text = f"the tokenizer has fewer than {dream.LEAST} words, too few for dreams"
         if wanted and run.config.dreams:
             raise ValueError(f"{text}; pass a larger --vocab, or --dreams 0")
         run.log.line(f"warning: {text}; going on without")

@@ -234,10 +234,10 @@ def suggest(n: int) -> tuple[int, int]:
 
 def require_distinct(report: Report, documents: int, wanted: float = 0.95) -> None:
     """Raises ValueError, with a suggestion of M and K, when distinct docids are fewer than `wanted` of the different
-    `documents` of D_0, of which equal ones count once.
+    `documents` of D_0, of which equal ones count once. Of few documents one may share a docid.
     """
     share = report.distinct * report.documents / documents
-    if share < wanted:
+    if share < wanted and round((1 - share) * documents) > 1:
         m, k = suggest(documents)
         m = max(m, len(report.used) + 1)
         raise ValueError(

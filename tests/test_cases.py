@@ -335,7 +335,7 @@ def test_files_of_a_folder_that_changed_are_named_on_resuming(tmp_path):
     (folder / "order").write_text("")
     prepare.report_changes(config, run, log)
     line = (run / "log.txt").read_text().removeprefix(before)
-    assert "has changed since it was read (corpus.jsonl, order)" in line and "train a new run" in line
+    assert "has changed since it was read (corpus.jsonl, order)" in line and "--extend" in line
     (folder / "corpus.jsonl").rename(tmp_path / "gone")
     prepare.report_changes(
         replace(config, data=str(tmp_path / "nowhere")), run, log

@@ -8,11 +8,12 @@ from scipy.stats import chisquare
 from toy import TOY
 
 import data
+import dream
 import prepare
 import store
 import train
 from config import parse
-from dream import FEWEST, MOST, NOISE, TOP, Dreams, choose, dreams, word_pieces
+from dream import FEWEST, LEAST, MOST, NOISE, TOP, Dreams, choose, dreams, word_pieces
 
 WORDS, WIDTH, M, K = 60, 8, 2, 5
 
@@ -195,19 +196,26 @@ def test_dreams_of_a_tokenizer_use_its_words_their_scores_and_their_embeddings_a
     torch.testing.assert_close(made.prior.log(), -made.pieces.double())
     asked = torch.tensor([[5, data.EOS]])
     torch.testing.assert_close(made.embeddings[2], model.eval().embed(asked)[0])
-    assert dreams(model, vocabulary("<pad>", "</s>", "x", *names[1:]), torch.randn(1, 4, 16)) is None
+    assert dreams(model, vocabulary("<pad>", "</s>", "x", *names[: LEAST - 1]), torch.randn(1, 4, 16)) is None
 
 
-def test_too_few_words_are_a_warning_or_where_dreams_were_asked_for_an_error(toy, tmp_path):
+def test_a_docid_has_as_many_words_as_there_are():
+    one = Dreams(torch.arange(12), torch.randn(12, 3), torch.zeros(12), torch.randn(2, 4, 3))
+    words, p = one.words(torch.tensor([[1, 2]]))
+    assert sorted(words[0].tolist()) == list(range(12)) and p.shape == (1, 12)
+
+
+def test_too_few_words_are_a_warning_or_where_dreams_were_asked_for_an_error(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(dream, "LEAST", 500)
     flags = ["--data", str(toy), "--splits", "80,20", *TOY, "--no-baselines", "--vocab", "60", "--steps", "2"]
     asked = parse([*flags, "--run", str(tmp_path / "run")])
     train.execute(asked, quiet=True)
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert "warning: the tokenizer has fewer than 40 words, too few for dreams; going on without" in log
+    assert "warning: the tokenizer has fewer than 500 words, too few for dreams; going on without" in log
     assert "D1 step 2/2" in log and " dream " not in log
     run = prepare.Run(asked.config, tmp_path / "run", store.Log(tmp_path, quiet=True))
     made = run.after(0)[0], store.read_tensors(tmp_path / "run" / "rq.pt")
-    with pytest.raises(ValueError, match="fewer than 40 words, .*pass a larger --vocab, or --dreams 0"):
+    with pytest.raises(ValueError, match="fewer than 500 words, .*pass a larger --vocab, or --dreams 0"):
         prepare.find_dreams(run, *made, wanted=True)
     run.config.dreams = 0  # as asked for; pooled energies would be measured by dreams, and go without
     assert prepare.find_dreams(run, *made, wanted=True) is None

@@ -412,7 +412,7 @@ def answers_dreams(patient: Patient) -> Finding:
     if not (config.dreams and t):
         return Finding("skip", f"D{t}.pt was trained on no dreams")
     if not (drawer := prepare.find_dreams(patient.run, patient.start, patient.books, wanted=False)):
-        return Finding("skip", f"the tokenizer has fewer than {dream.TOP} words")
+        return Finding("skip", f"the tokenizer has fewer than {dream.LEAST} words")
     rows = patient.run.choose(t, patient.count, generator)
     codes, shares = patient.codes[rows], []
     ids, beam = drawer.draw(codes, generator).to(patient.run.device), max(10, config.beam)

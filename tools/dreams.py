@@ -29,7 +29,9 @@ def dreams_of(run: store.LoadedRun, rows: list[int], seed: int) -> Iterator[tupl
     bi_encoder, generator = store.load_model(run.folder / "dense.pt")[0], torch.Generator().manual_seed(seed)
     drawer = dream.dreams(bi_encoder, run.tokenizer, books, config["dream_words"], config["dream_noise"])
     if drawer is None:
-        raise ValueError(f"{run.folder}: its tokenizer has fewer than {dream.TOP} words, too few for dreams")
+        raise ValueError(
+            f"{run.folder}: its tokenizer has fewer than {dream.LEAST} words, too few for dreams"
+        )
     for row in rows:
         drawn = drawer.draw(run.docids[[row] * COUNT], generator).tolist()
         yield row, [run.tokenizer.decode([i for i in ids if i not in (PAD, EOS)]) for ids in drawn]
