@@ -136,9 +136,9 @@ def test_the_same_seed_draws_the_same_dreams_in_whatever_chunks_of_another_seed_
     monkeypatch.setattr("dream.CHUNK", 30)
     chunks = some.draw(codes, seeded(7))
     assert chunks.shape == one.shape
-    for dream, (near, _) in zip(chunks.tolist(), zip(*some.words(codes))):
+    for drawn, (near, _) in zip(chunks.tolist(), zip(*some.words(codes))):
         own = {some.pieces[number].item() for number in near.tolist()}
-        assert len(own & set(dream)) >= FEWEST  # each of its own docid
+        assert len(own & set(drawn)) >= FEWEST  # each of its own docid
 
 
 # -------------------------------------------------------------------------------------------- for which docids

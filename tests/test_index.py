@@ -209,3 +209,10 @@ def test_queries_train_d0(tmp_path):
     assert sorted(index.run.corpora[0].train) == sorted(
         (next(row for row in range(10) if index.run.ids[row] == doc_id), text) for text, doc_id in asked
     )
+
+
+def test_documents_of_before_are_still_found_after_adds(index):
+    """Held by dreams, which a small tokenizer has too."""
+    for n in range(3):
+        index.add([(f"n{n}", "", f"narwhal number {n} has a tooth")])
+    assert sum(f"d{i}" in [hit.id for hit in hits[:3]] for i, hits in enumerate(index.search(ANIMALS))) >= 9
