@@ -197,7 +197,7 @@ class LaterCorpus(Training):
         pairs = run.training_queries(self.t)
         self.n_plain = self.n_new = len(pairs)
         self.steps = config.steps or math.ceil(config.epochs * len(pairs) / config.batch)
-        self.batch, self.dream_kl, self.pace = config.batch, config.dream_kl, 1.0
+        self.batch, self.dream_kl = config.batch, config.dream_kl
         earlier = len(run.live) > len(run.corpora[self.t].rows)  # not where D_t replaces all that there was
         self.n_old, n_general = config.dreams if dreams and earlier else 0, 0
         if self.added:
@@ -207,10 +207,9 @@ class LaterCorpus(Training):
             self.n_old = min(self.n_old, self.steps * config.dream_batch)
             if growth < 1:
                 # All that is asked in natural words asks for these few: the model would come to answer every such
-                # query with them. What holds it weighs more, and half of it is general text, in natural words; all
-                # but the docid table, without which they are not learnt, trains at lower rates
-                self.dream_kl *= growth ** -(2 / 3)
-                n_general, self.pace = self.n_old // 2 if run.general else 0, growth
+                # query with them. What holds it weighs more, and half of it is general text, in natural words
+                self.dream_kl /= growth
+                n_general = self.n_old // 2 if run.general else 0
         if not self.n_old:
             return run.tokens(pairs), codes[[row for row, _ in pairs]]
         # Part of the new queries are dreams too, or the model would tell old from new by their style
@@ -349,8 +348,8 @@ class LaterCorpus(Training):
         lora = dict(mixlora.attention_parameters(model))
         rest = [(n, p) for n, p in model.named_parameters() if n != "rq" and n not in lora]
         groups = parameter_groups([("rq", model.rq)], table_lr)
-        groups += parameter_groups(rest, config.lr * self.pace)
-        groups += parameter_groups(lora.items(), config.attention_lr * self.pace)
+        groups += parameter_groups(rest, config.lr)
+        groups += parameter_groups(lora.items(), config.attention_lr)
         self.record["trainable_parameters"] = sum(p.numel() for group in groups for p in group["params"])
         stage = Stage(
             f"D{self.t}", groups, self.steps, config.warmup, self.next_batch, self.loss,
