@@ -90,26 +90,13 @@ class Index:
             raise ValueError(f"{names}: follows from the documents and the folder; leave it out")
         with beir_folder(documents, queries) as (place, n):
             scale = max(FEWEST_STEPS, train.growth_of_steps(n / TRAINED_ON))
-            steps = {
-                name: round(scale * SMALL[name]) for name in ("dense_warmup_steps", "dense_steps", "d0_steps")
-            }
-            flags = [
-                "--data",
-                str(place),
-                "--run",
-                str(folder),
-                "--method",
-                method,
-                "--splits",
-                "100",
-                "--no-baselines",
-            ]
+            stages = ("dense_warmup_steps", "dense_steps", "d0_steps")
+            steps = {name: round(scale * SMALL[name]) for name in stages}
+            flags = f"--method {method} --splits 100 --no-baselines".split()
+            flags += ["--data", str(place), "--run", str(folder)]
             for name, value in (steps | {"M": SMALL["M"], "device": device} | settings).items():
-                flags += (
-                    [f"--{name}" if value else f"--no-{name}"]
-                    if isinstance(value, bool)
-                    else [f"--{name}", str(value)]
-                )
+                flags.append(f"--no-{name}" if value is False else f"--{name}")
+                flags += [] if isinstance(value, bool) else [str(value)]
             train.execute(parse(flags), quiet=True)
         return cls(folder, device)
 

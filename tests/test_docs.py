@@ -55,6 +55,7 @@ def flags_of(path: Path) -> set[str]:
     if path.stem in ("train", "cost"):
         settings = importlib.import_module("config" if "config.py" in PYTHON else "train")
         flags |= set(settings.Config.__dataclass_fields__) | {"help", "resume", "overwrite"}
+        flags |= {"extend", "replace", "keep", "consolidate"}
     return flags
 
 
