@@ -109,7 +109,7 @@ def test_the_table_of_readme_has_figures_of_the_methods_table():
     wanted = tables_in(experiments.figures("methods", summary))[0] if summary else {}
     assert set(rows) == set(wanted)  # no figures before there are any
     for label, cells in rows.items():  # AP, BWT, FWT behind D0 .. D4, then p, then the paper's three
-        paper = wanted[label][9].split(", ") if wanted[label][9] else [""] * 3
+        paper = wanted[label][9].split(", ") if wanted[label][9:] else [""] * 3
         assert [cell.strip() for cell in cells.split(" | ")] == wanted[label][5:8] + paper, label
 
 
