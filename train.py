@@ -566,7 +566,9 @@ def execute(asked: Command, last: int | None = None, quiet: bool = False) -> dic
     with ExitStack() as held:
         if main_process:
             goes_on = asked.resume or asked.extends
-            lock = store.lock(folder) if goes_on else store.new_folder(folder, asdict(config), asked.overwrite)
+            lock = (
+                store.lock(folder) if goes_on else store.new_folder(folder, asdict(config), asked.overwrite)
+            )
             held.enter_context(lock)
             if asked.extends:
                 extend.require_finished(folder, asked.data)
