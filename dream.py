@@ -18,8 +18,8 @@ from data import EOS, PAD
 from queries import is_unspaced
 from t5 import T5
 
-TOP = 40  # words of a docid, by inner product: at most
-LEAST = 10  # words of a tokenizer, of which fewer say too little
+LEAST = 10  # words of a tokenizer; fewer say too little of a document (ours)
+TOP = 40  # words of a docid at most, by inner product
 FEWEST, MOST = 2, 4  # of these in a dream
 NOISE = 4  # words at most from the tokenizer's prior; without them the model keeps bags of words and forgets queries
 STEEP = 3.0  # the word at place TOP is e^-3 times as likely as the first

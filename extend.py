@@ -39,11 +39,8 @@ def require_finished(folder: Path, source: Path | None = None) -> bool:
     """Raises ValueError where the run cannot take documents in. True where those of `source` came last and are all there,
     whether the run has learnt them or was stopped before.
     """
-    config, corpora, done = (
-        store.read_json(folder / "config.json"),
-        store.load_corpora(folder),
-        store.Stages(folder),
-    )
+    config, corpora = store.read_json(folder / "config.json"), store.load_corpora(folder)
+    done = store.Stages(folder)
     to_do = command.quoted("python", "train.py", "--resume", folder)
     newest = corpora[-1]
     added = newest.added or {}
@@ -174,9 +171,8 @@ def erase(folder: Path) -> str:
     """Blanks what the folder's files still hold of deleted documents, as after a stop within `delete`. Says what left."""
     deleted, gone, count, left = set(store.load_deleted(folder).tolist()), set(), 0, np.zeros(2, int)
     for t, corpus in enumerate(store.load_corpora(folder)):
-        for row, doc_id in zip(
-            corpus.rows, corpus.ids
-        ):  # an id may be taken in again after its first version went
+        # An id may be taken in again after its first version went
+        for row, doc_id in zip(corpus.rows, corpus.ids):
             (gone.add if row in deleted else gone.discard)(doc_id)
         left += forget_queries(folder, corpus, deleted, gone)
         rows = [row - corpus.first_row for row in corpus.rows if row in deleted]
@@ -249,7 +245,7 @@ def export(folder: Path, target: Path) -> int:
         for corpus in corpora:
             for row, document in zip(corpus.rows, zip(corpus.ids, corpus.titles, corpus.texts)):
                 if row in live:
-                    file.write((json.dumps(dict(zip(("_id", "title", "text"), document))) + "\n").encode())
+                    file.write(beir_line(document))
                     ids.add(document[0])
             train = (
                 (query_id, text, corpus.ids[row - corpus.first_row], 1)
@@ -276,8 +272,13 @@ def export(folder: Path, target: Path) -> int:
     if general := store.load_general(folder):
         with arrays.writing(target / "general" / "corpus.jsonl") as file:
             for document in zip(general.ids, general.titles, general.texts):
-                file.write((json.dumps(dict(zip(("_id", "title", "text"), document))) + "\n").encode())
+                file.write(beir_line(document))
     return len(ids)
+
+
+def beir_line(document: tuple[str, str, str]) -> bytes:
+    """A document (id, title, text) as a line of corpus.jsonl."""
+    return (json.dumps(dict(zip(("_id", "title", "text"), document))) + "\n").encode()
 
 
 def anew(config: Config, source: Path, target: Path, documents: int, before: int) -> Config:

@@ -233,10 +233,10 @@ def beir_folder(documents: Iterable[Document], queries: Iterable[tuple[str, str]
     """
     with tempfile.TemporaryDirectory(prefix="documents.") as place:
         folder, n, lines, labels = Path(place), 0, [], []
-        with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
+        with (folder / "corpus.jsonl").open("wb") as file:
             for document in documents:
                 require_strings(document, "id, title, text")
-                file.write(json.dumps(dict(zip(("_id", "title", "text"), document))) + "\n")
+                file.write(extend.beir_line(document))
                 n += 1
         if not n:
             raise ValueError("found no document, wanted one or more")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 MODES = ("pooled", "paper_code")
 SKETCH = 512  # quantiles that stand for a corpus's queries in the pooled reference
-ENOUGH = (
+FEW = (
     128  # documents: added corpora of fewer share one sketch, and a layer grows only once that is full (ours)
 )
 
@@ -118,18 +118,18 @@ def known_range(stats: Stats, epsilon: float) -> Tensor:
 def arrival(stats: Stats, scores: Tensor, documents: int) -> Tensor:
     """z of an arriving corpus, (Q, M, E) -> (Q,): of few documents, some of them in proportion, after those in the pool."""
     z = standardised(scores, stats)
-    if documents >= ENOUGH:
+    if documents >= FEW:
         return z
-    points = max(1, SKETCH * documents // ENOUGH)
+    points = max(1, SKETCH * documents // FEW)
     return torch.cat([stats.pool, z[:: max(1, len(z) // points)][:points]])
 
 
-def arrive(stats: Stats, scores: Tensor, documents: int = ENOUGH) -> None:
+def arrive(stats: Stats, scores: Tensor, documents: int = FEW) -> None:
     """pooled: keeps how D_t (Q, M, E) looks to the model that has not trained on it. In place.
 
-    Fewer documents than ENOUGH join the pool; a full pool becomes a sketch of its own.
+    Fewer documents than FEW join the pool; a full pool becomes a sketch of its own.
     """
-    z, few = arrival(stats, scores, documents), documents < ENOUGH
+    z, few = arrival(stats, scores, documents), documents < FEW
     if few and len(z) < SKETCH:
         stats.pool = z
         return
@@ -274,7 +274,7 @@ def histogram(scores: Tensor, stats: Stats, epsilon: float, bins: int = 60) -> d
 
 
 def decide(
-    scores: Tensor, stats: Stats, delta: float, epsilon: float, sigmas: float = 0.0, documents: int = ENOUGH
+    scores: Tensor, stats: Stats, delta: float, epsilon: float, sigmas: float = 0.0, documents: int = FEW
 ) -> Decision:
     """Is the layer to grow for this corpus? The one place that decides.
 
@@ -282,9 +282,9 @@ def decide(
         scores: (Q, M, E) router scores of the corpus's pseudo-queries, in evaluation mode.
         delta: percent of queries, beyond the expected false alarms, above which the layer expands.
         epsilon: the share of the reference that counts as false alarms; paper_code expects none.
-        documents: of the corpus. Fewer than ENOUGH decide together with those in the pool, and once that is full.
+        documents: of the corpus. Fewer than FEW decide together with those in the pool, and once that is full.
     """
-    pooled, e, few = stats.mode == "pooled", energy(scores), documents < ENOUGH  # e (Q, M)
+    pooled, e, few = stats.mode == "pooled", energy(scores), documents < FEW  # e (Q, M)
     if few and pooled:
         z, stats = arrival(stats, scores, documents), replace(stats, pool=stats.pool[:0])
         flags, full = outside(z, stats, epsilon), len(z) >= SKETCH

@@ -114,7 +114,7 @@ class Run:
         live, groups, few = self.live, [], self.live[:0]
         for corpus in self.corpora[:t]:
             rows = within(live, corpus)
-            if corpus.added and len(corpus.rows) < ood.ENOUGH:
+            if corpus.added and len(corpus.rows) < ood.FEW:
                 few = torch.cat([few, rows])
             elif len(rows):
                 groups.append(rows)

@@ -19,7 +19,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import chain
@@ -104,7 +104,7 @@ class StoredCorpus(Corpus):
 
     rows = range(0)  # in place of Corpus's, which would open the ids
     added: dict | None = None  # what extend.py notes of a corpus that a finished run took in
-    replaced: list[int] = []  # rows of earlier documents that go once this corpus is learnt
+    replaced: Sequence[int] = ()  # rows of earlier documents that go once this corpus is learnt
     tested = True  # has it test queries, so that there is something to evaluate?
 
     def __init__(self, folder: Path, name: str, rows: range):

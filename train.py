@@ -10,7 +10,7 @@ Differs  plain AdamW in place of 8-bit; the docid mask is on for plain T5 on D_0
          fragments of documents (`d0_fragments`); on D_t dreams hold the model to what it said of earlier docids
          (dream.py, `dreams`), LoRA adapts the attention to the query (`attention_rank`), and a layer that does not
          grow trains its newest expert (`evolve`). A corpus that a finished run takes in (extend.py) has steps by the
-         number of its documents. None of them sees an earlier corpus's text.
+         number of its documents, and few of them are held by general text beside dreams. None of them sees an earlier corpus's text.
 """
 
 import hashlib
@@ -179,7 +179,7 @@ class LaterCorpus(Training):
     def __init__(self, run: Run, t: int, made: Prepared, previous: State):
         self.run, self.config, self.t, self.made = run, run.config, t, made
         self.model, self.stats, self.added = previous.model, previous.stats, run.corpora[t].added
-        self.documents = len(run.corpora[t].rows) if self.added else ood.ENOUGH  # that decide on growth
+        self.documents = len(run.corpora[t].rows) if self.added else ood.FEW  # that decide on growth
         torch.manual_seed(self.config.seed + 1 + t)
         self.generator = torch.Generator().manual_seed(self.config.seed + t)  # of dreams and batches
         run.ready(self.model)
@@ -191,7 +191,8 @@ class LaterCorpus(Training):
 
     def queries(self) -> tuple[Tensor, Tensor]:
         """Token ids (Q, S) and docids (Q, M): `n_plain` pseudo-queries of D_t, dreams of its documents, which with them
-        are `n_new`, and `n_old` dreams of earlier docids.
+        are `n_new`, and `n_old` dreams of earlier docids, half of them queries of general text where an added corpus has
+        few documents.
         """
         config, run, codes, dreams = self.config, self.run, self.made.codes, self.made.dreams
         pairs = run.training_queries(self.t)
@@ -274,7 +275,7 @@ class LaterCorpus(Training):
         for number, (layer, stat) in enumerate(zip(mixed_layers(self.model), self.stats)):
             scores = self.before.scores[number][: self.n_plain]
             decision = ood.decide(scores, stat, config.delta, config.epsilon, documents=documents)
-            expand = config.expand == "always" and documents >= ood.ENOUGH
+            expand = config.expand == "always" and documents >= ood.FEW
             expand |= config.expand == "ood" and decision.expand
             expand = distributed.agree(expand)  # processes may differ in a last bit, not in their experts
             histogram = ood.histogram(scores, stat, config.epsilon)
@@ -347,13 +348,13 @@ class LaterCorpus(Training):
         table_lr = (config.table_lr or config.lr) * (SLOW_FACTOR if config.slow == "lr" else 1.0)
         lora = dict(mixlora.attention_parameters(model))
         rest = [(n, p) for n, p in model.named_parameters() if n != "rq" and n not in lora]
-        groups = parameter_groups([("rq", model.rq)], table_lr)
-        groups += parameter_groups(rest, config.lr)
+        groups = parameter_groups([("rq", model.rq)], table_lr) + parameter_groups(rest, config.lr)
         groups += parameter_groups(lora.items(), config.attention_lr)
         self.record["trainable_parameters"] = sum(p.numel() for group in groups for p in group["params"])
         stage = Stage(
             f"D{self.t}", groups, self.steps, config.warmup, self.next_batch, self.loss,
-            {"order": self.order, "energies": self.energies}, self.before_clip, self.after_step, climb=partial(baselines.climb, rho=config.sam_rho) if config.sam_rho else None,
+            {"order": self.order, "energies": self.energies}, self.before_clip, self.after_step,
+            climb=partial(baselines.climb, rho=config.sam_rho) if config.sam_rho else None,
         )  # fmt: skip
         fit_and_check_frozen(self.run, model, stage)
 
@@ -369,7 +370,7 @@ class LaterCorpus(Training):
         measure_dreams(self.run, self.model, self.made, self.stats, self.t)
         if self.config.ood_mode == "pooled" and not self.first_mixture:
             self.report_distance(scores)
-        if self.documents >= ood.ENOUGH:
+        if self.documents >= ood.FEW:
             ood.settle(self.stats, scores, self.first_mixture)
 
     def report_distance(self, scores: list[Tensor]) -> None:

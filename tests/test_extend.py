@@ -309,7 +309,7 @@ def test_flags_that_do_not_belong_together_are_refused(finished, flags, message)
 
 def test_few_documents_never_grow_a_layer_and_share_one_sketch(copied, tmp_path, monkeypatch):
     """Of the run, every layer grew with every corpus. Two documents a time fill a pool of four."""
-    monkeypatch.setattr(ood, "ENOUGH", 4)
+    monkeypatch.setattr(ood, "FEW", 4)
     before = [len(layer) for layer in mixed_layers(store.LoadedRun(copied).at(4)[0])]
     arrivals, experts = [], []
     for i in range(3):
@@ -330,7 +330,7 @@ def test_few_documents_never_grow_a_layer_and_share_one_sketch(copied, tmp_path,
 
 def test_a_full_pool_becomes_a_sketch_and_decides(monkeypatch):
     """By hand: z are the numbers themselves where one expert's score is -z and the scale of dreams is 0, 1."""
-    monkeypatch.setattr(ood, "ENOUGH", 8)
+    monkeypatch.setattr(ood, "FEW", 8)
 
     def scores(z) -> torch.Tensor:
         return -torch.as_tensor(z, dtype=torch.float32)[:, None, None]  # (Q, 1, 1)

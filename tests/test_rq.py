@@ -304,6 +304,12 @@ def test_too_many_collisions_are_refused_with_a_larger_docid():
     require_distinct(found, 1000, wanted=0.9)  # exactly as many as wanted will do
 
 
+def test_of_few_documents_one_may_share_its_docid_and_two_may_not():
+    require_distinct(Report(12, 11 / 12, used=[1.0] * 4, entropy=[1.5] * 4, error=0.2), 12)
+    with pytest.raises(ValueError, match=r"only 83\.3% of D_0's 12 different documents"):
+        require_distinct(Report(12, 10 / 12, used=[1.0] * 4, entropy=[1.5] * 4, error=0.2), 12)
+
+
 def test_equal_documents_may_share_a_docid():
     """Of 1000 documents 100 are copies: 900 docids tell all of the others apart."""
     require_distinct(Report(1000, 0.9, used=[1.0] * 6, entropy=[5.0] * 6, error=0.2), 900)

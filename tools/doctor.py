@@ -513,7 +513,7 @@ def ood_statistics(patient: Patient) -> Finding:
     """Every mixed layer of every checkpoint knows the energies of what it has seen."""
     broken, seen, unseen, m = [], 0, 0, len(patient.books)
     for t in patient.trained.finished:
-        large = [c for c in patient.corpora[: t + 1] if not c.added or len(c.rows) >= ood.ENOUGH]
+        large = [c for c in patient.corpora[: t + 1] if not c.added or len(c.rows) >= ood.FEW]
         model, stats = store.load_model(patient.folder / f"D{t}.pt")
         layers = mixed_layers(model)
         if len(stats) != len(layers):
