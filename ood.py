@@ -25,9 +25,7 @@ from torch import Tensor
 
 MODES = ("pooled", "paper_code")
 SKETCH = 512  # quantiles that stand for a corpus's queries in the pooled reference
-FEW = (
-    128  # documents: added corpora of fewer share one sketch, and a layer grows only once that is full (ours)
-)
+FEW = 128  # documents: added corpora of fewer share a sketch, and grow a layer only once that is full (ours)
 
 
 def energy(scores: Tensor) -> Tensor:
