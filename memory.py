@@ -81,8 +81,8 @@ def parameters(net: T5Config, mix: MixConfig | None = None) -> dict[str, int]:
 
 
 def longest_dream(config) -> int:
-    """Tokens, its </s> too; where queries of earlier documents stand in for dreams (--rehearsal), theirs."""
-    if config.rehearsal:
+    """Tokens, its </s> too; where queries stand beside dreams or in their place (general text, --rehearsal), theirs."""
+    if config.rehearsal or config.general:
         return min(LONGEST_QUERY, config.query_length)
     return config.dream_words + config.dream_noise + 1
 

@@ -54,7 +54,10 @@ EXTRA_SHARE = 0.3  # of D_0's batches: general text or, where there is none, fra
 FRESH_QUERIES = 8000  # pseudo-queries of a corpus on which its energies are measured once it is known (ours)
 YARDSTICK = 4000  # dreams that give energies their scale (ours)
 FAR = 10  # percent of the queries just learnt that may lie outside what was known, before a warning (ours)
-GENERAL = 512  # documents of general text whose queries hold the model while it learns few documents (ours)
+GENERAL_SHARE = (
+    0.5  # of what holds the model on D_t: pseudo-queries of general text, where there is some (ours)
+)
+PER_PAGE = 8  # pseudo-queries of each page of general text that is drawn for this, on average (ours)
 FULL = 258  # documents of an added corpus that take `steps` steps: the default's D_t (ours)
 SLOW_FACTOR = 0.01  # of the docid table's gradient or learning rate on D_t (paper)
 
@@ -191,8 +194,8 @@ class LaterCorpus(Training):
 
     def queries(self) -> tuple[Tensor, Tensor]:
         """Token ids (Q, S) and docids (Q, M): `n_plain` pseudo-queries of D_t, dreams of its documents, which with them
-        are `n_new`, and `n_old` dreams of earlier docids, half of them queries of general text where an added corpus has
-        few documents.
+        are `n_new`, and `n_old` that hold the model to what it said: dreams of earlier docids and, of general text,
+        pseudo-queries.
         """
         config, run, codes, dreams = self.config, self.run, self.made.codes, self.made.dreams
         pairs = run.training_queries(self.t)
@@ -200,39 +203,42 @@ class LaterCorpus(Training):
         self.steps = config.steps or math.ceil(config.epochs * len(pairs) / config.batch)
         self.batch, self.dream_kl = config.batch, config.dream_kl
         earlier = len(run.live) > len(run.corpora[self.t].rows)  # not where D_t replaces all that there was
-        self.n_old, n_general = config.dreams if dreams and earlier else 0, 0
+        self.n_old = config.dreams if dreams and earlier else 0
         if self.added:
             growth = growth_of_steps(self.documents / FULL)
             self.batch = min(config.batch, len(pairs))
             self.steps = math.ceil(config.steps * growth) if config.steps else self.steps
             self.n_old = min(self.n_old, self.steps * config.dream_batch)
-            if growth < 1:
-                # All that is asked in natural words asks for these few: the model would come to answer every such
-                # query with them. What holds it weighs more, and half of it is general text, in natural words
-                self.dream_kl /= growth
-                n_general = self.n_old // 2 if run.general else 0
+            self.dream_kl /= min(
+                1.0, growth
+            )  # few would draw all queries to themselves: what holds the model weighs more
         if not self.n_old:
             return run.tokens(pairs), codes[[row for row, _ in pairs]]
-        # Part of the new queries are dreams too, or the model would tell old from new by their style
+        # Without general text part of the new queries are dreams too, or the model would tell old from new by their style
         self.n_plain -= min(int(config.dream_style * len(pairs)), len(pairs) - 1)
         order = torch.randperm(len(pairs), generator=self.generator).tolist()
         pairs = [pairs[i] for i in order]
-        old = run.choose(self.t, self.n_old, self.generator)
-        docids = torch.cat([codes[[row for row, _ in pairs]], codes[old]])
-        asked, dreamt = run.tokens(pairs[: self.n_plain]), dreams.draw(docids[self.n_plain :], self.generator)
-        if n_general:
-            rng = random.Random(f"{config.seed} general {self.t}")
-            pages = rng.sample(run.general.rows, min(GENERAL, len(run.general.rows)))
-            rows = rng.choices(pages, k=n_general)
-            embedded = prepare.open_embeddings(run, [run.general])[0][rows]
-            docids[-n_general:] = rq.encode(embedded, self.made.books, device=run.device)
-            asked_general = run.tokens([(row, run.general_sampler.draw(row, rng)) for row in rows])
-            dreamt = stacked(dreamt[:-n_general], asked_general)
+        n_general = int(GENERAL_SHARE * self.n_old) if run.general else 0
+        rows = run.choose(self.t, self.n_old - n_general, self.generator)
+        docids = torch.cat([codes[[row for row, _ in pairs]], codes[rows]])
+        parts = [run.tokens(pairs[: self.n_plain]), dreams.draw(docids[self.n_plain :], self.generator)]
         if config.rehearsal:
             rng = random.Random(f"{config.seed} rehearsal {self.t}")
-            stored = run.tokens([(row, run.draw(row, rng)) for row in old.tolist()])
-            dreamt = stacked(dreamt[: -self.n_old], stored)
-        return stacked(asked, dreamt), docids
+            stored = run.tokens([(row, run.draw(row, rng)) for row in rows.tolist()])
+            parts[1:] = parts[1][: -len(rows)], stored
+        if n_general:
+            asked, of_general = self.general_queries(n_general)
+            parts, docids = [*parts, asked], torch.cat([docids, of_general])
+        return stacked(*parts), docids
+
+    def general_queries(self, count: int) -> tuple[Tensor, Tensor]:
+        """Token ids (count, S) of pseudo-queries of pages of general text, and these pages' docids (count, M)."""
+        run, rng = self.run, random.Random(f"{self.config.seed} general {self.t}")
+        pages = rng.sample(run.general.rows, min(math.ceil(count / PER_PAGE), len(run.general.rows)))
+        rows = rng.choices(pages, k=count)
+        embedded = prepare.open_embeddings(run, [run.general])[0][rows]
+        asked = run.tokens([(row, run.general_sampler.draw(row, rng)) for row in rows])
+        return asked, rq.encode(embedded, self.made.books, device=run.device)
 
     def scan(self) -> None:
         """D_t by the model before it: encoder outputs, router scores, and the teacher states of both KL terms."""

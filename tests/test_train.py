@@ -740,8 +740,6 @@ OF_D0 = (
     "documents/D0",
     "queries/D0.json",
     "embeddings/D0.npy",
-    "documents/general",
-    "embeddings/general.npy",
     "cache",
 )
 
@@ -753,7 +751,7 @@ OF_D0 = (
 def test_while_d1_trains_nothing_of_d0_s_texts_and_queries_is_read(
     with_general, tmp_path, method, pseudo_queries
 ):
-    """Invariant 11: without these files, and without the general text, D_1 ends with the same bits."""
+    """Invariant 11: without these files D_1 ends with the same bits; general text is of no corpus."""
     whole, bare = tmp_path / "whole", tmp_path / "bare"
     go_on(with_general[pseudo_queries], whole, "--method", method, last=1)
     wanted, wanted_stats = store.load_model(whole / "D1.pt")
@@ -795,6 +793,25 @@ def test_general_text_is_in_no_corpus_and_no_trie_and_takes_30_percent_of_d0_s_b
     for row, query in asked:
         passage = f"{run.general.titles[row]} {run.general.texts[row]}".lower()
         assert set(query.lower().split()) & set(passage.split())
+
+
+def test_on_d1_half_of_what_holds_the_model_asks_for_general_text_and_new_queries_are_plain(
+    with_general, tmp_path
+):
+    go_on(with_general["drawn"], tmp_path / "run", last=0)
+    run, made = loaded(tmp_path / "run")
+    stage = train.LaterCorpus(run, 1, made, train.State(*run.after(0)))
+    assert (stage.n_plain, stage.n_new, stage.n_old) == (40, 40, 200) and len(stage.ids) == 240
+    of_documents = {tuple(row) for row in made.codes[:30].tolist()}
+    assert {tuple(row) for row in stage.docids[40:140].tolist()} <= of_documents
+    embedded = arrays.open_array(tmp_path / "run" / "embeddings" / "general.npy")
+    words = {}  # of all pages that share a docid
+    for page, docid in enumerate(rq.encode(embedded, made.books).tolist()):
+        passage = f"{run.general.titles[page]} {run.general.texts[page]}"
+        words[tuple(docid)] = words.get(tuple(docid), set()) | set(passage.lower().split())
+    for docid, ids in zip(stage.docids[140:].tolist(), stage.ids[140:].tolist()):
+        asked = run.tokenizer.decode([i for i in ids if i > data.EOS]).lower().split()
+        assert set(asked) & words[tuple(docid)]
 
 
 @pytest.fixture(scope="module")

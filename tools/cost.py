@@ -204,12 +204,10 @@ def query_lengths(config) -> tuple[int, int]:
 
 
 def tokens_of_dream(config) -> float:
-    """Of a dream on average, its </s> too; with --rehearsal of a query."""
-    return (
-        query_lengths(config)[0]
-        if config.rehearsal
-        else (dream.FEWEST + config.dream_words + config.dream_noise) / 2 + 1
-    )
+    """Of a dream on average, its </s> too; part of them may be queries (general text), or all (--rehearsal)."""
+    query, dreamt = query_lengths(config)[0], (dream.FEWEST + config.dream_words + config.dream_noise) / 2 + 1
+    share = 1.0 if config.rehearsal else train.GENERAL_SHARE * bool(config.general)
+    return dreamt + share * (query - dreamt)
 
 
 def costs_once(config, held: dict) -> Iterator[Cost]:
