@@ -26,7 +26,7 @@ AT_LEAST_1 = (
     "pseudo_per_document d0_batch batch epochs ewc_samples beam"
 )
 AT_LEAST_2 = "query_length dense_length document_length dream_words"  # a text of one token is its </s>
-SHARES = "dropout lora_dropout d0_warmup warmup epsilon dream_style"
+SHARES = "dropout lora_dropout d0_warmup warmup epsilon dream_general dream_style"
 
 
 def flag(default, group: str, text: str, choices: str = ""):
@@ -141,7 +141,8 @@ class Config:
     dream_kl: float = flag(2.0, "dreams", "weight of the KL to the previous model on dreams (ours)")
     dream_words: int = flag(4, "dreams", "words at most of its document in a dream, 2 at least (ours)")
     dream_noise: int = flag(4, "dreams", "words at most that are drawn by their frequency alone (ours)")
-    dream_style: float = flag(0.5, "dreams", "share of D_t's own queries that are dreams of its documents; with general text 0 (ours)")
+    dream_general: float = flag(0.5, "dreams", "share of dreams in whose place pseudo-queries of general text stand, where there is some (ours)")
+    dream_style: float = flag(0.5, "dreams", "share of D_t's own queries that are dreams of its documents; 0 beside general text (ours)")
 
     sam_rho: float = flag(0.0, "baselines", "radius of adaptive SAM on D_t (paper: 0.15, DSI++ only)")
     ewc: float = flag(0.0, "baselines", "weight of the EWC penalty on D_t (paper: 0.5, CLEVER only)")
@@ -307,7 +308,7 @@ def settle(given: dict, checked: bool) -> Config:
     config = Config(**(recipe | given | {"data": source, "method": method, "preset": preset}))
     config.t5 = "" if config.t5 == "none" else config.t5
     config.general = "" if config.general == "none" else config.general
-    if config.general and "dream_style" not in given:
+    if config.general and config.dream_general and "dream_style" not in given:
         config.dream_style = 0.0  # what holds the model is in natural words too, as new queries are
     config.d0_mask = config.d0_mask or config.mask
     config.device = config.device or default_device()

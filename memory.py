@@ -82,7 +82,7 @@ def parameters(net: T5Config, mix: MixConfig | None = None) -> dict[str, int]:
 
 def longest_dream(config) -> int:
     """Tokens, its </s> too; where queries stand beside dreams or in their place (general text, --rehearsal), theirs."""
-    if config.rehearsal or config.general:
+    if config.rehearsal or (config.general and config.dream_general):
         return min(LONGEST_QUERY, config.query_length)
     return config.dream_words + config.dream_noise + 1
 

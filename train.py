@@ -7,10 +7,11 @@ Next     search.py answers queries from the run folder, eval.py scores it again
 Differs  plain AdamW in place of 8-bit; the docid mask is on for plain T5 on D_0 too; D_0 starts from the
          bi-encoder's weights; D_t's frozen encoder outputs and the previous model's hidden states are computed
          once, by the scan. Ours, each by a flag: on D_0 part of each batch asks for general text (`general`) or
-         fragments of documents (`d0_fragments`); on D_t dreams hold the model to what it said of earlier docids
-         (dream.py, `dreams`), LoRA adapts the attention to the query (`attention_rank`), and a layer that does not
-         grow trains its newest expert (`evolve`). A corpus that a finished run takes in (extend.py) has steps by the
-         number of its documents, and few of them are held by general text beside dreams. None of them sees an earlier corpus's text.
+         fragments of documents (`d0_fragments`); on D_t dreams (dream.py, `dreams`) and queries of general text
+         (`dream_general`) hold the model to what it said of earlier docids, LoRA adapts the attention to the query
+         (`attention_rank`), and a layer that does not grow trains its newest expert (`evolve`). A corpus that a
+         finished run takes in (extend.py) has steps by the number of its documents. None of them sees an earlier
+         corpus's text.
 """
 
 import hashlib
@@ -54,9 +55,6 @@ EXTRA_SHARE = 0.3  # of D_0's batches: general text or, where there is none, fra
 FRESH_QUERIES = 8000  # pseudo-queries of a corpus on which its energies are measured once it is known (ours)
 YARDSTICK = 4000  # dreams that give energies their scale (ours)
 FAR = 10  # percent of the queries just learnt that may lie outside what was known, before a warning (ours)
-GENERAL_SHARE = (
-    0.5  # of what holds the model on D_t: pseudo-queries of general text, where there is some (ours)
-)
 PER_PAGE = 8  # pseudo-queries of each page of general text that is drawn for this, on average (ours)
 FULL = 258  # documents of an added corpus that take `steps` steps: the default's D_t (ours)
 SLOW_FACTOR = 0.01  # of the docid table's gradient or learning rate on D_t (paper)
@@ -218,7 +216,7 @@ class LaterCorpus(Training):
         self.n_plain -= min(int(config.dream_style * len(pairs)), len(pairs) - 1)
         order = torch.randperm(len(pairs), generator=self.generator).tolist()
         pairs = [pairs[i] for i in order]
-        n_general = int(GENERAL_SHARE * self.n_old) if run.general else 0
+        n_general = int(config.dream_general * self.n_old) if run.general else 0
         rows = run.choose(self.t, self.n_old - n_general, self.generator)
         docids = torch.cat([codes[[row for row, _ in pairs]], codes[rows]])
         parts = [run.tokens(pairs[: self.n_plain]), dreams.draw(docids[self.n_plain :], self.generator)]

@@ -206,7 +206,7 @@ def query_lengths(config) -> tuple[int, int]:
 def tokens_of_dream(config) -> float:
     """Of a dream on average, its </s> too; part of them may be queries (general text), or all (--rehearsal)."""
     query, dreamt = query_lengths(config)[0], (dream.FEWEST + config.dream_words + config.dream_noise) / 2 + 1
-    share = 1.0 if config.rehearsal else train.GENERAL_SHARE * bool(config.general)
+    share = 1.0 if config.rehearsal else config.dream_general * bool(config.general)
     return dreamt + share * (query - dreamt)
 
 
