@@ -213,6 +213,10 @@ METHOD_RECIPES = (
     | {("msmarco", "promptdsi"): dict(d0_warmup=0.045, prompts=6611)}
     | {(preset, "promptdsi"): dict(prompts=32) for preset in ("boolq", "beir")}
     | {(preset, "mixlora-dsi"): OURS for preset in ("boolq", "beir")}
+    | {
+        ("boolq", "mixlora-dsi"): OURS | dict(dream_kl=1.5),
+        ("boolq", "dream"): dict(dream_kl=2.5),
+    }  # beside general text
 )
 
 

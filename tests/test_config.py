@@ -108,7 +108,7 @@ OURS = dict(
         (
             "boolq",
             "dream",
-            ADDED | dict(dreams=20_000, dream_kl=4.0, mixture=False, kl_coef=0.0, slow="none"),
+            ADDED | dict(dreams=20_000, dream_kl=2.5, mixture=False, kl_coef=0.0, slow="none"),
         ),
         ("boolq", "never-expand", ADDED),
         ("boolq", "base", ADDED),
