@@ -12,59 +12,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import store
+from benchmarks.measure import products_of, seconds_of
 from index import Index
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 FLOOR = "import sys, torch, faiss, sentencepiece; torch.load(sys.argv[1], weights_only=True)"
-
-
-class Recorded(TorchDispatchMode):
-    """Calls of matrix products that happen inside: name, and shape, strides and type of every tensor."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if (name := op.__name__.split(".")[0]) in PRODUCTS:
-            self.calls.append((name, tuple((tuple(a.shape), a.stride(), a.dtype) for a in args)))
-        return op(*args, **(kwargs or {}))
-
-
-def replay(calls: list) -> float:
-    """Seconds of these products back to back, on other numbers."""
-    held, prepared = {}, []
-    for name, described in calls:
-        tensors = []
-        for place, (shape, stride, dtype) in enumerate(described):
-            key = (place, shape, stride, dtype)
-            if key not in held:
-                held[key] = (
-                    torch.randn(shape).to(dtype).as_strided(shape, stride)
-                    if 0 in stride
-                    else laid_out(shape, stride, dtype)
-                )
-            tensors.append(held[key])
-        prepared.append((getattr(torch, name), tensors))
-    begin = time.monotonic()
-    for product, tensors in prepared:
-        product(*tensors)
-    return time.monotonic() - begin
-
-
-def laid_out(shape: tuple, stride: tuple, dtype: torch.dtype) -> torch.Tensor:
-    """Random numbers with this shape and these strides."""
-    size = 1 + sum((n - 1) * step for n, step in zip(shape, stride))
-    return torch.randn(size).to(dtype).as_strided(shape, stride)
 
 
 def timed(owner, name: str, seconds: Counter, label: str) -> None:
@@ -103,13 +63,11 @@ def main() -> None:
     index.search(texts[:5])  # warm
     ours, products = [], []
     for text in texts:  # in turns, so that a noisy machine disturbs both
-        begin = time.monotonic()
-        index.search(text)
-        ours.append(time.monotonic() - begin)
-        with Recorded() as recorded:
-            index.search(text)
-        replay(recorded.calls)
-        products.append(replay(recorded.calls))
+        search = partial(index.search, text)
+        ours.append(seconds_of(search))
+        same = products_of(search)
+        same()  # warm
+        products.append(seconds_of(same))
     shares = Counter()
     for owner, name, label in (
         (index.model, "encode", "encoder"), (index.model, "decode", "decoder"), (index.trie, "allowed", "trie"),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks import run  # noqa: E402
+from toy import TOY  # noqa: E402
+
+from benchmarks import measure, run, stages  # noqa: E402
 
 SCRIPT = Path(run.__file__)
 
@@ -66,17 +69,59 @@ def test_one_query_is_timed_against_its_products(finished, tmp_path):
     assert 0 < sum(results["shares"].values()) < 1
 
 
-def test_products_are_recorded_and_done_again():
-    from benchmarks.query import Recorded, replay
-
-    x, w = torch.randn(3, 4), torch.randn(5, 4)
-    with Recorded() as recorded:
-        x @ w.T
+def test_products_are_recorded_counted_and_done_again():
+    x, w = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
+    with measure.Recorded() as recorded:
+        y = x @ w.T
         torch.addmm(torch.randn(5), x, w.T)
         x.expand(2, 3, 4) @ torch.randn(2, 4, 6)
-    assert [name for name, _ in recorded.calls] == ["mm", "addmm", "bmm"]
+        y.sum().backward()  # the gradient of w: (5, 3) @ (3, 4)
+    assert [name for name, _ in recorded.calls] == ["mm", "addmm", "bmm", "mm"]
     assert recorded.calls[0][1] == (((3, 4), (4, 1), torch.float32), ((4, 5), (1, 4), torch.float32))
-    assert replay(recorded.calls) > 0
+    assert measure.flop(recorded.calls) == 2 * (3 * 4 * 5 + 3 * 4 * 5 + 2 * 3 * 4 * 6 + 5 * 3 * 4)
+    state = torch.get_rng_state()
+    with measure.Recorded() as same:
+        measure.again(recorded.calls)()
+    assert same.calls == recorded.calls and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_clock_gives_each_moment_to_the_innermost_part(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))  # a second passes between two looks
+    clock = stages.Clock()
+    with clock.within("D_0"):
+        with clock.within("pseudo-queries"), clock.within("tokenising"):
+            pass
+        with clock.within("scan"), clock.within("tokenising"):
+            pass
+    clock.lap()
+    assert clock.of("D_0") == 3 and clock.of("tokenising") == 2 and clock.of("scan") == 2
+    assert clock.of_steps() == 3 + 3  # D_0, and in it pseudo-queries (2) with their tokens (1)
+    assert sum(clock.seconds.values()) == 11
+
+
+def test_the_stages_of_a_run_add_up_to_its_time(toy, tmp_path):
+    flags = [
+        "--json",
+        str(tmp_path / "out.json"),
+        "--data",
+        str(toy),
+        *TOY,
+        "--splits",
+        "60,40",
+        "--vocab",
+        "300",
+    ]
+    done = subprocess.run([sys.executable, stages.__file__, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert stages.markdown(results) in done.stdout
+    rows = {line["stage"]: line for line in results["rows"]}
+    assert list(rows) == [*stages.PARTS, stages.REST] and all(line["seconds"] > 0 for line in rows.values())
+    assert sum(line["seconds"] for line in rows.values()) == pytest.approx(results["seconds"])
+    assert {name for name, line in rows.items() if not line["flop"]} == {
+        "reading", "tokenising", "pseudo-queries", stages.REST,
+    }  # fmt: skip
 
 
 def test_adds_are_measured_on_a_copy_without_the_last_corpus(finished, tmp_path):
