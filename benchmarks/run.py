@@ -5,9 +5,10 @@
     python benchmarks/run.py --list     the names of the rows: what is ours | what it is held against
 
 Both sides compute the same thing in float32 from the same weights, and what they return is compared before a
-clock runs. They take turns (ours, peer, ours, peer, ..) after one untimed run each; the ratio is that of
-neighbours. Where more is wanted (">= 3") it is peer / ours, where less is ("<= 0.4") ours / peer; its median
-is to reach the figure. Weights and documents are random: nothing here says how well documents are found.
+clock runs. They take turns (ours, peer, products, ours, ..) after one untimed run each; the ratio is that of
+neighbours: peer / ours, or ours / peer where at most is wanted ("<= 1.3"). Products are the matrix products that ours
+was seen to make (measure.py), back to back; their share is their time in ours. The medians are to reach the
+goal. Weights and documents are random: nothing here says how well documents are found.
 Needs transformers (requirements-dev.txt) and Linux.
 """
 
@@ -16,14 +17,12 @@ import copy
 import gc
 import json
 import math
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -32,8 +31,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -41,7 +38,8 @@ import mixlora
 import ood
 import rq
 import train
-from config import Config
+from benchmarks.measure import machine, products_of
+from config import mix_config, parse
 from losses import docid_cross_entropy, kl_to_previous, router_losses
 from optim import keep_freed_memory, parameter_groups
 from scan import SourceCache, scan
@@ -54,11 +52,14 @@ try:
 except ImportError:
     sys.exit("benchmarks/run.py compares with transformers: pip install -r requirements-dev.txt")
 
+RESULTS = "results.json"
 SMALL = dict(width=512, heads=8, feed_forward=2048, encoder_blocks=6, decoder_blocks=6)  # T5-small
 BASE = dict()  # T5-base is what T5Config defaults to
-DEFAULT = dict(  # `python train.py` without flags
-    vocab=8000, width=128, head_width=32, heads=4, feed_forward=512, encoder_blocks=2, decoder_blocks=2,
-    codebooks=6, centroids=256,
+RUN = parse([], checked=False).config  # `python train.py` without flags
+DEFAULT = dict(
+    vocab=RUN.vocab, width=RUN.width, head_width=RUN.width // RUN.heads, heads=RUN.heads, codebooks=RUN.M,
+    feed_forward=RUN.feed_forward, encoder_blocks=RUN.encoder_blocks, decoder_blocks=RUN.decoder_blocks,
+    centroids=RUN.K, dropout=RUN.dropout,
 )  # fmt: skip
 TINY = dict(  # --small; transformers' cache fails where the decoder has more blocks than the encoder
     vocab=200, width=32, head_width=8, heads=4, feed_forward=64, encoder_blocks=5, decoder_blocks=5,
@@ -66,6 +67,7 @@ TINY = dict(  # --small; transformers' cache fails where the decoder has more bl
 )  # fmt: skip
 # Tokens of natural queries: from 4 to 32, ten on average, few of them long.
 LENGTHS = (4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 9, 10, 10, 11, 12, 13, 15, 18, 32)
+NO_SLOWER, BOUND = ">= 1", ">= 1 and 70% products"  # goals: of a row, of training steps and search in batches
 
 
 @dataclass(frozen=True)
@@ -95,29 +97,44 @@ class Row:
     low: float  # the ratio's least, median and greatest; without a peer, our figure itself
     ratio: float
     high: float
-    reach: str  # as ">= 3", or nothing where the row only informs
+    share: float | None  # of the products in our time, the median; None where nothing is timed
+    goal: str  # as ">= 1", or nothing where the row only informs
     reached: bool | None
 
     def __str__(self) -> str:
         peer = " " * 14 if self.peer is None else f"{self.peer:11.4g} {self.unit:2}"
-        verdict = {None: "", True: "reached", False: "MISSED"}[self.reached]
-        ratio = f"{self.low:8.3f} {self.ratio:8.3f} {self.high:8.3f}"
-        ours = f"{self.ours:11.4g} {self.unit:2}"
-        return f"{self.name:28} {ours} {peer} {ratio}  {self.reach:9} {verdict:8} {self.work}"
+        share = "" if self.share is None else f"{self.share:.0%}"
+        ratio = f"{self.low:8.3f} {self.ratio:8.3f} {self.high:8.3f} {share:>8}"
+        return (
+            f"{self.name:26} {self.ours:11.4g} {self.unit:2} {peer} {ratio}  {self.verdict():32} {self.work}"
+        )
+
+    def verdict(self) -> str:
+        return self.goal + {None: "", True: ": reached", False: ": **missed**"}[self.reached]
 
 
-def row(name: str, work: str, ours: list, peer: list | None, reach: str = "", unit: str = "s") -> Row:
-    """The row of paired figures; the ratio is ours / peer where less is wanted, else peer / ours."""
-    less, ratios = reach.startswith("<="), ours
+def row(
+    name: str,
+    work: str,
+    ours: list,
+    peer: list | None = None,
+    products: list | None = None,
+    goal="",
+    unit="s",
+) -> Row:
+    """The row of figures taken in turns."""
+    less, ratios, reached = goal.startswith("<="), ours, None
     if peer:
         ratios = [a / b if less else b / a for a, b in zip(ours, peer)]
-    low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
-    reached = None
-    if reach:
-        bound = float(reach.split()[1])
+    middle = statistics.median(ratios)
+    share = statistics.median(a / b for a, b in zip(products, ours)) if products else None
+    if goal:
+        bound = float(goal.split()[1])
         reached = middle <= bound if less else middle >= bound
+        reached &= goal != BOUND or share >= 0.7
     theirs = statistics.median(peer) if peer else None
-    return Row(name, work, unit, statistics.median(ours), theirs, low, middle, high, reach, reached)
+    figures = statistics.median(ours), theirs, min(ratios), middle, max(ratios), share
+    return Row(name, work, unit, *figures, goal, reached)
 
 
 def alternate(s: Settings, *works: Callable) -> list[list[float]]:
@@ -134,6 +151,11 @@ def alternate(s: Settings, *works: Callable) -> list[list[float]]:
                 runs, elapsed = runs + 1, time.perf_counter() - begin
             seconds.append(elapsed / runs)
     return times
+
+
+def compared(s: Settings, name: str, work: str, ours: Callable, peer: Callable, goal: str = NO_SLOWER) -> Row:
+    """The row of two works, and the products of the first, in turns."""
+    return row(name, work, *alternate(s, ours, peer, products_of(ours)), goal)
 
 
 def close(ours: Tensor, peer: Tensor, within: float = 1e-3) -> bool:
@@ -229,10 +251,10 @@ def peak_memory(build: Callable, case: tuple, threads: int) -> float:
     return resident("VmHWM") - before
 
 
-def training_rows(s: Settings, name: str, work: str, ours, peer, case: tuple, reach: str, memory: str = ""):
+def training_rows(s: Settings, name: str, work: str, ours, peer, case: tuple) -> list[Row]:
     """Time and peak memory of training steps; `ours` and `peer` build (model, loss, step) of a case each."""
     peaks = []
-    if memory or not s.small:
+    if not s.small:
         with ProcessPoolExecutor(2, mp_context=get_context("spawn"), max_tasks_per_child=1) as fresh:
             peaks = [[mb] for mb in fresh.map(peak_memory, (ours, peer), [case] * 2, [s.threads] * 2)]
     (model, loss, step), (their_model, their_loss, their_step) = ours(*case), peer(*case)
@@ -249,8 +271,8 @@ def training_rows(s: Settings, name: str, work: str, ours, peer, case: tuple, re
     assert close(values[0], values[2]), f"{name}: losses {values[0]:.4f} and {values[2]:.4f}"
     error = (values[1] - gradient).norm() / gradient.norm()
     assert error < 1e-3, f"{name}: gradients of the docid table differ by {error:.1e}"
-    times = row(name, work, *alternate(s, step, their_step), reach)
-    return [times] + ([row(f"{name}_memory", "peak of the above", *peaks, memory, "MB")] if peaks else [])
+    memory = [row(f"{name}_memory", "peak of the above", *peaks, unit="MB")] if peaks else []
+    return [compared(s, name, work, step, their_step, BOUND), *memory]
 
 
 # ------------------------------------------------------------------------------------------- training on D_0
@@ -284,39 +306,39 @@ def transformers_training(config: T5Config, batch: int, natural: bool):
     return model, loss, step_of(loss, model.parameters(), freeze_words)
 
 
-def training_on_d0(s: Settings, name: str, config: T5Config, batch: int, natural: bool, *reach: str):
+def training_on_d0(s: Settings, name: str, config: T5Config, batch: int, natural: bool) -> list[Row]:
     lengths = "4 to 32 tokens" if natural else "32 tokens"
     work = f"docid training step, D={config.width}, batch {batch}, queries of {lengths} | transformers"
-    return training_rows(s, name, work, our_training, transformers_training, (config, batch, natural), *reach)
+    return training_rows(s, name, work, our_training, transformers_training, (config, batch, natural))
 
 
 def train_small(s: Settings) -> list[Row]:
     """Docid training step at T5-small's shape, words frozen | transformers with all 48,484 logits, masked."""
-    return training_on_d0(s, "train_small", s.shape(SMALL), s.pick(64, 4), False, ">= 3", "<= 0.4")
+    return training_on_d0(s, "train_small", s.shape(SMALL), s.pick(64, 4), False)
 
 
 def train_small_natural(s: Settings) -> list[Row]:
     """The same with queries of natural length, padded to 32 on both sides."""
-    return training_on_d0(s, "train_small_natural", s.shape(SMALL), s.pick(64, 4), True, ">= 3", "<= 0.4")
+    return training_on_d0(s, "train_small_natural", s.shape(SMALL), s.pick(64, 4), True)
 
 
 def train_base(s: Settings) -> list[Row]:
     """Docid training step at T5-base's shape | transformers, as train_small."""
-    return training_on_d0(s, "train_base", s.shape(BASE), s.pick(16, 4), False, ">= 1.6")
+    return training_on_d0(s, "train_base", s.shape(BASE), s.pick(16, 4), False)
 
 
 def train_base_natural(s: Settings) -> list[Row]:
     """The same with queries of natural length, padded to 32 on both sides."""
-    return training_on_d0(s, "train_base_natural", s.shape(BASE), s.pick(16, 4), True, ">= 1.6")
+    return training_on_d0(s, "train_base_natural", s.shape(BASE), s.pick(16, 4), True)
 
 
 # ------------------------------------------------------------------------------------------- training on D_t
 
 
-def mixed_t5(config: T5Config) -> T5:
-    """`plain_t5` with 2 experts in each of its first 5 decoder blocks, as if trained: their B is not 0."""
+def mixed_t5(config: T5Config, mix: mixlora.MixConfig) -> T5:
+    """`plain_t5` with experts, as if trained: their B is not 0."""
     model = plain_t5(config)
-    mixlora.add_mixture(model, mixlora.MixConfig(layers=5))
+    mixlora.add_mixture(model, mix)
     for layer in mixlora.mixed_layers(model):
         nn.init.normal_(layer.new.in_b, std=0.01)
         nn.init.normal_(layer.new.out_b, std=0.01)
@@ -324,64 +346,62 @@ def mixed_t5(config: T5Config) -> T5:
 
 
 def grow(model: T5) -> None:
-    """One more expert in each mixed layer; beside these and the docid table nothing trains."""
+    """As on D_1: one more expert in each mixed layer and LoRA on attention; beside these the docid table trains."""
     torch.manual_seed(2)
     for layer in mixlora.mixed_layers(model):
         layer.add_expert()
+    mixlora.add_attention_lora(model, RUN.attention_rank)
     train.freeze_old(model)
     model.train()
 
 
-def continual_step(model: T5, source_of: Callable, teacher_of: Callable, rq_before: Tensor, codes: Tensor):
-    config = Config()
+def continual_step(
+    model: T5, source_of: Callable, teacher_of: Callable, rq_before: Tensor, codes: Tensor, new: int
+):
+    """The loss of train.LaterCorpus on `new` queries and, of the others, dreams; a teacher's hidden states of all."""
 
     def loss() -> Tensor:
-        source, padding = source_of()
-        hidden, routes = model.docid_hidden(model.cross_keys_values(source), padding, codes)
+        hidden, routes = model.docid_hidden(*source_of(), codes)
         logits = segment_logits(hidden, model.rq)
-        kl = kl_to_previous(logits, segment_logits(teacher_of(), rq_before), config.kl_reduction)
-        terms = router_losses(routes, config).values()
-        return docid_cross_entropy(model, hidden, codes, "segment", logits) + 0.1 * kl + sum(terms)
+        kl = kl_to_previous(logits[new:], segment_logits(teacher_of()[new:], rq_before), RUN.kl_reduction)
+        terms = router_losses([route.rows(slice(new)) for route in routes], RUN).values()
+        ce = docid_cross_entropy(model, hidden[:new], codes[:new], RUN.mask, logits[:new])
+        return ce + RUN.dream_kl * kl + sum(terms)
 
-    def slow_learner() -> None:
-        model.rq.grad *= 0.01
-
-    groups = parameter_groups(model.named_parameters(), 1e-3, 0.01)
-    return model, loss, step_of(loss, groups, slow_learner, fused=True)
+    return model, loss, step_of(loss, parameter_groups(model.named_parameters(), 1e-3, 0.01), fused=True)
 
 
-def cached_training(config: T5Config, batch: int):
-    model = mixed_t5(config)
-    ids, codes = draw(config, 4 * batch, 32)
+def cached_training(config: T5Config, new: int, old: int):
+    model = mixed_t5(config, mix_config(RUN))
+    ids, codes = draw(config, new + old, 32, natural=True)
     cache = SourceCache(model, ids)
     teacher, rq_before = scan(model, cache, codes).hidden, model.rq.detach().clone()
     grow(model)
-    queries = torch.arange(batch)
+    rows = torch.arange(new + old)
     return continual_step(
-        model, lambda: cache.get(queries, ids.device), lambda: teacher[queries], rq_before, codes[queries]
+        model, lambda: cache.get(rows, ids.device), lambda: teacher[rows], rq_before, codes, new
     )
 
 
-def two_model_training(config: T5Config, batch: int):
-    model = mixed_t5(config)
+def two_model_training(config: T5Config, new: int, old: int):
+    model = mixed_t5(config, mix_config(RUN))
     before = copy.deepcopy(model).eval().requires_grad_(False)
     grow(model)
-    ids, codes = (part[:batch] for part in draw(config, 4 * batch, 32))
+    ids, codes = draw(config, new + old, 32, natural=True)
 
     @torch.no_grad()
     def teacher() -> Tensor:
         return before.docid_hidden(*before.encode(ids), codes)[0]
 
-    return continual_step(model, lambda: model.encode(ids), teacher, before.rq, codes)
+    return continual_step(model, lambda: model.encode(ids), teacher, before.rq, codes, new)
 
 
-def continual_small(s: Settings) -> list[Row]:
-    """Step on D_t with cached encoder and teacher states | both models encode and decode in every step."""
-    config, batch = s.shape(SMALL), s.pick(32, 4)
-    work = f"step on D_t from the cache, batch {batch} | with a copied model as teacher"
-    return training_rows(
-        s, "continual_small", work, cached_training, two_model_training, (config, batch), ">= 3"
-    )
+def continual_default(s: Settings) -> list[Row]:
+    """The default's step on D_t, from cached encoder and teacher states | both models run in every step."""
+    new, old = s.pick((RUN.batch, RUN.dream_batch), (4, 8))
+    work = f"step on D_t from the cache, {new} queries and {old} dreams | with a copied model as teacher"
+    case = s.shape(DEFAULT), new, old
+    return training_rows(s, "continual_default", work, cached_training, two_model_training, case)
 
 
 # ----------------------------------------------------------------------------------------------------- search
@@ -404,12 +424,11 @@ def generate_as_we_score(peer, generate: Callable, config: T5Config) -> Tensor:
     return docids
 
 
-def search_rows(
-    s: Settings, name: str, config: T5Config, size: int, batch: int, length: int, reach: str, flops: str = ""
-):
-    """Rows of beam search against transformers' generate and, named `flops`, against its bare products."""
-    # FlopCounterMode trips over parameters that want gradients.
-    model, peer = plain_t5(config).eval().requires_grad_(False), transformers_t5(config).eval()
+def search_row(
+    s: Settings, name: str, config: T5Config, size: int, batch: int, length: int, beam: int
+) -> list[Row]:
+    """Beam search for the 10 best documents against transformers' generate."""
+    model, peer = plain_t5(config).eval(), transformers_t5(config).eval()
     copy_weights(model, peer)
     ids, _ = draw(config, batch, length)
     generator = torch.Generator().manual_seed(3)
@@ -427,12 +446,12 @@ def search_rows(
         return list(node) or [0]
 
     def ours() -> tuple[Tensor, Tensor]:
-        return beam_search(model, trie, ids, 10)
+        return beam_search(model, trie, ids, beam)
 
     def theirs() -> Tensor:
         """(B * 10, M) rows of the table"""
         return peer.generate(
-            ids, attention_mask=(ids != 0).long(), num_beams=10, num_return_sequences=10, do_sample=False,
+            ids, attention_mask=(ids != 0).long(), num_beams=beam, num_return_sequences=10, do_sample=False,
             max_new_tokens=config.codebooks, prefix_allowed_tokens_fn=allowed,
         )[:, 1:]  # fmt: skip
 
@@ -444,39 +463,27 @@ def search_rows(
     stray = set(map(tuple, theirs().tolist())) - set(map(tuple, tokens.tolist()))
     assert not stray, f"{name}: transformers found docids that are not indexed"
 
-    with (
-        FlopCounterMode(display=False) as counter,
-        sdpa_kernel(SDPBackend.MATH),
-    ):  # the fused kernel is not counted
-        ours()
-    side = s.pick(2048, 64)
-    a, b = torch.randn(2, side, side)
-    times, their_times, product = alternate(s, ours, theirs, lambda: a @ b)
-    work = f"beam 10, {len(codes):,} docids, batch {batch} of {length} tokens"
-    rows = [row(name, f"{work} | transformers generate", times, their_times, reach)]
-    if flops:
-        operations = counter.get_total_flops()
-        bound = [seconds * operations / (2 * side**3) for seconds in product]
-        work = f"the same | its {operations / 1e9:.4g} GFLOP at the rate of a product of {side} x {side}"
-        rows.append(row(flops, work, times, bound, "<= 1.4"))
-    return rows
+    work = f"beam {beam}, {len(codes):,} docids, batch {batch} of {length} tokens | transformers generate"
+    return [compared(s, name, work, ours, theirs, BOUND)]
 
 
 def search_small(s: Settings) -> list[Row]:
-    """Constrained beam search at T5-small's shape | generate; search_flops: | as many FLOP in products."""
-    shape = s.shape(SMALL), s.pick(100_000, 500), s.pick(32, 4)
-    return search_rows(s, "search_small", *shape, 32, ">= 3.5", "search_flops")
+    """Constrained beam search at T5-small's shape | generate."""
+    return search_row(
+        s, "search_small", s.shape(SMALL), s.pick(100_000, 500), s.pick(32, 4), length=32, beam=10
+    )
 
 
 def search_default(s: Settings) -> list[Row]:
     """Constrained beam search at the default corpus's shape | generate."""
-    return search_rows(s, "search_default", s.shape(DEFAULT), s.pick(2585, 300), s.pick(128, 4), 12, ">= 20")
+    shape = s.shape(DEFAULT), s.pick(2585, 300), s.pick(128, 4)
+    return search_row(s, "search_default", *shape, length=12, beam=s.pick(RUN.beam, 12))
 
 
 def search_growth(s: Settings) -> list[Row]:
-    """Beam search over 10^5, 10^6 and 10^7 docids | over 10^4; the trie's bytes a document, time to build."""
+    """Beam search over 10^7 docids | over 10^4; the trie's bytes a document, time to build."""
     config, batch = s.shape(SMALL), s.pick(32, 4)
-    model, sizes = plain_t5(config).eval(), s.pick((10**4, 10**5, 10**6, 10**7), (100, 200, 400, 800))
+    model, sizes = plain_t5(config).eval(), s.pick((10**4, 10**7), (100, 800))
     ids, _ = draw(config, batch, 32)
     generator, tries = torch.Generator().manual_seed(3), []
     for size in sizes:
@@ -484,15 +491,13 @@ def search_growth(s: Settings) -> list[Row]:
         begin = time.perf_counter()
         tries.append(rq.Trie(codes))
         seconds = time.perf_counter() - begin  # the last one's is reported
-    base, *others = alternate(s, *[lambda trie=trie: beam_search(model, trie, ids, 10) for trie in tries])
-    rows = []
-    for size, times in zip(sizes[1:], others):
-        work = f"beam 10, batch {batch}, {size:,} docids | {sizes[0]:,}"
-        rows.append(row(f"search_growth_{size}", work, times, base, "<= 1.3"))
+    few, many = (lambda trie=trie: beam_search(model, trie, ids, 10) for trie in tries)
+    work = f"beam 10, batch {batch}, {sizes[1]:,} docids | {sizes[0]:,}"
+    growth = compared(s, "search_growth", work, many, few, "<= 1.3")
     each = tries[-1].nbytes() / size
     work = f"a trie of {size:,} docids, M={config.codebooks}:"
-    rows.append(row("trie_bytes", f"{work} bytes a document", [each], None, "<= 24", "B"))
-    return [*rows, row("trie_build", f"{work} seconds to build it", [seconds], None, "<= 60")]
+    size_row = row("trie_bytes", f"{work} bytes a document", [each], goal="<= 24", unit="B")
+    return [growth, size_row, row("trie_build", f"{work} seconds to build it", [seconds])]
 
 
 # ----------------------------------------------------------------------------------- detector and mixed layer
@@ -501,7 +506,7 @@ def search_growth(s: Settings) -> list[Row]:
 def ood_scan(s: Settings) -> list[Row]:
     """What the OOD decision needs of cached queries, to the last mixed layer | whole decoder, full head."""
     config, queries = s.shape(BASE, dropout=0.0), s.pick(64, 8)
-    model = mixed_t5(config).eval()
+    model = mixed_t5(config, mixlora.MixConfig(layers=5)).eval()
     ids, codes = draw(config, queries, 32)
     cache = SourceCache(model, ids)
     stats = [ood.new_stats("pooled", len(layer), len(model.rq)) for layer in mixlora.mixed_layers(model)]
@@ -522,7 +527,7 @@ def ood_scan(s: Settings) -> list[Row]:
 
     assert all(close(a, b) for a, b in zip(ours(), theirs()[0], strict=True)), "router scores differ"
     work = f"router scores of {queries} cached queries, D={config.width} | all blocks and the full head"
-    return [row("ood_scan", work, *alternate(s, ours, theirs), "<= 0.35")]
+    return [compared(s, "ood_scan", work, ours, theirs)]
 
 
 def dispatched(layer: mixlora.MixedFeedForward, x: Tensor, gates: Tensor, side: str) -> Tensor:
@@ -581,22 +586,21 @@ def mixed_works(config: T5Config, n: int, shape: tuple[int, int]) -> list[Callab
 
 def mixed_ff(s: Settings) -> list[Row]:
     """Mixed feed-forward, forward and backward, whole and (mixed_experts) experts alone | loop over them."""
-    config, shape, rows, wholes = s.shape(BASE, dropout=0.0), (s.pick(32, 16), 8), [], []
+    config, shape, rows = s.shape(BASE, dropout=0.0), (s.pick(32, 16), 8), []
     for n in (2, 4, 8, 16):
-        works = mixed_works(config, n, shape)
-        for ours, theirs in (works[:2], works[2:]):
+        work = f"{n} experts, {math.prod(shape)} tokens, D={config.width}, F={config.feed_forward}"
+        whole, whole_loop, alone, alone_loop = mixed_works(config, n, shape)
+        for name, what, ours, theirs in (
+            ("mixed_ff", f"mixed layer, {work} | loop over experts", whole, whole_loop),
+            ("mixed_experts", "its experts alone | loop", alone, alone_loop),
+        ):
             same = all(close(a, b) for a, b in zip(ours(), theirs(), strict=True))
             assert same, f"outputs or gradients of {n} mixed experts differ"
-        times = alternate(s, *works)
-        work = f"{n} experts, {math.prod(shape)} tokens, D={config.width}, F={config.feed_forward}"
-        rows.append(row(f"mixed_ff_{n}", f"mixed layer, {work} | loop over experts", *times[:2]))
-        rows.append(row(f"mixed_experts_{n}", "its experts alone | loop", *times[2:], ">= 2"))
-        wholes.append(works[0])
-    growth = alternate(s, wholes[-1], wholes[0])
-    return [*rows, row("mixed_growth", "mixed layer, 16 experts | 2", *growth, "<= 1.25")]
+            rows.append(compared(s, f"{name}_{n}", what, ours, theirs))
+    return rows
 
 
-# ------------------------------------------------------------------------------- quantiser and bare products
+# ---------------------------------------------------------------------------------------------------- quantiser
 
 
 def rq_encode(s: Settings) -> list[Row]:
@@ -626,52 +630,12 @@ def rq_encode(s: Settings) -> list[Row]:
     packed = peer.compute_codes(x.numpy())
     theirs = torch.from_numpy(faiss.unpack_bitstrings(packed, m, peer.nbits.at(0)).astype(np.int64))
     errors = error(rq.encode(x, books, 5)), error(theirs)
-    times = alternate(s, lambda: rq.encode(x, books, 5), lambda: peer.compute_codes(x.numpy()))
     work = f"{points:,} points, D={width}, M={m}, K={k}, beam 5 | faiss"
     return [
-        row("rq_encode", work, *times, ">= 1"),
+        compared(s, "rq_encode", work, lambda: rq.encode(x, books, 5), lambda: peer.compute_codes(x.numpy())),
         # faiss rounds elsewhere, so that of two codes equal to the last bits either may win
-        row("rq_encode_error", "squared error of the above", *errors, "<= 1.0001", ""),
+        row("rq_encode_error", "squared error of the above", *errors, goal="<= 1.0001", unit=""),
     ]
-
-
-def t5_share(s: Settings) -> list[Row]:
-    """Encoder and decoder of one T5-base block each, with embeddings and norms | matrix products alone."""
-    one = {**s.pick(BASE, TINY), "vocab": 1000, "encoder_blocks": 1, "decoder_blocks": 1, "dropout": 0.0}
-    config, batch, source = T5Config(**one), s.pick(16, 2), 32
-    model, target = plain_t5(config).eval(), config.codebooks
-    ids, codes = draw(config, batch, source)
-    d, inner, f = config.width, config.heads * config.head_width, config.feed_forward
-    s_rows, t_rows = batch * source, batch * target
-    linear = [  # rows, in, out of every x @ W.T
-        *[(s_rows, d, inner)] * 3, (s_rows, inner, d), (s_rows, d, f), (s_rows, f, d),  # encoder
-        *[(t_rows, d, inner)] * 3, (t_rows, inner, d), (t_rows, d, f), (t_rows, f, d),  # decoder
-        (t_rows, d, inner), (t_rows, inner, d),  # cross-attention, but for what `Attention.to_source` does by heads
-    ]  # fmt: skip
-    pairs = [(torch.randn(n, i), torch.randn(o, i).T) for n, i, o in linear]
-    heads, head_width, many = config.heads, config.head_width, config.heads * target
-    for a, b in (
-        ((heads, t_rows, head_width), (heads, head_width, d)), ((batch, many, d), (batch, d, source)),
-        ((batch, many, source), (batch, source, d)), ((heads, t_rows, d), (heads, d, head_width)),
-    ):  # fmt: skip
-        pairs.append((torch.randn(a), torch.randn(b)))
-    for queries, keys in ((source, source), (target, target)):
-        q, k, weights = (
-            torch.randn(batch, heads, *size)
-            for size in ((queries, head_width), (keys, head_width), (queries, keys))
-        )
-        pairs += [(q, k.transpose(-1, -2)), (weights, k)]
-
-    @torch.no_grad()
-    def ours():
-        return model.docid_hidden(*model.encode(ids), codes)
-
-    def products():
-        for a, b in pairs:
-            torch.matmul(a, b)
-
-    work = f"encoder and decoder block, D={d}, batch {batch}, S={source}, T={target} | their products alone"
-    return [row("t5_share", work, *alternate(s, ours, products), ">= 0.7")]
 
 
 # ------------------------------------------------------------------------------------------------------ table
@@ -679,21 +643,15 @@ def t5_share(s: Settings) -> list[Row]:
 ROWS = {
     work.__name__: work
     for work in (
-        train_small, train_small_natural, train_base, train_base_natural, continual_small, search_small,
-        search_default, search_growth, ood_scan, mixed_ff, rq_encode, t5_share,
+        train_small, train_small_natural, train_base, train_base_natural, continual_default, search_small,
+        search_default, search_growth, ood_scan, mixed_ff, rq_encode,
     )
 }  # fmt: skip
 
 
 def surroundings(s: Settings) -> dict:
     """Where and with what the figures came about."""
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return asdict(s) | {
-        "python": platform.python_version(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "faiss": faiss.__version__,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": cpu[0].partition(": ")[2] if cpu else platform.machine(),
-    }  # fmt: skip
+    return asdict(s) | machine() | {"transformers": transformers.__version__, "faiss": faiss.__version__}
 
 
 def figure(value: float, unit: str) -> str:
@@ -706,16 +664,15 @@ def figure(value: float, unit: str) -> str:
 def markdown(results: dict) -> str:
     """A results file as the table of docs/speed.md."""
     lines = [
-        "| work \\| peer | ours | peer | ratio: min / median / max | reach |",
-        "|---|---|---|---|---|",
+        "| work \\| peer | ours | peer | ratio: min / median / max | its products | goal |",
+        "|---|---|---|---|---|---|",
     ]
-    for item in results["rows"]:
-        ours = figure(item["ours"], item["unit"])
-        peer = figure(item["peer"], item["unit"]) if item["peer"] else ""
-        ratio = ", ".join(f"{item[name]:.3g}" for name in ("low", "ratio", "high")) if peer else ""
-        reach = item["reach"] and f"{item['reach']}: {'reached' if item['reached'] else '**missed**'}"
-        work = item["work"].replace("|", "\\|")
-        lines.append(f"| `{item['name']}` {work} | {ours} | {peer} | {ratio} | {reach} |")
+    for item in (Row(**fields) for fields in results["rows"]):
+        ours, work = figure(item.ours, item.unit), item.work.replace("|", "\\|")
+        peer = figure(item.peer, item.unit) if item.peer else ""
+        ratio = f"{item.low:.3g}, {item.ratio:.3g}, {item.high:.3g}" if peer else ""
+        share = "–" if item.share is None else f"{item.share:.0%}"
+        lines.append(f"| `{item.name}` {work} | {ours} | {peer} | {ratio} | {share} | {item.verdict()} |")
     names = ("threads", "repeats", "torch", "transformers", "faiss")
     with_what = ", ".join(f"{name} {results[name]}" for name in names)
     return "\n".join([*lines, "", f"{results['date'][:10]}, {results['cpu']}, {with_what}."])
@@ -726,7 +683,7 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS), help="names with commas between; --list shows them")
     parser.add_argument("--repeats", type=int, default=5, help="timings of each side (default 5)")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results.json")
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_name(RESULTS))
     parser.add_argument("--small", action="store_true", help="tiny shapes, to see that everything runs")
     parser.add_argument("--list", action="store_true", help="name the rows and end")
     parser.add_argument(
@@ -753,7 +710,7 @@ def main() -> None:
 
     where = surroundings(settings)
     print(", ".join(f"{name} {value}" for name, value in where.items()))
-    print(f"{'':28} {'ours':>14} {'peer':>14} {'min':>8} {'median':>8} {'max':>8}  {'reach':9}")
+    print(f"{'':26} {'ours':>14} {'peer':>14} {'min':>8} {'median':>8} {'max':>8} {'products':>8}  goal")
     rows: list[Row] = []
     for name in wanted:
         for line in ROWS[name](settings):
