@@ -383,7 +383,7 @@ def rules(c: Config) -> list[tuple[bool, str]]:
         (not (pq and from_scratch and c.M and c.width % c.M), f"--docid_kind pq wants an --M that divides --width {c.width}"),
         (c.t5 or c.layers <= c.decoder_blocks, f"--layers {c.layers}: wanted at most --decoder_blocks {c.decoder_blocks}"),
         (0 < c.epsilon < 1, "--epsilon is a share: wanted more than 0 and less than 1"),
-        (max(c.dropout, c.lora_dropout) < 1, "--dropout and --lora_dropout must be less than 1"),
+        (max(c.dropout, c.lora_dropout, c.dream_general) < 1, "--dropout, --lora_dropout and --dream_general must be less than 1"),
         (not (atomic and c.d0_fragments), "fragments have no atomic docid; pass --d0_fragments 0"),
         (not c.docids or c.docid_kind == "rq", f"--docids brings docids of its own, not those of --docid_kind {c.docid_kind}"),
         (not c.insert or atomic, "--insert gives each new document a row of its own; pass --docid_kind atomic"),

@@ -35,6 +35,7 @@ from config import SMALL, Config, parse
         (["--dream_batch", "0"], "--dream_batch 0: wanted a multiple of --batch 256"),
         (["--dream_words", "41"], "--dream_words 41: wanted at most the 40 words of a docid"),
         (["--dream_words", "1"], "--dream_words 1: wanted a number from 2"),
+        (["--dream_general", "1"], "--dream_general must be less than 1"),
         (["--dream_style", "1.5"], "--dream_style 1.5: wanted a number from 0 to 1"),
         (["--general", "no/such/folder"], "--general no/such/folder: found no such folder"),
         (["--docid_kind", "atomic"], "--d0_fragments 0"),
