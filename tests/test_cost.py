@@ -417,6 +417,9 @@ def test_scans_encode_each_query_and_each_dream_once(monkeypatch):
     assert stages["scans", 2].flops == before + flops(2, 2_743 * 2, 700)
     bare = costs_by_stage(settings())["scans", 2]
     assert bare.flops == flops(1, 41_136, 0) + flops(2, 2_743 * 2, 0)
+    config = replace(config, general="boolq", dream_general=0.25, dream_style=0.0)  # 5,000 queries for dreams
+    before = flops(1, 41_136 + 5_000, 15_000 + 700)
+    assert costs_by_stage(config)["scans", 2].flops == before + flops(2, 2_743 * 2, 700)
 
 
 def test_queries_and_dreams_of_a_batch_of_dream_share_their_padding():
@@ -443,6 +446,11 @@ def test_general_text_is_embedded_mined_and_quantised_with_d0_in_place_of_fragme
     assert mined == n * (embedded + cost.embedding(net, 1, 10)) + products
     quantised = cost.quantiser(net, rq.BEAM, d0 + n, 109_715 + n)
     assert general["codebooks and docids", None].flops == quantised
+
+
+def test_general_text_of_a_folder_has_the_size_of_its_corpus(tmp_path):
+    (tmp_path / "corpus.jsonl").write_text("\n".join(['{"_id": "a", "text": "b"}'] * 7_128) + "\n\n")
+    assert cost.costs(settings(general=str(tmp_path))) == cost.costs(settings(general="boolq"))
 
 
 def test_stages_that_a_run_skips_are_left_out():
@@ -481,7 +489,7 @@ def test_the_command_prints_the_table_and_reads_nothing(capsys):
     [
         ([], "nq320k or msmarco, not --data boolq"),
         (["--data", "nq320k", "--method", "dsi++"], "counts no dsi\\+\\+"),
-        (["--data", "nq320k", "--general", "texts"], "--general boolq alone, not of texts"),
+        (["--data", "nq320k", "--general", "texts"], "--general texts: found no texts/corpus.jsonl"),
     ],
 )
 def test_the_command_names_what_it_does_not_count(flags, said):

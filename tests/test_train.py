@@ -12,6 +12,8 @@ import pytest
 import pytrec_eval
 import torch
 from conftest import link_tree
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from toy import TOY, toy_folder
 
 import arrays
@@ -19,6 +21,7 @@ import data
 import dense
 import eval as scoring
 import losses
+import memory
 import mixlora
 import ood
 import prepare
@@ -30,6 +33,7 @@ import store
 import train
 from config import parse
 from t5 import T5, T5Config, segment_logits
+from tools import cost
 from tools.experiments import inherit
 from weights import to_published
 
@@ -812,6 +816,30 @@ def test_on_d1_half_of_what_holds_the_model_asks_for_general_text_and_new_querie
     for docid, ids in zip(stage.docids[140:].tolist(), stage.ids[140:].tolist()):
         asked = run.tokenizer.decode([i for i in ids if i > data.EOS]).lower().split()
         assert set(asked) & words[tuple(docid)]
+
+
+def test_d1_s_scan_and_step_make_the_products_that_tools_cost_counts(with_general, tmp_path):
+    """Dreams, general text and LoRA on attention, in the loop itself; the tool leaves router losses out, D per token."""
+    go_on(with_general["drawn"], tmp_path / "run", "--expand", "always", last=0)
+    run, made = loaded(tmp_path / "run")
+    stage = train.LaterCorpus(run, 1, made, train.State(*run.after(0)))
+    config, net, lengths = run.config, stage.model.config, (stage.ids != data.PAD).sum(1)
+    assert config.attention_rank and stage.n_old == 200 and len(lengths) <= scan.BATCH
+    longest, mean = int(lengths.max()), lengths.double().mean().item()
+
+    def counted(function) -> int:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            function()
+        return counter.get_total_flops()
+
+    once = cost.products(net, memory.mixture(config, 0), len(lengths), longest, net.codebooks, mean)
+    assert counted(stage.scan) == pytest.approx(sum(once.values()), rel=1e-6)
+    stage.grow()
+    stage.energies = ood.MovingEnergies(stage.stats, only_new=True)
+    stage.order = dense.Batches(stage.n_new, stage.batch, stage.generator)
+    rows = stage.next_batch()
+    step = cost.docid_step(config, net, 1, len(rows), int(lengths[rows.flatten()].max()))
+    assert counted(lambda: stage.loss(rows)[0].backward()) == pytest.approx(step, rel=1e-3)
 
 
 @pytest.fixture(scope="module")

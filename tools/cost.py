@@ -17,6 +17,7 @@ itself, and backward dx = dy W^T and dW = x^T dy. Recomputation makes those with
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import command
 import dream
@@ -204,10 +205,28 @@ def query_lengths(config) -> tuple[int, int]:
 
 
 def tokens_of_dream(config) -> float:
-    """Of a dream on average, its </s> too; part of them may be queries (general text), or all (--rehearsal)."""
-    query, dreamt = query_lengths(config)[0], (dream.FEWEST + config.dream_words + config.dream_noise) / 2 + 1
-    share = 1.0 if config.rehearsal else config.dream_general * bool(config.general)
-    return dreamt + share * (query - dreamt)
+    """Of a dream on average, its </s> too."""
+    return (dream.FEWEST + config.dream_words + config.dream_noise) / 2 + 1
+
+
+def queries_for_dreams(config) -> int:
+    """Queries that stand in place of dreams: of general text, or of earlier documents (--rehearsal)."""
+    return (
+        config.dreams
+        if config.rehearsal
+        else int(config.dream_general * config.dreams * bool(config.general))
+    )
+
+
+def general_documents(source: str) -> int:
+    """Of general text, by the lines of a folder's corpus.jsonl, of which a run leaves out those that it indexes."""
+    if source in GENERAL:
+        return GENERAL[source]
+    path = Path(source) / "corpus.jsonl"
+    if not path.is_file():
+        raise ValueError(f"--general {source}: found no {path}; wanted a folder that holds it, or boolq")
+    with path.open("rb") as file:
+        return sum(bool(line.strip()) for line in file)
 
 
 def costs_once(config, held: dict) -> Iterator[Cost]:
@@ -215,7 +234,7 @@ def costs_once(config, held: dict) -> Iterator[Cost]:
     net, counts, tokens = network(config), BENCHMARKS[config.data], WORKLOADS[config.data].tokens
     query, longest = query_lengths(config)
     document, window = min(tokens, config.document_length), min(tokens, config.dense_length)
-    d0, general = counts.documents[0], GENERAL[config.general]
+    d0, general = counts.documents[0], general_documents(config.general)
     first, texts = d0 + general, sum(counts.documents) + (general or config.d0_fragments * d0)
     rounds = config.dense_rounds * config.dense_steps
     for stage, steps, windows in ("dense warm-up", config.dense_warmup_steps, 1), ("dense rounds", rounds, 2):
@@ -249,7 +268,9 @@ def costs_of_corpus(config, held: dict, t: int) -> Iterator[Cost]:
     steps = steps if steps or t == 0 else math.ceil(config.epochs * queries / batch)
     old, each, dreamt = config.dreams * (t > 0), memory.dreams_each(config, t), tokens_of_dream(config)
     styled = int(config.dream_style * queries) * (old > 0)  # of D_t's own queries are dreams too
-    tokens = (query + styled / queries * (dreamt - query) + each * dreamt) / (1 + each)
+    asked = queries_for_dreams(config) * (old > 0)
+    of_old = dreamt + asked / max(1, old) * (query - dreamt)  # tokens on average
+    tokens = (query + styled / queries * (dreamt - query) + each * of_old) / (1 + each)
     longest = max(longest, memory.longest_dream(config)) if old else longest
     flops = docid_step(config, net, t, batch, longest, tokens)
     yield training(config, *held["training", t], steps, batch, flops)
@@ -257,7 +278,7 @@ def costs_of_corpus(config, held: dict, t: int) -> Iterator[Cost]:
     if ("scans", t) in held:
         yardstick = train.YARDSTICK * (config.ood_mode == "pooled")
         fresh = counts.documents[t] * (train.FRESH_QUERIES // counts.documents[t]) or train.FRESH_QUERIES
-        before = queries - styled, styled + old + yardstick * bool(mixture(config, t - 1))
+        before = queries - styled + asked, styled + old - asked + yardstick * bool(mixture(config, t - 1))
         scans = [(t - 1, *before)] * (t > 0) + [(t, fresh, yardstick)] * bool(mix)
         flops, texts = sum(scan(config, net, *one) for one in scans), sum(n + m for _, n, m in scans)
         yield inference(held["scans", t][0], flops, texts, memory.SCAN_BATCH, kept(net, mix, query, M))
@@ -283,7 +304,7 @@ def inference(held: Stage, flops: float, texts: int, batch: int, made: int, rate
 
 def costs(config) -> list[Cost]:
     """What each stage of a run takes."""
-    workload = WORKLOADS[config.data]._replace(general=GENERAL[config.general])
+    workload = WORKLOADS[config.data]._replace(general=general_documents(config.general))
     both = zip(memory.stages(config, workload), memory.stages(replace(config, recompute=False), workload))
     held = {(stage.name, stage.t): (stage, whole.activations) for stage, whole in both}
     stages = list(costs_once(config, held))
@@ -323,8 +344,8 @@ def assumptions(config) -> list[str]:
     return [
         "assumptions", *rates,
         "  hours: the slower of products and traffic; launches, host and disk take none",
-        "  products: of matrices; no tokenisation, BM25, cross-encoder, baselines or words of dreams; k-means as if on the "
-        "accelerator",
+        "  products: of matrices; no tokenisation, BM25, cross-encoder, baselines, words of dreams or docids of general text on "
+        "D_t; k-means as if on the accelerator",
         "  precision: training and mining in bfloat16 whatever --precision says, the rest in TF32",
         f"  network: {config.encoder_blocks} + {config.decoder_blocks} blocks of width {config.width}, by the flags, not by --t5",
         "  growth: every mixed layer at every corpus, an upper bound; none with --expand never",
@@ -343,8 +364,6 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"tools.cost counts --data {' or '.join(WORKLOADS)}, not --data {config.data}")
     if config.method in UNCOUNTED:
         raise ValueError(f"tools.cost counts no {config.method}; take --method base or mixlora-dsi")
-    if config.general not in GENERAL:
-        raise ValueError(f"tools.cost knows the size of --general boolq alone, not of {config.general}")
     print(table(config))
 
 
