@@ -1,37 +1,50 @@
-"""A synthetic corpus of a million documents through quantiser, docid table, trie and search: time and memory.
+"""A synthetic corpus of a million documents through quantiser, docid table, dreams, trie and search: time and memory.
 
     python benchmarks/million.py [--documents 1000000] [--beam 5] [--width 768] [--folder FOLDER]
 
-Embeddings and codebooks are random, so nothing here says how well documents are found; what it shows is that
-each step runs in chunks. The embeddings lie on disk (3 GB at the default width).
+Embeddings, codebooks and words are random, so nothing here says how well documents are found; what it shows is that
+each step runs in chunks, and that dreams of all documents take what dreams of a tenth of them do. The embeddings lie
+on disk (3 GB at the default width).
 """
 
 import argparse
-import resource
 import shutil
 import sys
 import time
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import dream
+import prepare
 import rq
 from arrays import ArrayWriter, ItemsWriter, Strings, open_array
 from search import beam_search, documents
 from t5 import T5, T5Config
 
+WORDS = 21_071  # of which T5's tokenizer makes dreams (dream.word_pieces)
+
+
+def resident(name: str) -> float:
+    """GiB of this process: VmRSS now, VmHWM at most since the last reset. Linux only."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) / 2**20
+
 
 @contextmanager
 def step(name: str):
-    """Prints what a step took, and the process's largest resident size so far."""
-    begin = time.monotonic()
+    """Prints what a step took, the largest resident size of the process in it, and how much of this the step added."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    begin, before = time.monotonic(), resident("VmRSS")
     yield
-    seconds, peak = time.monotonic() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{name:44}{seconds:9.1f} s   peak {peak:6.2f} GiB", flush=True)
+    seconds, peak = time.monotonic() - begin, resident("VmHWM")
+    print(f"{name:44}{seconds:9.1f} s   peak {peak:6.2f} GiB, of it new {peak - before:6.2f}", flush=True)
 
 
 def main() -> None:
@@ -42,6 +55,7 @@ def main() -> None:
     parser.add_argument("--K", type=int, default=2048)
     parser.add_argument("--beam", type=int, default=5, help="of the quantiser")
     parser.add_argument("--queries", type=int, default=128)
+    parser.add_argument("--dreams", type=int, default=20_000)
     parser.add_argument("--folder", type=Path, default=Path("runs/million"))
     args = parser.parse_args()
     n, generator = args.documents, torch.Generator().manual_seed(0)
@@ -72,6 +86,17 @@ def main() -> None:
         codes = torch.from_numpy(np.load(args.folder / "docids.npy").astype(np.int64))
         row_of = {doc_id: row for row, doc_id in enumerate(ids)}
         assert row_of[f"doc-{n - 1}"] == n - 1
+    prior = torch.rand(WORDS, generator=generator).log()
+    words = torch.randn(WORDS, args.width, generator=generator)
+    drawer = dream.Dreams(3 + torch.arange(WORDS), words, prior, books)
+    for known in n // 10, n:
+        with step(f"{args.dreams:,} dreams of {known:,} documents"):
+            ends = [known * tenths // 10 for tenths in (0, 6, 7, 8, 9, 10)]  # as --splits 60,10,10,10,10
+            corpora = [SimpleNamespace(rows=range(*pair), added=None) for pair in pairwise(ends)]
+            known_run = SimpleNamespace(live=torch.arange(known), corpora=corpora)
+            rows = prepare.Run.choose(known_run, len(corpora), args.dreams, generator)
+            drawn = drawer.draw(codes[rows], generator)
+        assert len(drawn) == args.dreams and (drawn > 0).any(1).all()
     with step("trie"):
         trie = rq.Trie(codes)
     print(f"trie: {trie.nbytes() / n:.1f} bytes a document")
