@@ -66,6 +66,23 @@ def test_the_page_on_speed_shows_the_results_that_were_measured(script, monkeypa
     assert shown.count("|") > 50 and shown in (SCRIPT.parents[1] / "docs" / "speed.md").read_text()
 
 
+SMALL = "--documents 3000 --width 32 --M 4 --K 64 --queries 8 --dreams 2000".split()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of a step are Linux's")
+@pytest.mark.parametrize("flags", [SMALL, pytest.param([], marks=pytest.mark.soak)], ids=["small", "million"])
+def test_dreams_of_all_documents_take_the_memory_of_dreams_of_a_tenth(flags, tmp_path, capsys):
+    """Within 0.1 GiB: of a million documents 8 MB are their row numbers, twice."""
+    command = [sys.executable, str(SCRIPT.with_name("million.py")), *flags, "--folder", str(tmp_path / "job")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if not flags:
+        with capsys.disabled():
+            print(f"\n{done.stdout}")
+    added = [float(line.split()[-1]) for line in done.stdout.splitlines() if " dreams of " in line]
+    assert len(added) == 2 and added[1] - added[0] < 0.1
+
+
 def test_one_query_is_timed_against_its_products(finished, tmp_path):
     flags = [str(finished), "--queries", "5", "--starts", "1", "--json", str(tmp_path / "out.json")]
     script = SCRIPT.with_name("query.py")
