@@ -57,6 +57,7 @@ YARDSTICK = 4000  # dreams that give energies their scale (ours)
 FAR = 10  # percent of the queries just learnt that may lie outside what was known, before a warning (ours)
 PER_PAGE = 8  # pseudo-queries of each page of general text that is drawn for this, on average (ours)
 FULL = 258  # documents of an added corpus that take `steps` steps: the default's D_t (ours)
+FEW_STYLE = 0.5  # of the queries of fewer documents: the share, at least, that are dreams of them (ours)
 SLOW_FACTOR = 0.01  # of the docid table's gradient or learning rate on D_t (paper)
 
 
@@ -199,7 +200,7 @@ class LaterCorpus(Training):
         pairs = run.training_queries(self.t)
         self.n_plain = self.n_new = len(pairs)
         self.steps = config.steps or math.ceil(config.epochs * len(pairs) / config.batch)
-        self.batch, self.dream_kl = config.batch, config.dream_kl
+        self.batch, self.dream_kl, style = config.batch, config.dream_kl, config.dream_style
         earlier = len(run.live) > len(run.corpora[self.t].rows)  # not where D_t replaces all that there was
         self.n_old = config.dreams if dreams and earlier else 0
         if self.added:
@@ -207,13 +208,12 @@ class LaterCorpus(Training):
             self.batch = min(config.batch, len(pairs))
             self.steps = math.ceil(config.steps * growth) if config.steps else self.steps
             self.n_old = min(self.n_old, self.steps * config.dream_batch)
-            self.dream_kl /= min(
-                1.0, growth
-            )  # few would draw all queries to themselves: what holds the model weighs more
+            if growth < 1:  # few would draw all queries to themselves: what holds the model weighs more
+                self.dream_kl, style = config.dream_kl / growth, max(style, FEW_STYLE)
         if not self.n_old:
             return run.tokens(pairs), codes[[row for row, _ in pairs]]
         # Without general text part of the new queries are dreams too, or the model would tell old from new by their style
-        self.n_plain -= min(int(config.dream_style * len(pairs)), len(pairs) - 1)
+        self.n_plain -= min(int(style * len(pairs)), len(pairs) - 1)
         order = torch.randperm(len(pairs), generator=self.generator).tolist()
         pairs = [pairs[i] for i in order]
         n_general = int(config.dream_general * self.n_old) if run.general else 0
