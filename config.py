@@ -138,7 +138,7 @@ class Config:
 
     dreams: int = flag(0, "dreams", "pseudo-queries of earlier documents that are made from their docids for each D_t (ours)")
     dream_batch: int = flag(512, "dreams", "dreams beside --batch new queries in a step, a multiple of these (ours)")
-    dream_kl: float = flag(2.0, "dreams", "weight of the KL to the previous model on dreams (ours)")
+    dream_kl: float = flag(2.0, "dreams", "weight of the KL to the previous model on dreams; beside general text 1.5, with --method dream 4 and 2.5 (ours)")
     dream_words: int = flag(4, "dreams", "words at most of its document in a dream, 2 at least (ours)")
     dream_noise: int = flag(4, "dreams", "words at most that are drawn by their frequency alone (ours)")
     dream_general: float = flag(0.5, "dreams", "share of dreams in whose place pseudo-queries of general text stand, where there is some (ours)")
@@ -213,11 +213,10 @@ METHOD_RECIPES = (
     | {("msmarco", "promptdsi"): dict(d0_warmup=0.045, prompts=6611)}
     | {(preset, "promptdsi"): dict(prompts=32) for preset in ("boolq", "beir")}
     | {(preset, "mixlora-dsi"): OURS for preset in ("boolq", "beir")}
-    | {
-        ("boolq", "mixlora-dsi"): OURS | dict(dream_kl=1.5),
-        ("boolq", "dream"): dict(dream_kl=2.5),
-    }  # beside general text
 )
+# Beside general text new queries need no style of their own, since what holds the model is in natural words too, and
+# the KL may weigh less
+BESIDE_GENERAL = dict(dream_style=0.0, dream_kl=1.5)
 
 
 @dataclass
@@ -309,11 +308,12 @@ def settle(given: dict, checked: bool) -> Config:
             f"{', '.join(METHODS)}"
         )
     recipe = PRESETS[preset] | METHODS[method] | METHOD_RECIPES.get((preset, method), {})
+    chosen = {"general": "", "dream_general": Config.dream_general} | recipe | given
+    if chosen["general"] not in ("", "none") and chosen["dream_general"]:
+        recipe |= BESIDE_GENERAL | ({"dream_kl": 2.5} if method == "dream" else {})
     config = Config(**(recipe | given | {"data": source, "method": method, "preset": preset}))
     config.t5 = "" if config.t5 == "none" else config.t5
     config.general = "" if config.general == "none" else config.general
-    if config.general and config.dream_general and "dream_style" not in given:
-        config.dream_style = 0.0  # what holds the model is in natural words too, as new queries are
     config.d0_mask = config.d0_mask or config.mask
     config.device = config.device or default_device()
     config.precision = config.precision or ("bf16" if config.device.startswith("cuda") else "float32")

@@ -176,7 +176,9 @@ class FirstCorpus(Training):
 
 
 class LaterCorpus(Training):
-    """Training on D_t, t >= 1, from the model before it, D_t's pseudo-queries, and dreams: of its own and of old docids."""
+    """Training on D_t, t >= 1, from the model before it, D_t's pseudo-queries, dreams, of its own and of old docids, and
+    pseudo-queries of general text.
+    """
 
     def __init__(self, run: Run, t: int, made: Prepared, previous: State):
         self.run, self.config, self.t, self.made = run, run.config, t, made
@@ -209,10 +211,11 @@ class LaterCorpus(Training):
             self.steps = math.ceil(config.steps * growth) if config.steps else self.steps
             self.n_old = min(self.n_old, self.steps * config.dream_batch)
             if growth < 1:  # few would draw all queries to themselves: what holds the model weighs more
-                self.dream_kl, style = config.dream_kl / growth, max(style, FEW_STYLE)
+                self.dream_kl /= growth
+                style = max(style, FEW_STYLE)
         if not self.n_old:
             return run.tokens(pairs), codes[[row for row, _ in pairs]]
-        # Without general text part of the new queries are dreams too, or the model would tell old from new by their style
+        # Where dreams alone hold the model, part of the new queries are dreams too: it would tell old from new by their style
         self.n_plain -= min(int(style * len(pairs)), len(pairs) - 1)
         order = torch.randperm(len(pairs), generator=self.generator).tolist()
         pairs = [pairs[i] for i in order]

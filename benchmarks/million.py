@@ -12,9 +12,7 @@ import shutil
 import sys
 import time
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -22,7 +20,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import dream
-import prepare
 import rq
 from arrays import ArrayWriter, ItemsWriter, Strings, open_array
 from search import beam_search, documents
@@ -91,11 +88,8 @@ def main() -> None:
     drawer = dream.Dreams(3 + torch.arange(WORDS), words, prior, books)
     for known in n // 10, n:
         with step(f"{args.dreams:,} dreams of {known:,} documents"):
-            ends = [known * tenths // 10 for tenths in (0, 6, 7, 8, 9, 10)]  # as --splits 60,10,10,10,10
-            corpora = [SimpleNamespace(rows=range(*pair), added=None) for pair in pairwise(ends)]
-            known_run = SimpleNamespace(live=torch.arange(known), corpora=corpora)
-            rows = prepare.Run.choose(known_run, len(corpora), args.dreams, generator)
-            drawn = drawer.draw(codes[rows], generator)
+            ends = [known * tenths // 10 for tenths in (6, 7, 8, 9, 10)]  # as --splits 60,10,10,10,10
+            drawn = drawer.draw(codes[dream.choose(ends, args.dreams, generator)], generator)
         assert len(drawn) == args.dreams and (drawn > 0).any(1).all()
     with step("trie"):
         trie = rq.Trie(codes)

@@ -66,10 +66,8 @@ def test_d6_makes_the_products_of_d2_in_its_memory_without_the_files_of_earlier_
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         taken[t] = products(bare, t), peak(bare, t)
     assert taken[6][0] == taken[2][0] > 0
-    sketches, rows = (
-        2 * ood.SKETCH * 4,
-        8 * 8 * (1 + 3),
-    )  # of two layers; int64 row and docid of eight documents
+    sketches = 2 * ood.SKETCH * 4  # of two layers, in bytes
+    rows = 8 * 8 * (1 + 3)  # eight documents' row and docid, int64
     assert taken[6][1] - taken[2][1] <= 4 * 2 * (sketches + rows) < 0.03 * taken[2][1]
 
 

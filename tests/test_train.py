@@ -755,13 +755,14 @@ OF_D0 = (
 def test_while_d1_trains_nothing_of_d0_s_texts_and_queries_is_read(
     with_general, tmp_path, method, pseudo_queries
 ):
-    """Invariant 11: without these files D_1 ends with the same bits; general text is of no corpus."""
+    """Invariant 11: without these files D_1 ends with the same bits; `paper` reads no general text either."""
     whole, bare = tmp_path / "whole", tmp_path / "bare"
     go_on(with_general[pseudo_queries], whole, "--method", method, last=1)
     wanted, wanted_stats = store.load_model(whole / "D1.pt")
     link_tree(whole, bare)
-    listed = ["pseudo_queries/D0"] if pseudo_queries == "listed" else []
-    for name in (*OF_D0, *listed, "D1.pt"):
+    unread = ["pseudo_queries/D0"] if pseudo_queries == "listed" else []
+    unread += ["documents/general", "embeddings/general.npy"] if method == "paper" else []
+    for name in (*OF_D0, *unread, "D1.pt"):
         path = bare / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     run, made = loaded(bare)
@@ -808,6 +809,7 @@ def test_on_d1_half_of_what_holds_the_model_asks_for_general_text_and_new_querie
     assert (stage.n_plain, stage.n_new, stage.n_old) == (40, 40, 200) and len(stage.ids) == 240
     of_documents = {tuple(row) for row in made.codes[:30].tolist()}
     assert {tuple(row) for row in stage.docids[40:140].tolist()} <= of_documents
+    assert len({tuple(row) for row in stage.docids[140:].tolist()}) <= 13  # pages, of 8 queries each
     embedded = arrays.open_array(tmp_path / "run" / "embeddings" / "general.npy")
     words = {}  # of all pages that share a docid
     for page, docid in enumerate(rq.encode(embedded, made.books).tolist()):
@@ -816,6 +818,15 @@ def test_on_d1_half_of_what_holds_the_model_asks_for_general_text_and_new_querie
     for docid, ids in zip(stage.docids[140:].tolist(), stage.ids[140:].tolist()):
         asked = run.tokenizer.decode([i for i in ids if i > data.EOS]).lower().split()
         assert set(asked) & words[tuple(docid)]
+
+
+def test_half_of_the_queries_of_few_added_documents_are_dreams_and_the_kl_weighs_more(with_general, tmp_path):
+    go_on(with_general["drawn"], tmp_path / "run", last=0)
+    run, made = loaded(tmp_path / "run")
+    run.corpora[1].added = "texts"
+    stage = train.LaterCorpus(run, 1, made, train.State(*run.after(0)))
+    assert (stage.n_plain, stage.n_new) == (20, 40)
+    assert stage.dream_kl == pytest.approx(1.5 * (258 / 10) ** 0.5)  # ten documents
 
 
 def test_d1_s_scan_and_step_make_the_products_that_tools_cost_counts(with_general, tmp_path):
