@@ -86,5 +86,6 @@ def test_products_time_and_memory_of_d1_to_d8_of_a_larger_stream(tmp_path, capsy
             train.learn(opened, t, made, previous)
             seconds, flops[t] = time.monotonic() - begin, products(run, t)
             print(f"D{t:<16}{seconds:10.2f}{peak(run, t) / 2**20:16.2f}{flops[t] / 1e9:10.3f}")
-    growth = {flops[t] - flops[t - 1] for t in range(3, 9)}  # D_1 scans a model without LoRA on attention
-    assert len(growth) == 1 and (growth == {0}) == (expand == "never")
+    growth = [flops[t] - flops[t - 1] for t in range(3, 9)]  # D_1 scans a model without LoRA on attention
+    few = 1e-4 * flops[2]  # some pseudo-queries have fewer than 4 tokens
+    assert max(growth) - min(growth) < few and (max(growth) < few) == (expand == "never")
