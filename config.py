@@ -133,7 +133,7 @@ class Config:
     slow: str = flag("grad", "training", "slow learner of the docid table on D_t: its gradient (grad, paper; AdamW undoes the scale but in clipping and where gradients are near its epsilon) or its learning rate (lr) times 0.01, or none", "grad lr none")
 
     table_lr: float = flag(0.0, "training", "peak learning rate of the docid table on D_t (default, and paper: as --lr)")
-    attention_rank: int = flag(0, "training", "rank of un-routed LoRA on the decoder's attention to the query, from D_1 on (0: none; paper: none)")
+    attention_rank: int = flag(0, "training", "rank of un-routed LoRA on the decoder's self- and cross-attention, from D_1 on (0: none; paper: none)")
     attention_lr: float = flag(5e-3, "training", "its peak learning rate (ours)")
 
     dreams: int = flag(0, "dreams", "pseudo-queries of earlier documents that are made from their docids for each D_t (ours)")

@@ -60,8 +60,8 @@ def trained_experts(config, t: int) -> int:
 
 
 def attention_parameters(config, net: T5Config, t: int) -> int:
-    """Of LoRA on the attention to the query of every decoder block, which is there from D_1 on."""
-    return (t > 0) * net.decoder_blocks * 4 * config.attention_rank * (net.width + net.heads * net.head_width)
+    """Of LoRA on both attentions of every decoder block, which is there from D_1 on."""
+    return (t > 0) * net.decoder_blocks * 8 * config.attention_rank * (net.width + net.heads * net.head_width)
 
 
 def dreams_each(config, t: int) -> int:

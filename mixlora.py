@@ -8,10 +8,11 @@ Differs  top-2 is deterministic (the released code drops the second expert at ra
          router row is normalised inside the forward instead of overwritten, all experts are computed as one
          product, and what is frozen is a parameter of its own instead of a gradient mask. New router rows may
          start from the mean of the out-of-distribution inputs (`ood_mean`), where the released code draws
-         them at random. A layer whose experts are all frozen leaves their dropout out. LoRA on the attention to
-         the query is ours.
+         them at random. A layer whose experts are all frozen leaves their dropout out. LoRA on the decoder's
+         attention is ours.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t5 import T5, Attention, FeedForward, dropout
+
+ATTENTIONS = ("self_attention", "cross_attention")  # of a decoder block
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,9 @@ class Experts(nn.Module):
         ) -> nn.Parameter:  # uniform with a = sqrt(5), as published: bound = fan_in^-1/2
             return nn.Parameter((torch.rand(experts, rank, fan_in) * 2 - 1) * fan_in**-0.5)
 
-        self.in_a, self.in_b = kaiming(width), nn.Parameter(torch.zeros(experts, feed_forward, rank))
-        self.out_a, self.out_b = kaiming(feed_forward), nn.Parameter(torch.zeros(experts, width, rank))
+        # B lies as (E, r, F) in memory, as `mixed_delta` multiplies by it
+        self.in_a, self.in_b = kaiming(width), nn.Parameter(torch.zeros(experts, rank, feed_forward).mT)
+        self.out_a, self.out_b = kaiming(feed_forward), nn.Parameter(torch.zeros(experts, rank, width).mT)
 
     def __len__(self) -> int:
         return len(self.in_a)
@@ -87,8 +91,7 @@ def mixed_delta(x: Tensor, a: Tensor, b: Tensor, gates: Tensor, onto: Tensor) ->
     experts, rank, _ = a.shape
     z = x @ a.flatten(0, 1).T  # (B, T, E * r)
     z = z.unflatten(-1, (experts, rank)) * gates[..., None].to(x.dtype)  # (B, T, E, r)
-    wide = b.permute(0, 2, 1).flatten(0, 1)  # (E * r, F)
-    return torch.addmm(onto.flatten(0, 1), z.flatten(2).flatten(0, 1), wide).view_as(onto)
+    return torch.addmm(onto.flatten(0, 1), z.flatten(2).flatten(0, 1), b.mT.flatten(0, 1)).view_as(onto)
 
 
 def top_gates(scores: Tensor, active: int) -> Tensor:
@@ -118,7 +121,10 @@ class MixedFeedForward(nn.Module):
 
     def stacked(self, name: str) -> Tensor:
         """One of the experts' four tensors, frozen and trainable together."""
-        return torch.cat([getattr(self.old, name), getattr(self.new, name)])
+        old, new = getattr(self.old, name), getattr(self.new, name)
+        if not len(new):
+            return old
+        return torch.cat([old.mT, new.mT]).mT if name.endswith("b") else torch.cat([old, new])
 
     def route(self, x: Tensor) -> Route:
         """Router scores and gates of x (B, T, D), in float32 whatever the precision around."""
@@ -221,7 +227,7 @@ class LowRankAttention(Attention):
     """Attention whose W_q, W_k, W_v and W_o are W + B A with W frozen: plain LoRA, without a router. Ours.
 
     MixLoRA (Li et al., 2024) has it beside the routed experts, and new documents need it: what they are asked by is
-    read through the attention to the query.
+    read through the attention to the query, and what of their docid came before through the self-attention.
     """
 
     def __init__(self, plain: Attention, rank: int):
@@ -241,21 +247,42 @@ class LowRankAttention(Attention):
     v, o = property(lambda self: self.adapted("v")), property(lambda self: self.adapted("o"))
 
 
-def add_attention_lora(model: T5, rank: int) -> None:
-    """Puts LoRA of this rank on the cross-attention of every decoder block; its deltas start at zero."""
+def add_attention_lora(model: T5, rank: int, sites: Sequence[str] = ATTENTIONS) -> None:
+    """Puts LoRA of this rank on both attentions of every decoder block; its deltas start at zero.
+
+    `sites`: those that have it, where a checkpoint is to be loaded. Of commit 9c736df and before, cross_attention alone.
+    """
     for block in model.decoder:
-        adapted = LowRankAttention(block.cross_attention, rank).to(model.word.device)
-        block.cross_attention = adapted.train(block.training)
+        for site in sites:
+            adapted = LowRankAttention(getattr(block, site), rank).to(model.word.device)
+            setattr(block, site, adapted.train(block.training))
 
 
 def attention_lora(model: T5) -> list[LowRankAttention]:
-    return [b.cross_attention for b in model.decoder if isinstance(b.cross_attention, LowRankAttention)]
+    """By block, the self-attention before the attention to the query."""
+    every = [getattr(block, site) for block in model.decoder for site in ATTENTIONS]
+    return [attention for attention in every if isinstance(attention, LowRankAttention)]
 
 
 def attention_parameters(model: T5) -> list[tuple[str, nn.Parameter]]:
     """Name and parameter of every A and B on attention."""
-    ends = tuple(f"cross_attention.{name}_{side}" for name in "qkvo" for side in "ab")
+    ends = tuple(f"_attention.{name}_{side}" for name in "qkvo" for side in "ab")
     return [(name, p) for name, p in model.named_parameters() if name.endswith(ends)]
+
+
+@torch.no_grad()
+def fold(model: T5) -> None:
+    """Does once what a model that only answers would do at every step: adds LoRA on attention to the weights, and puts
+    each layer's experts into one tensor. Answers stay the same, bit by bit.
+    """
+    for block in model.decoder:
+        for site in ATTENTIONS:
+            if isinstance(lora := getattr(block, site), LowRankAttention):
+                for name in "qkvo":
+                    setattr(lora.plain, name, nn.Parameter(lora.adapted(name), requires_grad=False))
+                setattr(block, site, lora.plain)
+    for layer in mixed_layers(model):
+        layer.freeze()
 
 
 # ---------------------------------------------------------------------------------------------- router losses

@@ -35,7 +35,7 @@ import distributed
 from arrays import Chain, damaged, read_json, read_tensors, write, write_json, write_tensors
 from baselines import adapters, add_adapters, add_prompts
 from data import Corpus, excluded_queries, load_tokenizer
-from mixlora import MixConfig, add_attention_lora, add_mixture, attention_lora, mixed_layers
+from mixlora import ATTENTIONS, MixConfig, add_attention_lora, add_mixture, attention_lora, mixed_layers
 from ood import Stats
 from queries import Idf, passages
 from rq import Trie
@@ -246,7 +246,8 @@ def load_model(path: Path, device: str = "cpu") -> tuple[T5, list[Stats]]:
         if value["mix"]:
             add_mixture(model, MixConfig(**value["mix"]), value["frozen"], value["trainable"])
         if value["attention_rank"]:
-            add_attention_lora(model, value["attention_rank"])
+            sites = [site for site in ATTENTIONS if f"decoder.0.{site}.q_a" in value["model"]]
+            add_attention_lora(model, value["attention_rank"], sites)
         if value["adapters"]:
             add_adapters(model, value["adapters"])
         if value["prompts"]:

@@ -94,7 +94,7 @@ def test_two_processes_end_with_the_weights_and_statistics_of_one(runs):
         (one, stats), (two, others) = (store.load_model(run / f"D{t}.pt") for run in runs)
         for (name, a), (_, b) in zip(one.named_parameters(), two.named_parameters()):
             assert (a - b).abs().max() < 1e-3 if a.numel() else a.shape == b.shape, name
-        assert len(attention_lora(one)) == 2 * t and all(lora.o_b.any() for lora in attention_lora(two))
+        assert len(attention_lora(one)) == 4 * t and all(lora.o_b.any() for lora in attention_lora(two))
         for a, b in zip(stats, others):
             assert a.mean.flatten().tolist() == pytest.approx(b.mean.flatten().tolist(), abs=1e-4)
 

@@ -222,7 +222,8 @@ def test_lora_on_attention_trains_beside_them_and_an_evolving_layer_s_newest_exp
     freeze_old(model)
     trained = {name for name, p in model.named_parameters() if p.requires_grad and p.numel()}
     experts = {f"decoder.{i}.ff.new.{name}" for i in (0, 1) for name in ("in_a", "in_b", "out_a", "out_b")}
-    lora = {f"decoder.{i}.cross_attention.{m}_{side}" for i in range(3) for m in "qkvo" for side in "ab"}
+    sites = [f"decoder.{i}.{site}" for i in range(3) for site in mixlora.ATTENTIONS]
+    lora = {f"{site}.{m}_{side}" for site in sites for m in "qkvo" for side in "ab"}
     assert trained == {"rq", "decoder.0.ff.router_new", "decoder.1.ff.router_new"} | experts | lora
     assert [len(layer.new) for layer in mixed_layers(model)] == [1, 1]
 

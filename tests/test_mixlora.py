@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import ood
 import store
 from mixlora import (
+    ATTENTIONS,
     Experts,
     LowRankAttention,
     MixConfig,
@@ -25,6 +26,7 @@ from mixlora import (
     balance_loss,
     expert_parameters,
     first_choice_share,
+    fold,
     mixed_delta,
     mixed_layers,
     repel_loss,
@@ -448,7 +450,7 @@ def test_bad_mixture_settings_are_refused_by_name(wrong):
 
 
 def adapted_t5(random_b: bool = True, rank: int = 3, **shape) -> T5:
-    """A T5 with two mixed layers and LoRA on its cross-attention."""
+    """A T5 with two mixed layers and LoRA on its decoder's attention."""
     torch.manual_seed(0)
     model = T5(replace(SHAPE, **shape))
     add_mixture(model, MixConfig(layers=2, rank=3))
@@ -496,16 +498,18 @@ def test_attention_with_lora_equals_attention_with_w_plus_b_a(random_b):
 def test_fresh_lora_changes_no_answer_of_a_t5_and_stands_in_every_decoder_block():
     model, plain = adapted_t5(random_b=False), adapted_t5(random_b=False)
     for block in plain.decoder:
-        block.cross_attention = block.cross_attention.plain
+        for site in ATTENTIONS:
+            setattr(block, site, getattr(block, site).plain)
     ids, codes = torch.randint(1, 20, (4, 6)), torch.randint(5, (4, 3))
     found, wanted = (m.docid_hidden(*m.encode(ids), codes)[0] for m in (model, plain))
-    assert torch.equal(found, wanted) and len(attention_lora(model)) == 3 and attention_lora(plain) == []
+    assert torch.equal(found, wanted) and len(attention_lora(model)) == 6 and attention_lora(plain) == []
     assert all(len(lora.k_a) == 3 and not lora.k_b.any() for lora in attention_lora(model))
 
 
 def test_an_a_starts_as_the_experts_do_and_every_a_and_b_is_named():
     model = adapted_t5(random_b=False)
-    names = [f"decoder.{i}.cross_attention.{m}_{side}" for i in range(3) for m in "qkvo" for side in "ab"]
+    sites = [f"decoder.{i}.{site}" for i in range(3) for site in ATTENTIONS]
+    names = [f"{site}.{m}_{side}" for site in sites for m in "qkvo" for side in "ab"]
     assert sorted(name for name, _ in attention_parameters(model)) == sorted(names)
     every = torch.cat([p.flatten() for name, p in attention_parameters(model) if name.endswith("a")])
     assert every.abs().max() <= 0.25 and every.std().item() == pytest.approx(0.5 / 12**0.5, rel=0.05)
@@ -544,6 +548,33 @@ def test_lora_on_attention_comes_back_with_the_checkpoint_and_trains_on(tmp_path
     assert torch.equal(found, expected)
     freeze_old(loaded)
     assert all(p.requires_grad for _, p in attention_parameters(loaded))
+
+
+def test_a_checkpoint_with_lora_on_cross_attention_alone_comes_back_as_it_was(tmp_path):
+    """As those of commit 9c736df and before."""
+    model = adapted_t5()
+    for block in model.decoder:
+        block.self_attention = block.self_attention.plain
+    store.save_model(tmp_path / "D1.pt", model, [])
+    loaded, _ = store.load_model(tmp_path / "D1.pt")
+    wanted = model.state_dict()
+    assert loaded.state_dict().keys() == wanted.keys() and len(attention_lora(loaded)) == 3
+    assert all(torch.equal(value, wanted[name]) for name, value in loaded.state_dict().items())
+
+
+def test_a_folded_t5_answers_alike_bit_by_bit_and_holds_each_layer_s_experts_in_one_tensor():
+    model, folded = adapted_t5(), adapted_t5()
+    for m in (model, folded):  # an older expert and a newest
+        for layer in mixed_layers(m):
+            torch.manual_seed(1)
+            layer.add_expert()
+            torch.nn.init.normal_(layer.new.out_b)
+    fold(folded)
+    assert attention_lora(folded) == [] and len(attention_lora(model)) == 6
+    assert all(layer.stacked("out_b") is layer.old.out_b for layer in mixed_layers(folded))
+    ids, codes = torch.randint(1, 20, (4, 6)), torch.randint(5, (30, 3)).unique(dim=0)
+    for found, wanted in zip(*(beam_search(m, Trie(codes), ids, 4) for m in (folded, model))):
+        assert torch.equal(found, wanted)
 
 
 def test_a_t5_with_lora_on_attention_scores_its_beams_as_by_teacher_forcing():

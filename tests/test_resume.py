@@ -138,7 +138,7 @@ def test_the_run_that_is_stopped_below_has_a_part_of_every_kind(whole):
     """Dreams, LoRA on attention, a layer that grows and one whose newest expert evolves, averages moved in training."""
     model, stats = store.load_model(whole / "D1.pt")
     assert sorted((len(layer.old), len(layer.new)) for layer in mixed_layers(model)) == [(1, 1), (2, 1)]
-    assert all(lora.o_b.any() for lora in attention_lora(model)) and len(attention_lora(model)) == 2
+    assert all(lora.o_b.any() for lora in attention_lora(model)) and len(attention_lora(model)) == 4
     assert all(stat.mean.all() and stat.base for stat in stats)
     metrics = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert {line["stage"] for line in metrics if "dream" in line} == {"D1", "D2"}

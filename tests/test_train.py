@@ -88,7 +88,7 @@ def test_after_each_corpus_all_but_the_newest_experts_rows_docid_table_and_lora_
         trained, tensors = {"rq"} | {name for name, _ in mixlora.attention_parameters(new)}, new.state_dict()
         for name, tensor in old.state_dict().items():
             if name not in tensors:  # D_1 puts LoRA around what was plain
-                name = name.replace("cross_attention.", "cross_attention.plain.")
+                name = name.replace("_attention.", "_attention.plain.")
             if ".ff.old." not in name and ".ff.new." not in name and "router" not in name:
                 assert torch.equal(tensor, tensors[name]) == (name not in trained), name
         for layer, layer_before in zip(mixlora.mixed_layers(new), mixlora.mixed_layers(old)):

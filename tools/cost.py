@@ -114,9 +114,10 @@ def embedding(net: T5Config, batch: int, source: int) -> int:
 def beam_search(net: T5Config, mix: MixConfig | None, batch: int, source: int, beam: int, lora=0) -> int:
     """search.beam_search: M steps of cached decoding, with K logits for each live beam.
 
-    `lora`: parameters of LoRA on attention. W + B A is formed of keys and values once, of W_q and W_o in every step.
+    `lora`: parameters of LoRA on attention. W + B A of the source's keys and values is formed once, the other six of a
+    block's eight in every step.
     """
-    flops = math.ceil(batch / search.BATCH) * (1 + net.codebooks) * formed(net, lora) // 2
+    flops = math.ceil(batch / search.BATCH) * (1 + 3 * net.codebooks) * formed(net, lora) // 4
     for m in range(net.codebooks):
         live = min(beam, net.centroids**m)
         parts = products(net, mix, batch, source, live, keys=m + 1)
@@ -127,7 +128,7 @@ def beam_search(net: T5Config, mix: MixConfig | None, batch: int, source: int, b
 
 
 def formed(net: T5Config, lora: int) -> int:
-    """B A of each block's four matrices that attend to the query: 2 r D I each, by the number r (D + I) of parameters."""
+    """B A of the eight matrices of each block's attentions: 2 r D I each, by the number r (D + I) of parameters."""
     inner = net.heads * net.head_width
     return 2 * lora * net.width * inner // (net.width + inner)
 
@@ -174,7 +175,7 @@ def docid_step(config, net: T5Config, t: int, batch: int, source: int, tokens=0)
     first norm. On D_t a mixture runs no encoder. Its docid table feeds the decoder, so dx runs through every block, but
     frozen weights have no dW: one product backward, not two. Self-attention multiplies x by x and keeps two;
     the source is constant, so cross-attention keeps one. Old and new experts are stacked: dW is computed for all
-    of them, unless none trains. LoRA on the attention to the query makes it take dW too, and keys and values unformed.
+    of them, unless none trains. LoRA on both attentions makes them take dW too, and keys and values unformed.
     """
     rows, divergences = batch * (1 + memory.dreams_each(config, t)), t > 0 and config.kl_coef > 0
     # Logits: forward, backward. On D_t all terms share a position's, and each KL has the previous model's.
@@ -189,7 +190,7 @@ def docid_step(config, net: T5Config, t: int, batch: int, source: int, tokens=0)
         backward = parts["decoder"] + parts["cross"] + 2 * parts["self"]
         backward += (1 + (memory.trained_experts(config, t) > 0)) * parts["experts"]
         if lora:
-            backward += 2 * rows * net.codebooks * net.decoder_blocks * 4 * net.width * inner + 2 * adapted
+            backward += 2 * rows * net.codebooks * net.decoder_blocks * 8 * net.width * inner + 2 * adapted
     else:
         backward = 2 * sum(parts.values())
     forward = sum(parts.values()) + adapted

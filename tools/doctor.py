@@ -310,8 +310,10 @@ def groups(model: T5, frozen: list[int]) -> dict[str, list[Tensor]]:
         mixture += [x.split([n, len(x) - n]) for x in (rows, *map(layer.stacked, MATRICES))]
     for b in model.decoder:
         plain = b.ff.plain if isinstance(b.ff, MixedFeedForward) else b.ff
-        attention = getattr(b.cross_attention, "plain", b.cross_attention)
-        decoder += [b.self_norm, b.self_attention, b.cross_norm, attention, b.ff_norm, plain]
+        attentions = [
+            getattr(attention, "plain", attention) for attention in (b.self_attention, b.cross_attention)
+        ]
+        decoder += [b.self_norm, b.cross_norm, *attentions, b.ff_norm, plain]
     encoder = [model.encoder, model.encoder_bias, model.encoder_norm]
     bottlenecks = {id(p): p for adapter in baselines.adapters(model) for p in adapter.parameters()}
     return {
