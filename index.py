@@ -21,6 +21,7 @@ from pathlib import Path
 import arrays
 import command
 import extend
+import mixlora
 import search
 import store
 import train
@@ -121,6 +122,7 @@ class Index:
         t = run.finished[-1]
         live = store.live_rows(self.folder, run.corpora[: t + 1])
         self.model, self.stats = store.load_model(self.folder / f"D{t}.pt", self.device)
+        mixlora.fold(self.model)
         self.run, self.live, self.trie = run, live, store.Trie(run.docids[live], live)
         self.row_of = {run.ids[row]: row for row in live.tolist()}
 

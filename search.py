@@ -18,6 +18,7 @@ from torch import Tensor
 
 import command
 from data import tokenize
+from mixlora import fold
 from rq import Trie
 from store import LoadedRun
 from t5 import T5, segment_logits
@@ -27,7 +28,7 @@ BATCH = 128  # queries decoded together (paper: 128 to 512)
 Ranking = list[tuple[int, float]]  # (row of the document in the stream, score), best first
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def beam_search(model: T5, trie: Trie, ids: Tensor, beam: int) -> tuple[Tensor, Tensor]:
     """The `beam` best docids of each query, as leaves of the trie.
 
@@ -54,8 +55,9 @@ def beam_search(model: T5, trie: Trie, ids: Tensor, beam: int) -> tuple[Tensor, 
         first = torch.arange(batch, device=device)[:, None] * (len(log_p) // batch)
         parent, code = (first + best // centroids).flatten(), (best % centroids).flatten()
         nodes = trie.child(m, nodes[parent.cpu()], code.cpu())  # empty where the score is -inf
-        past = [(k[parent], v[parent]) for k, v in past]
-        x = model.rq[m][code][:, None]
+        if m + 1 < model.config.codebooks:
+            past = [(k.index_select(0, parent), v.index_select(0, parent)) for k, v in past]
+            x = model.rq[m][code][:, None]
     leaves, missing = nodes.reshape(batch, -1, 2), beam - scores.shape[1]
     return F.pad(leaves, (0, 0, 0, missing)), F.pad(scores, (0, missing), value=-torch.inf)
 
@@ -125,6 +127,7 @@ def main(argv: list[str]) -> None:
     if args.k < 1 or chosen < 1:
         raise ValueError(f"-k {args.k} and --beam {chosen}: wanted positive numbers")
     model, trie = run.at(run.finished[-1])
+    fold(model)
 
     def answer(query: str) -> None:
         if not query.strip():
