@@ -44,9 +44,10 @@ def beam_search(model: T5, trie: Trie, ids: Tensor, beam: int) -> tuple[Tensor, 
     source, padding = model.encode(ids)
     cross = model.cross_keys_values(source)
     x, past = model.start(batch), model.past(source, padding)  # (R, 1, D); R = B * live beams
+    bias = model.causal_bias(0, model.config.codebooks)
     nodes, scores = trie.root(batch), torch.zeros(batch, 1, device=device)
     for m in range(model.config.codebooks):
-        hidden, past, _ = model.decode(x, cross, padding, past)
+        hidden, past, _ = model.decode(x, cross, padding, past, bias)
         log_p = F.log_softmax(segment_logits(hidden, model.rq[m : m + 1])[:, 0].float(), dim=-1)  # (R, K)
         log_p += scores.flatten()[:, None]
         log_p.masked_fill_(~trie.allowed(m, nodes, centroids).to(device), -torch.inf)

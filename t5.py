@@ -65,8 +65,10 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     On a CPU most of F.dropout's time goes into one random number for each entry and half of a layer's memory into its
     mask. Here 64 random bits serve four entries (p is met to 2^-17), and the mask takes a byte an entry.
     """
-    if not (training and p) or x.device.type != "cpu":
-        return F.dropout(x, p, training)
+    if not (training and p):
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
     dropped = round(p * 2**16)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     kept = (bits.view(torch.int16)[: x.numel()] >= dropped - 2**15).view(x.shape)
@@ -342,7 +344,7 @@ class T5(nn.Module):
         """What `decode` starts from: None or, with a prefix, for each block None or keys and values (B, H, P, Dh)."""
         return None if self.prefix is None else self.prefix(source, padding)
 
-    def decode(self, x: Tensor, cross: list | Tensor, padding: Tensor, past: list | None = None):
+    def decode(self, x: Tensor, cross: list | Tensor, padding: Tensor, past: list | None = None, bias=None):
         """Runs the decoder over T new positions.
 
         Args:
@@ -350,13 +352,15 @@ class T5(nn.Module):
             cross: the source (B, S, D) or, where many positions will attend to it, `cross_keys_values` of it.
             padding: the (B, 1, 1, S) bias from `encode`.
             past: what an earlier call returned for the positions before these; before the first, `past` of the source.
+            bias: `causal_bias` of a whole docid, for a caller that decodes it position by position.
 
         Returns:
             hidden states (B, T, D) after the final norm; keys and values of all positions so far, per block;
             the routes of the mixed layers, in order (mixlora.Route, empty for a plain T5).
         """
         seen = past[0][0].shape[2] if past and past[0] is not None else 0  # a prefix leaves block 0 alone
-        bias = self.causal_bias(seen, x.shape[1])
+        end = seen + x.shape[1]
+        bias = self.causal_bias(seen, x.shape[1]) if bias is None else bias[:, :, seen:end, :end]
         present, routes = [], []
         x = self.drop(x)
         for i, block in enumerate(self.decoder):
