@@ -20,7 +20,13 @@ class BM25:
     """An inverted index: for each word the documents that hold it and its weight in them, in flat arrays."""
 
     def __init__(self, passages: Iterable[str]):
-        self.n_documents, self.vocabulary, rows, terms, counts = count_terms(passages)
+        n_documents, self.vocabulary, *self.counted = count_terms(passages)
+        self.weigh(n_documents)
+
+    def weigh(self, n_documents: int) -> "BM25":
+        """Makes it the index of the first so many documents alone. Returns itself."""
+        self.n_documents, (rows, terms, counts) = n_documents, self.counted
+        rows, terms, counts = (x[: np.searchsorted(rows, n_documents)] for x in (rows, terms, counts))
         lengths = np.bincount(rows, counts, self.n_documents)
         length_norm = K1 * (1 - B + B * lengths / max(lengths.mean() if len(lengths) else 0, 1))
         order = np.argsort(terms, kind="stable")  # postings of one word side by side, rows ascending
@@ -29,6 +35,7 @@ class BM25:
         n, tf = np.diff(self.starts), counts[order].astype(float)
         idf = np.log(1 + (self.n_documents - n + 0.5) / (n + 0.5))
         self.weights = np.repeat(idf, n) * tf / (tf + length_norm[self.rows])
+        return self
 
     def scores(self, query: str) -> np.ndarray:
         """BM25 of the query with every document, (N,) float64; repeated query words count repeatedly."""

@@ -13,6 +13,7 @@ import platform
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import faiss
@@ -67,11 +68,13 @@ class Evaluation:
 
 def evaluate(corpora: list[Corpus], ranker) -> Evaluation:
     """Scores a ranker on every corpus: `ranker(texts) -> list[Ranking]` answers query texts with document rows."""
-    ids = Chain([corpus.ids for corpus in corpora])
+    doc_id = lru_cache(100_000)(Chain([corpus.ids for corpus in corpora]).__getitem__)
     rankings, values = [], []
     for corpus in corpora:
         answers: list[Ranking] = ranker(list(corpus.test.values())) if corpus.test else []
-        named = {q: [(ids[row], score) for row, score in ranking] for q, ranking in zip(corpus.test, answers)}
+        named = {
+            q: [(doc_id(row), score) for row, score in ranking] for q, ranking in zip(corpus.test, answers)
+        }
         scored = [score_ranking([doc for doc, _ in named[q]], corpus.qrels[q]) for q in corpus.test]
         rankings.append(named)
         values.append({metric: [one[metric] for one in scored] for metric in METRICS})

@@ -505,18 +505,20 @@ def references(run: Run, made: Prepared) -> dict[str, dict]:
     """
     evaluations: dict[str, list] = {"bm25": [], "dense": [], "quantised": []}
     embeddings = open_embeddings(run, run.corpora)
+    texts = list({text: None for corpus in run.corpora for text in corpus.test.values()})
+    tokens = data.tokenize(run.tokenizer, texts, run.config.query_length)
+    asked = dict(zip(texts, dense.embed(made.bi_encoder, tokens)))
+    index = BM25(passage for corpus in run.corpora for passage in corpus.passages())
     for t in [t for t, corpus in enumerate(run.corpora) if corpus.tested]:
         corpora = run.corpora[: t + 1]
         live = store.live_rows(run.folder, corpora)
-        index = BM25(passage for corpus in corpora for passage in corpus.passages())
+        index.weigh(corpora[-1].rows.stop)
 
-        def by_bm25(texts: list[str], index=index) -> list[Ranking]:
+        def by_bm25(texts: list[str]) -> list[Ranking]:
             return [index.top(text, 10) for text in texts]
 
         def by_bi_encoder(texts: list[str], documents: list, live=live) -> list[Ranking]:
-            embedded = dense.embed(
-                made.bi_encoder, data.tokenize(run.tokenizer, texts, run.config.query_length)
-            )
+            embedded = torch.stack([asked[text] for text in texts])
             scores, rows = dense.nearest(embedded, documents, 10, run.device)
             return [list(zip(*pair)) for pair in zip(live[rows].tolist(), scores.tolist())]
 

@@ -84,7 +84,9 @@ def documents(trie: Trie, leaves: Tensor, scores: Tensor, doc_ids: list[str], k:
     rankings = []
     for row, row_scores in zip(leaves.tolist(), scores.tolist()):
         scored = [(doc, s) for leaf, s in zip(row, row_scores) for doc in trie.documents_at(leaf)]
-        rankings.append(sorted(scored, key=lambda pair: (-pair[1], doc_ids[pair[0]]))[:k])
+        least = min((s for _, s in scored[:k]), default=0.0)  # leaves come best first
+        best = [pair for pair in scored if pair[1] >= least]
+        rankings.append(sorted(best, key=lambda pair: (-pair[1], doc_ids[pair[0]]))[:k])
     return rankings
 
 

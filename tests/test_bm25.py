@@ -61,6 +61,9 @@ def test_scores_and_top_equal_brute_force_on_random_words(passages, query, k):
     scores = index.scores(query)
     best = sorted(range(len(passages)), key=lambda row: (-scores[row], row))[:k]
     assert index.top(query, k) == [(row, scores[row]) for row in best if wanted[row] > 0]
+    n = max(1, len(passages) // 2)
+    assert index.weigh(n).scores(query).tolist() == BM25(passages[:n]).scores(query).tolist()
+    assert index.weigh(len(passages)).scores(query).tolist() == scores.tolist()
 
 
 def test_unknown_words_change_nothing():
