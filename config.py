@@ -201,7 +201,7 @@ METHODS = {
     "incdsi": PLAIN | dict(docid_kind="atomic", insert=True, d0_fragments=0),
 }  # fmt: skip
 OURS = dict(  # dreams carry the KL to the previous model, in place of D_t's own queries
-    dreams=20_000, attention_rank=16, ood_mode="pooled", router_row="ood_mean", evolve=True, kl_coef=0.0, slow="none",
+    dreams=20_000, attention_rank=32, ood_mode="pooled", router_row="ood_mean", evolve=True, kl_coef=0.0, slow="none",
 )  # fmt: skip
 # Where the paper's recipe of a method differs from its own preset's (appendix E and the released scripts): methods
 # that start from the plain T5 take larger batches on NQ320k, BASE and its relatives fewer epochs; on MS MARCO they warm D_0 up less.

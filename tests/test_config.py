@@ -97,7 +97,7 @@ def test_flags_override_the_method_and_the_method_overrides_the_preset():
 
 ADDED = dict(dreams=0, attention_rank=0, ood_mode="paper_code", router_row="random", evolve=False)
 OURS = dict(
-    dreams=20_000, attention_rank=16, ood_mode="pooled", router_row="ood_mean", evolve=True, kl_coef=0.0, slow="none"
+    dreams=20_000, attention_rank=32, ood_mode="pooled", router_row="ood_mean", evolve=True, kl_coef=0.0, slow="none"
 )  # fmt: skip
 
 
