@@ -138,7 +138,7 @@ class Config:
 
     dreams: int = flag(0, "dreams", "pseudo-queries of earlier documents that are made from their docids for each D_t (ours)")
     dream_batch: int = flag(512, "dreams", "dreams beside --batch new queries in a step, a multiple of these (ours)")
-    dream_kl: float = flag(2.0, "dreams", "weight of the KL to the previous model on dreams; beside general text 1.5, with --method dream 4 and 2.5 (ours)")
+    dream_kl: float = flag(2.0, "dreams", "weight of the KL to the previous model on dreams; beside general text 2.25, with --method dream 4 and 2.5 (ours)")
     dream_words: int = flag(4, "dreams", "words at most of its document in a dream, 2 at least (ours)")
     dream_noise: int = flag(4, "dreams", "words at most that are drawn by their frequency alone (ours)")
     dream_general: float = flag(0.5, "dreams", "share of dreams in whose place pseudo-queries of general text stand, where there is some (ours)")
@@ -214,9 +214,8 @@ METHOD_RECIPES = (
     | {(preset, "promptdsi"): dict(prompts=32) for preset in ("boolq", "beir")}
     | {(preset, "mixlora-dsi"): OURS for preset in ("boolq", "beir")}
 )
-# Beside general text new queries need no style of their own, since what holds the model is in natural words too, and
-# the KL may weigh less
-BESIDE_GENERAL = dict(dream_style=0.0, dream_kl=1.5)
+# Beside general text new queries need no style of their own, since what holds the model is in natural words too
+BESIDE_GENERAL = dict(dream_style=0.0, dream_kl=2.25)
 
 
 @dataclass

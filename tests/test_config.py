@@ -106,7 +106,7 @@ def test_beside_general_text_new_queries_are_plain_and_the_kl_weighs_less():
         config = parse(["--data", "boolq", *flags]).config
         return config.dream_style, config.dream_kl
 
-    assert held() == (0.0, 1.5) and held("--method", "dream") == (0.0, 2.5)
+    assert held() == (0.0, 2.25) and held("--method", "dream") == (0.0, 2.5)
     for without in (("--general", "none"), ("--dream_general", "0")):
         assert held(*without) == (0.5, 2.0) and held(*without, "--method", "dream") == (0.5, 4.0)
     assert held("--dream_style", "0.25", "--dream_kl", "3") == (0.25, 3.0)

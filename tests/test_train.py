@@ -826,7 +826,7 @@ def test_half_of_the_queries_of_few_added_documents_are_dreams_and_the_kl_weighs
     run.corpora[1].added = "texts"
     stage = train.LaterCorpus(run, 1, made, train.State(*run.after(0)))
     assert (stage.n_plain, stage.n_new) == (20, 40)
-    assert stage.dream_kl == pytest.approx(1.5 * (258 / 10) ** 0.5)  # ten documents
+    assert stage.dream_kl == pytest.approx(2.25 * (258 / 10) ** 0.5)  # ten documents
 
 
 def test_d1_s_scan_and_step_make_the_products_that_tools_cost_counts(with_general, tmp_path):
