@@ -13,12 +13,12 @@ Differs  two modes. `paper_code` follows the released code: moving averages gath
          corpus; the released code never stores these where D_0 trained the mixture, and starts from zeros.
          `pooled` is ours: unseen documents have lower energies than learnt ones, so both tails count; energies
          are measured on the scale of dreams by the same model (dream.py), so those of different ages compare;
-         and the reference holds how every earlier corpus looked when it arrived. Corpora of few documents that
-         a finished run takes in decide together, once they are enough.
+         and a query is OOD if it lies outside the range of every earlier corpus, as that looked when it arrived.
+         Corpora of few documents that a finished run takes in decide together, once they are enough.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -109,8 +109,14 @@ def reference(stats: Stats) -> Tensor:
 
 
 def known_range(stats: Stats, epsilon: float) -> Tensor:
-    """(2,): between these lies the central 1 - epsilon of the reference."""
-    return torch.quantile(reference(stats), torch.tensor([epsilon / 2, 1 - epsilon / 2]))
+    """(2,): from the lowest to the highest end of the central 1 - epsilon of each known corpus.
+
+    Of all corpora together it would be narrower than that of a corpus that spreads more than the others, such as D_0,
+    whose own queries would then lie outside. The pool takes no part before it is a sketch.
+    """
+    known = torch.cat([stats.arrivals, stats.newest])
+    low, high = torch.quantile(known, torch.tensor([epsilon / 2, 1 - epsilon / 2]), dim=1)
+    return torch.stack([low.min(), high.max()])
 
 
 def arrival(stats: Stats, scores: Tensor, documents: int) -> Tensor:
@@ -284,7 +290,7 @@ def decide(
     """
     pooled, e, few = stats.mode == "pooled", energy(scores), documents < FEW  # e (Q, M)
     if few and pooled:
-        z, stats = arrival(stats, scores, documents), replace(stats, pool=stats.pool[:0])
+        z = arrival(stats, scores, documents)
         flags, full = outside(z, stats, epsilon), len(z) >= SKETCH
     else:
         flags, full = tails(scores, stats, epsilon, sigmas), not few

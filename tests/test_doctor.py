@@ -96,7 +96,7 @@ def test_a_run_stopped_after_d0_passes(sick):
 
 
 def test_docids_permuted_among_documents(sick):
-    change_docids(sick, lambda codes: np.roll(codes, 7, axis=0))
+    change_docids(sick, lambda codes: codes[::-1].copy())
     assert look(sick, doctor.fresh_docids, doctor.learnt) == ["FAIL", "FAIL"]
     assert (
         look(sick, doctor.counts, doctor.round_trip, doctor.fresh_embeddings, doctor.scores_agree)
@@ -356,7 +356,7 @@ def test_a_test_document_without_a_training_query(sick):
 def test_a_search_that_loses_its_cache_scores_otherwise_than_training(healthy, monkeypatch):
     decode = T5.decode
     monkeypatch.setattr(
-        T5, "decode", lambda model, x, cross, padding, past=None: decode(model, x, cross, padding)
+        T5, "decode", lambda model, x, cross, padding, past=None, bias=None: decode(model, x, cross, padding)
     )
     assert look(healthy, doctor.scores_agree, doctor.dense_recall) == ["FAIL", "ok"]
 

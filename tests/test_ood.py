@@ -202,12 +202,25 @@ def test_each_corpus_has_the_same_weight_in_the_reference_whatever_its_size():
     assert reference(stats).tolist() == [-1.0] * SKETCH + [2.0] * SKETCH + [3.0] * SKETCH
 
 
-def test_the_known_range_is_the_central_share_of_the_reference():
+def test_the_known_range_reaches_over_the_central_share_of_each_corpus():
     stats = new_stats("pooled", 2, 2)
     stats.arrivals = torch.arange(512.0)[None]
     assert known_range(stats, 0.2).tolist() == pytest.approx([51.1, 459.9], abs=1e-3)
     below, above = tails(with_raw([51.0, 51.2, 459.8, 460.0]), stats, 0.2)
     assert below.tolist() == [True, False, False, False] and above.tolist() == [False, False, False, True]
+    stats.arrivals = torch.stack([torch.arange(512.0), torch.full((512,), 300.0)])
+    stats.newest, stats.pool = torch.arange(512.0)[None] + 100, torch.full((9,), -1e3)
+    assert known_range(stats, 0.2).tolist() == pytest.approx([51.1, 559.9], abs=1e-3)
+
+
+def test_queries_of_a_corpus_that_spreads_more_than_later_ones_stay_known():
+    """Drawn from it anew, about epsilon of them lie outside, however many narrow corpora came since."""
+    generator = torch.Generator().manual_seed(0)
+    wide, fresh = 3 * torch.randn(2, 8000, generator=generator)
+    stats = new_stats("pooled", 2, 2)
+    stats.arrivals = torch.stack([sketch(wide), *(sketch(wide / 3) for _ in range(5))])
+    decision = decide(with_raw(fresh.tolist()), stats, 1.0, 0.02)
+    assert 1.4 < decision.ood_percent < 2.6 and not decision.expand
 
 
 def test_after_its_first_corpus_a_layer_holds_that_corpus_as_it_arrived_alone():
