@@ -203,6 +203,7 @@ class LaterCorpus(Training):
         self.n_plain = self.n_new = len(pairs)
         self.steps = config.steps or math.ceil(config.epochs * len(pairs) / config.batch)
         self.batch, self.dream_kl, style = config.batch, config.dream_kl, config.dream_style
+        self.pace = 1.0  # of experts' and attention's learning rates
         earlier = len(run.live) > len(run.corpora[self.t].rows)  # not where D_t replaces all that there was
         self.n_old = config.dreams if dreams and earlier else 0
         if self.added:
@@ -210,8 +211,11 @@ class LaterCorpus(Training):
             self.batch = min(config.batch, len(pairs))
             self.steps = math.ceil(config.steps * growth) if config.steps else self.steps
             self.n_old = min(self.n_old, self.steps * config.dream_batch)
-            if growth < 1:  # few would draw all queries to themselves: what holds the model weighs more
-                self.dream_kl /= growth
+            if (
+                growth < 1
+            ):  # few would draw all queries to themselves: what holds the model weighs more, what all share
+                self.dream_kl /= growth  # moves less
+                self.pace = growth ** (2 / 3) if config.mixture else 1.0
                 style = max(style, FEW_STYLE)
         if not self.n_old:
             return run.tokens(pairs), codes[[row for row, _ in pairs]]
@@ -355,8 +359,9 @@ class LaterCorpus(Training):
         table_lr = (config.table_lr or config.lr) * (SLOW_FACTOR if config.slow == "lr" else 1.0)
         lora = dict(mixlora.attention_parameters(model))
         rest = [(n, p) for n, p in model.named_parameters() if n != "rq" and n not in lora]
-        groups = parameter_groups([("rq", model.rq)], table_lr) + parameter_groups(rest, config.lr)
-        groups += parameter_groups(lora.items(), config.attention_lr)
+        groups = parameter_groups([("rq", model.rq)], table_lr)
+        groups += parameter_groups(rest, config.lr * self.pace)
+        groups += parameter_groups(lora.items(), config.attention_lr * self.pace)
         self.record["trainable_parameters"] = sum(p.numel() for group in groups for p in group["params"])
         stage = Stage(
             f"D{self.t}", groups, self.steps, config.warmup, self.next_batch, self.loss,
