@@ -820,13 +820,27 @@ def test_on_d1_half_of_what_holds_the_model_asks_for_general_text_and_new_querie
         assert set(asked) & words[tuple(docid)]
 
 
-def test_half_of_the_queries_of_few_added_documents_are_dreams_and_the_kl_weighs_more(with_general, tmp_path):
+def test_few_added_documents_bring_dreams_of_their_own_a_heavier_kl_and_slower_experts(
+    with_general, tmp_path, monkeypatch
+):
     go_on(with_general["drawn"], tmp_path / "run", last=0)
     run, made = loaded(tmp_path / "run")
     run.corpora[1].added = "texts"
     stage = train.LaterCorpus(run, 1, made, train.State(*run.after(0)))
     assert (stage.n_plain, stage.n_new) == (20, 40)
     assert stage.dream_kl == pytest.approx(2.25 * (258 / 10) ** 0.5)  # ten documents
+    stages, config = [], run.config
+    monkeypatch.setattr(train, "fit_and_check_frozen", lambda run, model, stage: stages.append(stage))
+    stage.scan()
+    stage.grow()
+    stage.train()
+    rates = {name: group["lr"] for group in stages[0].groups for name, p in stage.model.named_parameters()
+             if any(p is q for q in group["params"])}  # fmt: skip
+    pace = (10 / 258) ** (1 / 3)
+    assert rates.pop("rq") == (config.table_lr or config.lr)
+    attention = {rates.pop(name) for name, _ in mixlora.attention_parameters(stage.model)}
+    assert sorted(attention) == pytest.approx([config.attention_lr * pace])
+    assert sorted(set(rates.values())) == pytest.approx([config.lr * pace])
 
 
 def test_d1_s_scan_and_step_make_the_products_that_tools_cost_counts(with_general, tmp_path):
