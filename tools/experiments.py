@@ -100,6 +100,7 @@ RUNS = {
     "+ energies": Run("mixture", ENERGIES),
     "+ dreams": Run("mixture", f"{ENERGIES} --dreams 20000 --dream_general 0"),
     "+ general text on D_t": Run("mixture", f"{ENERGIES} --dreams 20000"),
+    "- KL on D_t's own queries": Run("mixture", "--attention_rank 0"),
 
     "ours, never expand": Run("mixture", "--expand never"),
     "ours, always expand": Run("mixture", "--expand always"),
@@ -168,7 +169,7 @@ EXPERIMENTS = {
     "references": (["base", "paper", "mixlora-dsi", "ours, rehearsal", "dream", "dream, rehearsal", "joint", "incdsi"],
                    "mixlora-dsi"),
     "ladder": (["no general text, 10 beams", "no general text", "paper", "+ energies", "+ dreams",
-                "+ general text on D_t", "mixlora-dsi"],
+                "+ general text on D_t", "- KL on D_t's own queries", "mixlora-dsi"],
                "mixlora-dsi"),
     "table1": (["bm25", "dense", "base", "dsi++", "clever-512", "clever-1024", "clever-512-d0", "promptdsi",
                 "corpusbrain++", "incdsi", "naive-expansion", "mixlora-dsi-pt", "never-expand", "always-expand",
