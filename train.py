@@ -213,7 +213,7 @@ class LaterCorpus(Training):
             self.n_old = min(self.n_old, self.steps * config.dream_batch)
             if growth < 1:  # few would draw all queries to themselves
                 self.dream_kl /= growth  # what holds the model weighs more
-                self.pace = growth if config.mixture else 1.0  # what all documents share moves less
+                self.pace = growth ** (2 / 3 if config.mixture else 0)  # what all documents share moves less
                 style = max(style, FEW_STYLE)
         if not self.n_old:
             return run.tokens(pairs), codes[[row for row, _ in pairs]]

@@ -836,7 +836,7 @@ def test_few_added_documents_bring_dreams_of_their_own_a_heavier_kl_and_slower_e
     stage.train()
     rates = {name: group["lr"] for group in stages[0].groups for name, p in stage.model.named_parameters()
              if any(p is q for q in group["params"])}  # fmt: skip
-    pace = (10 / 258) ** 0.5
+    pace = (10 / 258) ** (1 / 3)
     assert rates.pop("rq") == (config.table_lr or config.lr)
     attention = {rates.pop(name) for name, _ in mixlora.attention_parameters(stage.model)}
     assert sorted(attention) == pytest.approx([config.attention_lr * pace])
