@@ -143,8 +143,8 @@ class Idf:
         value, idf = arrays.read_json(path), cls()
         with arrays.reading(path):
             idf.n_documents, idf.counts = value["documents"], dict(value["counts"])
-            if not all(type(n) is int and n > 0 for n in (idf.n_documents, *idf.counts.values())):
-                raise ValueError("a count is no number above 0")
+            if not all(type(n) is int and 0 < n < 2**63 for n in (idf.n_documents, *idf.counts.values())):
+                raise ValueError("a count is no number from 1 to 2^63")
         return idf
 
 

@@ -171,12 +171,12 @@ def test_the_pool_performs_tasks(trial, toy, capsys):
 
 
 @pytest.mark.soak
-def test_one_run_in_a_process_of_its_own(trial, toy, capsys):
-    """The real pool: --only runs some rows and prints no table."""
-    argv = ["losses", "--only", "no KL", "--out", str(trial), "--jobs", "2", "--", "--data", str(toy), *FLAGS]
-    experiments.main(argv)
-    assert "no_KL: done" in capsys.readouterr().out and not (trial / "losses.json").exists()
-    results = store.read_json(trial / "42" / "no_KL" / "results.json")
+def test_one_run_in_a_process_of_its_own(toy, tmp_path, capsys):
+    """The real pool: --only runs some rows and prints no table. In its processes conftest.py's dreams do not hold."""
+    argv = ["losses", "--only", "no KL", "--out", str(tmp_path), "--jobs", "2", "--", "--data", str(toy)]
+    experiments.main([*argv, *FLAGS, "--dreams", "200"])
+    assert "no_KL: done" in capsys.readouterr().out and not (tmp_path / "losses.json").exists()
+    results = store.read_json(tmp_path / "42" / "no_KL" / "results.json")
     assert results["config"]["kl_coef"] == 0 and results["versions"]["threads"] == max(
         1, torch.get_num_threads() // 2
     )
