@@ -20,12 +20,11 @@ class BM25:
     """An inverted index: for each word the documents that hold it and its weight in them, in flat arrays."""
 
     def __init__(self, passages: Iterable[str]):
-        n_documents, self.vocabulary, *self.counted = count_terms(passages)
-        self.weigh(n_documents)
+        self.weigh(*count_terms(passages))
 
-    def weigh(self, n_documents: int) -> "BM25":
-        """Makes it the index of the first so many documents alone. Returns itself."""
-        self.n_documents, (rows, terms, counts) = n_documents, self.counted
+    def weigh(self, n_documents: int, vocabulary: dict[str, int], rows, terms, counts) -> None:
+        """Makes it the index of the first so many of the documents that `queries.count_terms` counted: (n,) arrays."""
+        self.n_documents, self.vocabulary = n_documents, vocabulary
         rows, terms, counts = (x[: np.searchsorted(rows, n_documents)] for x in (rows, terms, counts))
         lengths = np.bincount(rows, counts, self.n_documents)
         length_norm = K1 * (1 - B + B * lengths / max(lengths.mean() if len(lengths) else 0, 1))
@@ -35,7 +34,6 @@ class BM25:
         n, tf = np.diff(self.starts), counts[order].astype(float)
         idf = np.log(1 + (self.n_documents - n + 0.5) / (n + 0.5))
         self.weights = np.repeat(idf, n) * tf / (tf + length_norm[self.rows])
-        return self
 
     def scores(self, query: str) -> np.ndarray:
         """BM25 of the query with every document, (N,) float64; repeated query words count repeatedly."""

@@ -120,7 +120,7 @@ class MixedFeedForward(nn.Module):
         return len(self.old) + len(self.new)
 
     def stacked(self, name: str) -> Tensor:
-        """One of the experts' four tensors, frozen and trainable together."""
+        """One of the experts' four tensors, frozen and trainable together; B in its own layout in memory."""
         old, new = getattr(self.old, name), getattr(self.new, name)
         if not len(new):
             return old
@@ -273,7 +273,7 @@ def attention_parameters(model: T5) -> list[tuple[str, nn.Parameter]]:
 @torch.no_grad()
 def fold(model: T5) -> None:
     """Does once what a model that only answers would do at every step: adds LoRA on attention to the weights, and puts
-    each layer's experts into one tensor. Answers stay the same, bit by bit.
+    each layer's experts into one tensor. In place; answers stay the same, bit by bit.
     """
     for block in model.decoder:
         for site in ATTENTIONS:

@@ -508,11 +508,12 @@ def references(run: Run, made: Prepared) -> dict[str, dict]:
     texts = list({text: None for corpus in run.corpora for text in corpus.test.values()})
     tokens = data.tokenize(run.tokenizer, texts, run.config.query_length)
     asked = dict(zip(texts, dense.embed(made.bi_encoder, tokens)))
-    index = BM25(passage for corpus in run.corpora for passage in corpus.passages())
+    index = BM25(())
+    _, *counted = queries.count_terms(passage for corpus in run.corpora for passage in corpus.passages())
     for t in [t for t, corpus in enumerate(run.corpora) if corpus.tested]:
         corpora = run.corpora[: t + 1]
         live = store.live_rows(run.folder, corpora)
-        index.weigh(corpora[-1].rows.stop)
+        index.weigh(corpora[-1].rows.stop, *counted)
 
         def by_bm25(texts: list[str]) -> list[Ranking]:
             return [index.top(text, 10) for text in texts]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bm25 import BM25
 from data import read_beir
-from queries import terms
+from queries import count_terms, terms
 
 XQUAD = Path(os.environ.get("MIXLORA_DATA") or Path(__file__).parents[1] / "../shared/data") / "xquad_en"
 
@@ -62,8 +62,11 @@ def test_scores_and_top_equal_brute_force_on_random_words(passages, query, k):
     best = sorted(range(len(passages)), key=lambda row: (-scores[row], row))[:k]
     assert index.top(query, k) == [(row, scores[row]) for row in best if wanted[row] > 0]
     n = max(1, len(passages) // 2)
-    assert index.weigh(n).scores(query).tolist() == BM25(passages[:n]).scores(query).tolist()
-    assert index.weigh(len(passages)).scores(query).tolist() == scores.tolist()
+    _, *counted = count_terms(passages)
+    index.weigh(n, *counted)
+    assert index.scores(query).tolist() == BM25(passages[:n]).scores(query).tolist()
+    index.weigh(len(passages), *counted)
+    assert index.scores(query).tolist() == scores.tolist()
 
 
 def test_unknown_words_change_nothing():
