@@ -14,7 +14,8 @@ Differs  two modes. `paper_code` follows the released code: moving averages gath
          `pooled` is ours: unseen documents have lower energies than learnt ones, so both tails count; energies
          are measured on the scale of dreams by the same model (dream.py), so those of different ages compare;
          and a query is OOD if it lies outside the range of every earlier corpus, as that looked when it arrived
-         (D_0, and the newest too: once learnt). Corpora of few documents that a finished run takes in decide together, once they are enough.
+         (D_0, and the newest too: once learnt). Corpora of few documents that a finished run takes in decide
+         together, once they are enough.
 """
 
 import math
