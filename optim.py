@@ -40,6 +40,7 @@ class Stage:
     after_step: Callable[[], None] = lambda: None  # or parameters (unit router rows)
     climb: Callable[[list[Tensor]], list[Tensor]] | None = None  # adaptive SAM; see `fit`
     embed: Callable[[Batch], Tensor] | None = None  # (B, ..) of a part; `loss` is of a whole batch and these
+    parts: int = 1  # of a batch, one after another, where `micro_batch` sets none
 
 
 def parameter_groups(
@@ -70,7 +71,7 @@ def gradients(stage: Stage, batch: Batch, trained: list[Tensor], config) -> dict
     for p in trained:
         p.grad = None
     share, total = distributed.share(batch)
-    size, device, sums = config.micro_batch or len(share), trained[0].device, {}
+    size, device, sums = config.micro_batch or -(-len(share) // stage.parts), trained[0].device, {}
     parts = [share[start : start + size] for start in range(0, len(share), size)]
     products = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.precision == "bf16")
     if stage.embed and len(parts[0]) < len(batch):

@@ -58,6 +58,7 @@ FAR = 10  # percent of the queries just learnt that may lie outside what was kno
 PER_PAGE = 8  # pseudo-queries of each page of general text that is drawn for this, on average (ours)
 FULL = 258  # documents of an added corpus that take `steps` steps: the default's D_t (ours)
 FEW_STYLE = 0.5  # of the queries of fewer documents: the share, at least, that are dreams of them (ours)
+PASSES = 3  # of a batch, by length, where the encoder trains (ours)
 SLOW_FACTOR = 0.01  # of the docid table's gradient or learning rate on D_t (paper)
 
 
@@ -188,6 +189,7 @@ class LaterCorpus(Training):
         self.generator = torch.Generator().manual_seed(self.config.seed + t)  # of dreams and batches
         run.ready(self.model)
         self.ids, self.docids = self.queries()
+        self.lengths = (self.ids != data.PAD).sum(1)
         self.table_before = self.model.rq.detach().clone()
         self.first_mixture = self.config.mixture and not mixed_layers(self.model)
         self.cache, self.before, self.memory = None, None, []
@@ -306,11 +308,15 @@ class LaterCorpus(Training):
         return records
 
     def next_batch(self) -> Tensor:
-        """(B, 1 + R) rows of `ids`: a new query and R dreams of earlier docids beside it, in every part of a batch."""
-        new = next(self.order)[:, None]
+        """(B, 1 + R) rows of `ids`: a new query and R dreams of earlier docids beside it, in every part of a batch; where
+        the encoder trains, those of like length.
+        """
+        new = next(self.order)
         each = self.config.dream_batch // self.batch if self.n_old else 0
-        old = torch.randint(self.n_old or 1, (len(new), each), generator=self.generator)
-        return torch.cat([new, self.n_new + old], dim=1)
+        old = self.n_new + torch.randint(self.n_old or 1, (len(new) * each,), generator=self.generator)
+        if not self.cache:
+            new, old = (rows[self.lengths[rows].argsort(stable=True)] for rows in (new, old))
+        return torch.cat([new[:, None], old.view(len(new), each)], dim=1)
 
     def loss(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Of a part of a batch of `next_batch`."""
@@ -324,8 +330,7 @@ class LaterCorpus(Training):
             if not attention_lora(model):
                 cross = model.cross_keys_values(cross)  # frozen, as the source is
         else:
-            ids = self.ids[rows]
-            cross, padding = model.encode(ids[:, : int((ids != data.PAD).sum(1).max())].to(device))
+            cross, padding = model.encode(self.ids[rows, : int(self.lengths[rows].max())].to(device))
         hidden, routes = model.docid_hidden(cross, padding, docids, past)
         logits = segment_logits(hidden, model.rq)  # shared by all terms
         terms = {"ce": docid_cross_entropy(model, hidden[:n], docids[:n], config.mask, logits[:n])}
@@ -365,6 +370,7 @@ class LaterCorpus(Training):
             f"D{self.t}", groups, self.steps, config.warmup, self.next_batch, self.loss,
             {"order": self.order, "energies": self.energies}, self.before_clip, self.after_step,
             climb=partial(baselines.climb, rho=config.sam_rho) if config.sam_rho else None,
+            parts=1 if self.cache else PASSES,
         )  # fmt: skip
         fit_and_check_frozen(self.run, model, stage)
 

@@ -289,6 +289,14 @@ def test_any_micro_batch_moves_the_parameters_as_the_whole_batch_does(micro_batc
             assert float(one[name]) == pytest.approx(float(other[name]), abs=1e-6)
 
 
+def test_a_stage_cuts_its_batches_where_no_micro_batch_is_set():
+    whole, _, _ = regression(11, 0)
+    for micro_batch, sizes in ((0, [4, 4, 3]), (6, [6, 5])):
+        found, parts, _ = regression(11, micro_batch, parts=3)
+        assert parts == sizes * 6
+        torch.testing.assert_close(found, whole, rtol=0, atol=1e-6)
+
+
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(st.integers(1, 40), st.integers(1, 45))
 def test_micro_batches_of_any_size_cover_a_batch_of_any_size_once(n, micro_batch):

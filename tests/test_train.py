@@ -917,6 +917,25 @@ def test_each_new_query_has_its_dreams_beside_it_in_whatever_part_of_a_batch(lat
     assert rows[:, 1:].min() >= 40 and rows[:, 1:].max() < 240 and len(rows[:, 1:].unique()) > 50
 
 
+def test_where_the_encoder_trains_queries_of_like_length_share_a_part_of_a_batch(
+    begun, tmp_path, monkeypatch
+):
+    asked = parse([*begun.flags, "--run", str(tmp_path / "run"), "--method", "dream"])
+    inherit(begun(False), tmp_path / "run", "D0", asked.config)
+    by_length, mixed, stages = stage_of(tmp_path / "run"), stage_of(tmp_path / "run"), []
+    mixed.cache = True  # as where the encoder is frozen
+    for stage in (by_length, mixed):
+        stage.order = dense.Batches(stage.n_new, 16, stage.generator)
+    one, other = by_length.next_batch(), mixed.next_batch()
+    assert len(one) == 16 and not torch.equal(one, other)
+    for column, same in ((one[:, 0], other[:, 0]), (one[:, 1:].flatten(), other[:, 1:].flatten())):
+        assert sorted(column.tolist()) == sorted(same.tolist())
+        assert by_length.lengths[column].diff().min() >= 0 < mixed.lengths[same].diff().abs().max()
+    monkeypatch.setattr(train, "fit_and_check_frozen", lambda run, model, stage: stages.append(stage.parts))
+    by_length.train(), mixed.train()
+    assert stages == [3, 1]
+
+
 @pytest.mark.parametrize("method", ["mixlora-dsi", "dream"])
 def test_the_loss_of_a_batch_with_dreams_is_the_mean_of_its_parts_losses(begun, tmp_path, method):
     asked = parse([*begun.flags, "--run", str(tmp_path / "run"), "--method", method, "--kl_coef", "0.25"])
