@@ -289,32 +289,40 @@ class Trie:
         """The run of all rows, as often as asked for: (count, 2)."""
         return torch.tensor([0, len(self.rows)]).expand(count, 2)
 
-    def allowed(self, depth: int, nodes: Tensor, centroids: int) -> Tensor:
-        """Which codes go on from the nodes (R, 2) at `depth`: (R, K) bool. An empty run has none."""
+    def children(self, depth: int, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All that is below the nodes (R, 2) at `depth`, by node, then by code: places (C,) of the nodes, codes (C,) and
+        runs (C, 2). An empty run has none.
+        """
         (first, end), starts = nodes.T.contiguous(), self.starts[depth]
         begin, stop = torch.searchsorted(starts, nodes.to(torch.int32)).T
         listed = begin < stop
         count = torch.where(listed, stop - begin, end - first)  # rows to look at
         node = torch.arange(len(nodes)).repeat_interleave(count)
         at = torch.arange(len(node)) + (torch.where(listed, begin, first) - count.cumsum(0) + count)[node]
-        listed = listed[node]
-        at[listed] = starts[at[listed]].long()
+        if len(starts):
+            listed = listed[node]
+            at[listed] = starts[at[listed]].long()
+        code = self.rows[:, depth][at].long()
+        begins = torch.ones(len(at), dtype=torch.bool)
+        begins[1:] = (node[1:] != node[:-1]) | (code[1:] != code[:-1])
+        node, code, at = node[begins], code[begins], at[begins]
+        until = end[node]
+        until[:-1] = torch.where(node[1:] == node[:-1], at[1:], until[:-1])
+        return node, code, torch.stack([at, until], dim=1)
+
+    def allowed(self, depth: int, nodes: Tensor, centroids: int) -> Tensor:
+        """Which codes go on from the nodes (R, 2) at `depth`: (R, K) bool."""
+        node, code, _ = self.children(depth, nodes)
         mask = torch.zeros(len(nodes), centroids, dtype=torch.bool)
-        mask[node, self.rows[:, depth][at].long()] = True
+        mask[node, code] = True
         return mask
 
     def child(self, depth: int, nodes: Tensor, codes: Tensor) -> Tensor:
-        """The nodes below `nodes` (R, 2) at `depth` along one code (R,) each: (R, 2), empty where there is none.
-
-        By halving both ends at once: where `code` begins among the run's codes, and where the next one would.
-        """
-        column, wanted = self.rows[:, depth], torch.stack([codes, codes + 1], dim=1)
-        low, high = (row[:, None].expand(-1, 2) for row in nodes.T)
-        for _ in range(int((high - low).max()).bit_length()):
-            middle = (low + high) // 2
-            after = (low < high) & (column[middle.clamp(max=len(column) - 1)] < wanted)
-            low, high = torch.where(after, middle + 1, low), torch.where(after, high, middle)
-        return low
+        """The nodes below `nodes` (R, 2) at `depth` along one code (R,) each: (R, 2), empty where there is none."""
+        node, code, runs = self.children(depth, nodes)
+        along, below = code == codes[node], torch.zeros(len(nodes), 2, dtype=torch.long)
+        below[node[along]] = runs[along]
+        return below
 
     def documents_at(self, leaf: list[int]) -> list[int]:
         """Documents (rows of the stream) of a node at depth M, ascending: those that have its docid."""
