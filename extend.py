@@ -6,30 +6,40 @@ Out      documents, embeddings and docids of D_{T+1} in the run folder, on which
          `deleted.npy`, and files without the text of what is deleted
 Next     train.py (--extend, --consolidate) and index.py call it
 Differs  ours throughout. A document is a row of the stream: an id that is replaced or deleted and added again is a
-         new row. Nothing counts before corpus.json (taking in) or deleted.npy (deleting) is renamed into place
+         new row. Nothing counts before corpus.json (taking in) or deleted.npy (deleting) is renamed into place. Few
+         documents (fewer than ood.FEW) take docids that the model answers with already, and not those of the quantiser,
+         so that little is left to learn
 """
 
 import json
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import arrays
 import command
 import data
 import dense
 import distributed
+import ood
 import prepare
+import queries
 import rq
 import store
 from config import Command, Config
 from data import Corpus
-from queries import query_digest
+from queries import has_word, query_digest
+from t5 import T5, segment_logits
 
 METHODS = ("mixlora-dsi", "paper", "dream")
+ASKED = 63  # pseudo-queries by which a docid is chosen, beside the title, which weighs as much as all of them
+BEAM = 16  # partial docids kept then
 
 
 # -------------------------------------------------------------------------------------------------- taking in
@@ -107,6 +117,9 @@ def take_in(run: prepare.Run, made: prepare.Prepared, asked: Command) -> None:
         dense.embed(made.bi_encoder, tokens, out=embedded.values)
         beam = 1 if run.config.docid_kind == "pq" else rq.BEAM
         codes = rq.encode(embedded.close(), made.books, beam, device=run.device)
+        if len(codes) < ood.FEW:
+            taken = {tuple(docid) for docid in made.codes[run.live].tolist()}
+            codes = chosen_docids(run, corpus, excluded, taken)
         every = torch.cat([made.codes[:first_row], codes])
         arrays.write_array(run.folder / "docids.npy", every.numpy().astype(np.int16))
         store.write_ids(run.folder, [*run.corpora, corpus])
@@ -126,6 +139,48 @@ def take_in(run: prepare.Run, made: prepare.Prepared, asked: Command) -> None:
     distributed.wait()
     run.load_corpora()
     made.codes = store.load_docids(run.folder)
+
+
+def chosen_docids(
+    run: prepare.Run, corpus: Corpus, excluded: frozenset, taken: set[tuple[int, ...]]
+) -> Tensor:
+    """Docids (n, M) of few new documents, by which the newest model finds most of them before it has learnt anything: each
+    is its answer to the document's title and pseudo-queries. None of those `taken`, which it adds to.
+    """
+    model, _ = run.after(len(run.corpora) - 1)
+    sampler = queries.PseudoQuerySampler(corpus.titles, corpus.texts, run.idf, excluded, corpus.first_row)
+    docids = []
+    for row, title in zip(corpus.rows, corpus.titles):
+        rng = random.Random(f"{run.config.seed} docid {row}")
+        asked = [(row, sampler.draw(row, rng)) for _ in range(ASKED)]
+        weights = torch.full((ASKED,), 1 / ASKED)
+        if has_word(title) and query_digest(title) not in excluded:
+            asked, weights = [(row, title), *asked], torch.cat([torch.ones(1), weights]) / 2
+        docids.append(likeliest(model, run.tokens(asked).to(run.device), weights.to(run.device), taken))
+        taken.add(docids[-1])
+    return torch.tensor(docids)
+
+
+@torch.inference_mode()
+def likeliest(model: T5, ids: Tensor, weights: Tensor, taken: set[tuple[int, ...]]) -> tuple[int, ...]:
+    """The docid with the largest weighted mean log-probability for all of these queries (Q, S), weights (Q,), that is not
+    taken: by a beam search over docids. Where all that it ends with are taken, the best of them.
+    """
+    source, padding = model.encode(ids)
+    cross, n, centroids = model.cross_keys_values(source), len(ids), model.config.centroids
+    codes, scores = ids.new_zeros(1, 0), weights.new_zeros(1)
+    for m in range(model.config.codebooks):
+        ahead = F.pad(codes, (0, 1)).repeat(n, 1)  # its last code is not looked at
+        hidden, _ = model.docid_hidden(cross, padding, ahead)
+        log_p = F.log_softmax(segment_logits(hidden[:, -1:], model.rq[m : m + 1])[:, 0].float(), dim=-1)
+        total = scores[:, None] + torch.einsum("q,qrk->rk", weights, log_p.view(n, -1, centroids))
+        kept = (
+            BEAM if m + 1 < model.config.codebooks else total.numel()
+        )  # at the end all, since some are taken
+        scores, best = total.flatten().topk(min(kept, total.numel()))
+        codes = torch.cat([codes[best // centroids], best[:, None] % centroids], dim=1)
+    docids = [tuple(docid) for docid in codes.tolist()]
+    return next((docid for docid in docids if docid not in taken), docids[0])
 
 
 def drop_checkpoints(run: prepare.Run, done: store.Stages) -> None:

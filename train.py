@@ -57,7 +57,7 @@ YARDSTICK = 4000  # dreams that give energies their scale (ours)
 FAR = 10  # percent of the queries just learnt that may lie outside what was known, before a warning (ours)
 PER_PAGE = 8  # pseudo-queries of each page of general text that is drawn for this, on average (ours)
 FULL = 258  # documents of an added corpus that take `steps` steps: the default's D_t (ours)
-FEW_STYLE = 0.5  # of the queries of fewer documents: the share, at least, that are dreams of them (ours)
+FEW_KL = 2  # times the weight of the KL, for fewer documents, beside what their fewer steps ask for (ours)
 PASSES = 3  # of a batch, by length, where the encoder trains (ours)
 SLOW_FACTOR = 0.01  # of the docid table's gradient or learning rate on D_t (paper)
 
@@ -197,15 +197,15 @@ class LaterCorpus(Training):
 
     def queries(self) -> tuple[Tensor, Tensor]:
         """Token ids (Q, S) and docids (Q, M): `n_plain` pseudo-queries of D_t, dreams of its documents, which with them
-        are `n_new`, and `n_old` that hold the model to what it said: dreams of earlier docids and, of general text,
-        pseudo-queries.
+        are `n_new`, and `n_old` that hold the model to what it said of their docids, or of few new ones: dreams of
+        earlier docids and, of general text, pseudo-queries.
         """
         config, run, codes, dreams = self.config, self.run, self.made.codes, self.made.dreams
         pairs = run.training_queries(self.t)
         self.n_plain = self.n_new = len(pairs)
         self.steps = config.steps or math.ceil(config.epochs * len(pairs) / config.batch)
         self.batch, self.dream_kl, style = config.batch, config.dream_kl, config.dream_style
-        self.pace = 1.0  # of experts' and attention's learning rates
+        self.pace = 1.0  # of all learning rates
         earlier = len(run.live) > len(run.corpora[self.t].rows)  # not where D_t replaces all that there was
         self.n_old = config.dreams if dreams and earlier else 0
         if self.added:
@@ -214,9 +214,10 @@ class LaterCorpus(Training):
             self.steps = math.ceil(config.steps * growth) if config.steps else self.steps
             self.n_old = min(self.n_old, self.steps * config.dream_batch)
             if growth < 1:  # few would draw all queries to themselves
-                self.dream_kl /= growth  # what holds the model weighs more
-                self.pace = growth ** (2 / 3 if config.mixture else 0)  # what all documents share moves less
-                style = max(style, FEW_STYLE)
+                self.dream_kl *= FEW_KL / growth  # what holds the model weighs more
+                self.pace = growth  # with the steps, weights move in proportion to the documents
+            if self.documents < ood.FEW:  # whose docids say little of their words
+                style = 0.0
         if not self.n_old:
             return run.tokens(pairs), codes[[row for row, _ in pairs]]
         # Where dreams alone hold the model, part of the new queries are dreams too: it would tell old from new by their style
@@ -234,6 +235,11 @@ class LaterCorpus(Training):
         if n_general:
             asked, of_general = self.general_queries(n_general)
             parts, docids = [*parts, asked], torch.cat([docids, of_general])
+        if (
+            self.pace < 1
+        ):  # every other one holds what the model says of the new docids, which are not its answer
+            held = docids[self.n_new :: 2]
+            held[:] = docids[torch.randint(self.n_new, (len(held),), generator=self.generator)]
         return stacked(*parts), docids
 
     def general_queries(self, count: int) -> tuple[Tensor, Tensor]:
@@ -362,7 +368,7 @@ class LaterCorpus(Training):
         table_lr = (config.table_lr or config.lr) * (SLOW_FACTOR if config.slow == "lr" else 1.0)
         lora = dict(mixlora.attention_parameters(model))
         rest = [(n, p) for n, p in model.named_parameters() if n != "rq" and n not in lora]
-        groups = parameter_groups([("rq", model.rq)], table_lr)
+        groups = parameter_groups([("rq", model.rq)], table_lr * self.pace)
         groups += parameter_groups(rest, config.lr * self.pace)
         groups += parameter_groups(lora.items(), config.attention_lr * self.pace)
         self.record["trainable_parameters"] = sum(p.numel() for group in groups for p in group["params"])

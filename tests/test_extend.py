@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import link_tree
+from networks import TINY, shape
 from test_resume import FLAGS, outcome, runner  # noqa: F401  (a fixture)
 from toy import TOY
 
@@ -18,11 +19,14 @@ import data
 import extend
 import ood
 import prepare
+import rq
+import search
 import store
 import train
 from config import parse
 from index import Index
 from mixlora import mixed_layers
+from t5 import T5
 
 NEW = [
     ("n1", "zebra stripes", "zebras have stripes against flies"),
@@ -321,11 +325,42 @@ def test_few_documents_never_grow_a_layer_and_share_one_sketch(copied, tmp_path,
         experts.append([len(layer) for layer in mixed_layers(model)])
     size = ood.SKETCH * 2 // 4
     n = 5  # D_0 and the four corpora of the stream
-    drawn = min(size, 2 * 2)  # of few pseudo-queries, all: 4 a document, half of them dreams
+    drawn = min(size, 2 * 4)  # of few pseudo-queries, all: 4 a document
     assert arrivals[0] == [(n, drawn)] * 2 and arrivals[2][0][0] in (n, n + 1)
     assert experts[0] == experts[1] == before
     assert not (copied / "D4.pt").exists() and (copied / "D0.pt").exists()  # the newest two stay
     assert store.LoadedRun(copied).finished == [0, 6, 7]
+
+
+def test_few_documents_take_free_docids_of_their_own_and_many_those_of_the_quantiser(
+    copied, tmp_path, monkeypatch
+):
+    before = store.LoadedRun(copied).docids
+    extend_by(copied, folder_of(tmp_path / "few"))
+    chosen = store.LoadedRun(copied).docids[len(before) :]
+    assert len(torch.cat([before, chosen]).unique(dim=0)) == len(before.unique(dim=0)) + len(NEW)
+    monkeypatch.setattr(ood, "FEW", 2)
+    extend_by(copied, folder_of(tmp_path / "many", [(f"again-{i}", *document) for i, *document in NEW]))
+    embedded = arrays.open_array(copied / "embeddings" / "D6.npy")
+    books = arrays.read_tensors(copied / "rq.pt")
+    assert torch.equal(store.LoadedRun(copied).docids[-len(NEW) :], rq.encode(embedded, books))
+
+
+def test_the_likeliest_docid_is_that_of_all_docids_whose_weighted_mean_is_largest(monkeypatch):
+    """Against the exact scores of all 4^3 docids; with a narrow beam, a docid that is free."""
+    torch.manual_seed(0)
+    model = T5(shape(TINY, codebooks=3, centroids=4)).eval()
+    every = torch.cartesian_prod(*[torch.arange(4)] * 3)
+    ids = torch.tensor([[5, 9, 1, 0], [7, 1, 0, 0], [3, 4, 8, 1]])
+    weights = torch.tensor([0.5, 0.2, 0.3])
+    order = (weights @ search.exact_scores(model, ids, every)).argsort(descending=True)
+    ranked = [tuple(docid) for docid in every[order].tolist()]
+    monkeypatch.setattr(extend, "BEAM", 64)
+    assert extend.likeliest(model, ids, weights, set()) == ranked[0]
+    assert extend.likeliest(model, ids, weights, set(ranked[:7])) == ranked[7]
+    assert extend.likeliest(model, ids, weights, set(ranked)) == ranked[0]
+    monkeypatch.setattr(extend, "BEAM", 2)
+    assert extend.likeliest(model, ids, weights, set(ranked[:5])) not in ranked[:5]
 
 
 def test_a_full_pool_becomes_a_sketch_and_decides(monkeypatch):

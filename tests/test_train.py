@@ -1,6 +1,7 @@
 """The whole job on a small made-up corpus: every stage, every method, resume, and the command line's messages."""
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -820,27 +821,32 @@ def test_on_d1_half_of_what_holds_the_model_asks_for_general_text_and_new_querie
         assert set(asked) & words[tuple(docid)]
 
 
-def test_few_added_documents_bring_dreams_of_their_own_a_heavier_kl_and_slower_experts(
+def test_few_added_documents_move_weights_in_proportion_and_are_kept_from_other_queries(
     with_general, tmp_path, monkeypatch
 ):
     go_on(with_general["drawn"], tmp_path / "run", last=0)
     run, made = loaded(tmp_path / "run")
     run.corpora[1].added = "texts"
+    vars(run.config).update(dream_style=0.5)
     stage = train.LaterCorpus(run, 1, made, train.State(*run.after(0)))
-    assert (stage.n_plain, stage.n_new) == (20, 40)
-    assert stage.dream_kl == pytest.approx(2.25 * (258 / 10) ** 0.5)  # ten documents
+    assert (stage.n_plain, stage.n_new) == (40, 40)  # no dreams of their own
+    share, rows = (10 / 258) ** 0.5, run.corpora[1].rows  # of ten documents
+    assert stage.dream_kl == pytest.approx(2 * 2.25 / share)
+    new = {tuple(docid) for docid in made.codes[list(rows)].tolist()}
+    held = [tuple(docid) for docid in stage.docids[stage.n_new :].tolist()]
+    assert len(held) == stage.n_old and set(held[::2]) <= new and set(held[1::2]) - new
     stages, config = [], run.config
     monkeypatch.setattr(train, "fit_and_check_frozen", lambda run, model, stage: stages.append(stage))
     stage.scan()
     stage.grow()
     stage.train()
+    assert stages[0].steps == math.ceil(share * config.steps)
     rates = {name: group["lr"] for group in stages[0].groups for name, p in stage.model.named_parameters()
              if any(p is q for q in group["params"])}  # fmt: skip
-    pace = (10 / 258) ** (1 / 3)
-    assert rates.pop("rq") == (config.table_lr or config.lr)
+    assert rates.pop("rq") == pytest.approx(share * (config.table_lr or config.lr))
     attention = {rates.pop(name) for name, _ in mixlora.attention_parameters(stage.model)}
-    assert sorted(attention) == pytest.approx([config.attention_lr * pace])
-    assert sorted(set(rates.values())) == pytest.approx([config.lr * pace])
+    assert sorted(attention) == pytest.approx([config.attention_lr * share])
+    assert sorted(set(rates.values())) == pytest.approx([config.lr * share])
 
 
 def test_d1_s_scan_and_step_make_the_products_that_tools_cost_counts(with_general, tmp_path):

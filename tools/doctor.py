@@ -215,7 +215,11 @@ def fresh_docids(patient: Patient) -> Finding:
     if made := patient.config.docids:
         return Finding("skip", f"docids come from {made}")
     n = min(len(patient.embeddings), len(patient.codes))
-    rows = some(patient.live[patient.live < n], 10 * patient.count)
+    few = [
+        row for c in patient.corpora if c.added and len(c.rows) < ood.FEW for row in c.rows
+    ]  # the model chose theirs
+    by_quantiser = patient.live[~np.isin(patient.live, few)]
+    rows = some(by_quantiser[by_quantiser < n], 10 * patient.count)
     again = rq.encode(patient.stored(rows), patient.books, device=patient.run.device)
     same = float((again == patient.codes[rows]).all(1).float().mean())
     return Finding(
