@@ -121,7 +121,7 @@ def test_the_same_command_again_runs_nothing_and_a_changed_one_is_refused(trial,
     argv = ["trial", "--seeds", "2", "--out", str(trial), "--", "--data", str(toy), *FLAGS]
     experiments.main(argv)
     assert (trial / "trial.md").read_text() == before
-    with pytest.raises(ValueError, match=r"start-mixture holds a run with other settings \(lr\)"):
+    with pytest.raises(ValueError, match=r"slow_none.json is of a run with other settings \(lr\)"):
         experiments.main([*argv, "--lr", "2e-3"])
 
 
@@ -129,7 +129,7 @@ def test_a_start_whose_last_stage_was_not_named_done_is_finished_first(trial, to
     """As if killed between evaluation_D0.json and stages.json."""
     out = link_tree(trial, tmp_path / "out")
     start = out / "42" / "start-mixture"
-    task = experiments.tasks_of(["mixlora-dsi"], 42, out, ["--data", str(toy), *FLAGS])[0][0]
+    task = experiments.tasks_of(["mixlora-dsi"], 42, out, ["--data", str(toy), *FLAGS], tmp_path)[0][0]
     assert task.is_done()
     done = store.read_json(start / "stages.json")
     store.write_json(start / "stages.json", {stage: done[stage] for stage in done if stage != "D0"})
@@ -158,16 +158,36 @@ def test_tables_hold_what_the_runs_found(trial):
 
 
 def test_bm25_and_dense_rows_come_from_the_run_of_mixlora_dsi(trial):
-    results, values = experiments.values_of("bm25", 42, trial)
+    results, values = experiments.values_of("bm25", 42, trial / "rows")
     p = store.read_json(trial / "42" / "mixlora-dsi" / "results.json")["baselines"]["bm25"]["recall@10"]["P"]
     assert results["metrics"]["recall@10"]["P"] == p
     assert [np.mean(corpus["recall@10"]) for corpus in values] == pytest.approx(p[-1])
 
 
-def test_the_pool_performs_tasks(trial, toy, capsys):
-    tasks = experiments.tasks_of(["slow lr"], 43, trial, ["--data", str(toy), *FLAGS])[-1]
+def test_the_pool_performs_tasks_and_keeps_their_rows(trial, toy, capsys, tmp_path):
+    flags, row = ["--data", str(toy), *FLAGS], tmp_path / "43" / "slow_lr.json"
+    tasks = experiments.tasks_of(["slow lr"], 43, trial, flags, tmp_path)[-1]
     experiments.run_all(tasks, 1)
     assert capsys.readouterr().out == f"{trial / '43' / 'slow_lr'}: done already\n"
+    assert row.read_bytes() == (trial / "rows" / "43" / "slow_lr.json").read_bytes()
+
+
+def test_a_row_that_was_kept_on_another_machine_is_not_run_again(trial, toy, tmp_path, monkeypatch):
+    """Nor is what it starts from; and the tables are the same without any run folder."""
+    monkeypatch.setattr(experiments, "run_all", lambda tasks, jobs: tasks and pytest.fail(f"ran {tasks}"))
+    rows, out = link_tree(trial / "rows", tmp_path / "rows"), tmp_path / "out"
+    argv = ["trial", "--seeds", "2", "--out", str(out), "--rows", str(rows), "--", "--data", str(toy), *FLAGS]
+    experiments.main(argv)
+    assert (out / "trial.md").read_text() == (trial / "trial.md").read_text()
+    flags = ["--data", str(toy), *FLAGS]
+    (rows / "42" / "slow_lr.json").unlink()
+    assert [len(group) for group in experiments.tasks_of(["slow none", "slow lr"], 42, out, flags, rows)] == [
+        1,
+        1,
+        1,
+    ]
+    with pytest.raises(ValueError, match=r"slow_none.json is of a run with other settings \(lr\)"):
+        experiments.tasks_of(["slow none"], 42, out, [*flags, "--lr", "2e-3"], rows)
 
 
 @pytest.mark.soak

@@ -2,7 +2,8 @@
 
 Paper    tables 1-2 (baselines), 4 (ladder), 5 (delta), 9 (docids), 11-12 (alpha), 13 (router losses), figures 1 and 3
 In       the name of an experiment; flags of train.py that hold for all of its runs, after --
-Out      OUT/SEED/RUN, a run folder each; OUT/NAME.json, which tools/plot.py draws, and OUT/NAME.md, the tables
+Out      OUT/SEED/RUN, a run folder each; ROWS/SEED/RUN.json, what the tables need of it; OUT/NAME.json, which
+         tools/plot.py draws, and OUT/NAME.md, the tables
 Next     docs/results.md reports them
 Differs  the paper prints one run of each system; here seeds vary the split, all draws and all weights, and every row
          is tested against a reference by a paired bootstrap. Runs share what does not differ: a run starts from the
@@ -11,6 +12,7 @@ Differs  the paper prints one run of each system; here seeds vary the split, all
          expand always. Flags that are numbers are meant for the small presets
 """
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -36,6 +38,14 @@ from tools.plot import mean_and_error
 METRICS = ("recall@10", "mrr@10")
 BEAMS = (10, 20, 40, 100)
 NOT_RUN = ("bm25", "dense", "quantised")  # rows that the run mixlora-dsi evaluates beside itself
+KEPT = (
+    "trainable_parameters",
+    "seconds",
+    "peak_memory_bytes",
+    "experts",
+    "ood_percent",
+    "first_choice",
+)  # of results.json
 
 
 @dataclass(frozen=True)
@@ -236,6 +246,7 @@ class Task:
     source: Path | None  # folder of the run that it starts from
     last: str  # stage up to which it starts from there
     ends: int | None  # the last corpus, None: all
+    row: Path  # file of what the tables need of a whole run
 
     def is_done(self) -> bool:
         """Whether the folder holds all that it is to hold, by the file that is written last."""
@@ -244,25 +255,61 @@ class Task:
         return f"D{self.ends}" in store.Stages(self.folder)
 
 
+def differing(was: dict, task: Task) -> str:
+    """Names of settings in which a run is not the one that is asked for."""
+    wanted = asdict(parse(list(task.flags)).config)
+    return ", ".join(n for n in wanted if was.get(n) != wanted[n] and n not in ("run", "device"))
+
+
+def kept(task: Task) -> bool:
+    """Whether the row's run was finished, here or elsewhere. Raises ValueError where it was with other settings."""
+    if task.ends is not None or not task.row.exists():
+        return False
+    if names := differing(store.read_json(task.row)["config"], task):
+        raise ValueError(f"{task.row} is of a run with other settings ({names}); pass other --rows")
+    return True
+
+
+def keep(task: Task) -> None:
+    """Writes the row's file: settings, figures and, for each query, its recall and the place of the first right document."""
+    results = store.read_json(task.folder / "results.json")
+    files = {"run": f"D{len(results['experts']) - 1}"} | {name: name for name in results["baselines"]}
+    metrics, values = {"run": results["metrics"]} | results["baselines"], {}
+    for name, file in files.items():
+        corpora = store.read_json(task.folder / f"evaluation_{file}.json")["values"]
+        values[name] = [[of["recall@10"], [round(1 / v) if v else 0 for v in of["mrr@10"]]] for of in corpora]
+    row = {"config": results["config"]} | {key: results[key] for key in KEPT}
+    row |= {"metrics": {name: {m: of[m] for m in METRICS} for name, of in metrics.items()}, "values": values}
+    store.write(task.row, json.dumps(row).encode())
+
+
 def run_name(label: str) -> str:
     """The folder of a row's run."""
     return "mixlora-dsi" if label in NOT_RUN else label.replace("/", "-").replace(" ", "_")
 
 
-def tasks_of(labels: list[str], seed: int, out: Path, flags: list[str]) -> list[list[Task]]:
-    """What has to be run for these rows: whole starts, starts that take from `mixture`, then the runs themselves."""
+def tasks_of(labels: list[str], seed: int, out: Path, flags: list[str], rows: Path) -> list[list[Task]]:
+    """What has to be run for these rows: whole starts, starts that take from `mixture`, then the runs themselves. Nothing
+    for a row that is kept.
+    """
     folder = out / str(seed)
 
     def task(name: str, own: str, source: str, last: str, ends: int | None = None) -> Task:
         path, beside = folder / name, "--baselines" if name == "mixlora-dsi" else "--no-baselines"
         every = (*flags, *own.split(), "--seed", str(seed), "--run", str(path), beside)
-        return Task(path, every, folder / f"start-{source}" if source else None, last, ends)
+        row = rows / str(seed) / f"{name}.json"
+        return Task(path, every, folder / f"start-{source}" if source else None, last, ends, row)
 
-    starts = dict.fromkeys(RUNS[label].start for label in labels)
+    runs = {
+        label: task(run_name(label), RUNS[label].flags, RUNS[label].start, "D0")
+        for label in labels
+        if label not in NOT_RUN
+    }
+    runs = {label: run for label, run in runs.items() if not kept(run)}
+    starts = dict.fromkeys(RUNS[label].start for label in runs)
     if any(STARTS[name].stages for name in starts):
         starts["mixture"] = None
-    runs = [(run_name(label), RUNS[label]) for label in labels if label not in NOT_RUN]
-    groups = [[], [], [task(name, run.flags, run.start, "D0") for name, run in runs]]
+    groups = [[], [], list(runs.values())]
     for name, start in [(name, STARTS[name]) for name in starts]:
         source = "mixture" if start.stages else ""
         groups[bool(source)].append(task(f"start-{name}", start.flags, source, start.stages, 0))
@@ -272,18 +319,20 @@ def tasks_of(labels: list[str], seed: int, out: Path, flags: list[str]) -> list[
 def perform(task: Task, threads: int) -> str:
     """Makes or finishes one run folder, in a process of its own. Raises ValueError where it holds another run."""
     torch.set_num_threads(threads)
-    asked, folder = parse(list(task.flags)), task.folder
+    asked, folder, said = parse(list(task.flags)), task.folder, "done"
     if task.source and not (folder / "corpus.json").exists():
         inherit(task.source, folder, task.last, asked.config)
     if (folder / "corpus.json").exists():
-        was, wanted = store.read_json(folder / "config.json"), asdict(asked.config)
-        if differing := ", ".join(name for name in wanted if was.get(name) != wanted[name]):
-            raise ValueError(f"{folder} holds a run with other settings ({differing}); pass another --out")
-        if task.is_done():
-            return f"{folder}: done already"
+        if names := differing(store.read_json(folder / "config.json"), task):
+            raise ValueError(f"{folder} holds a run with other settings ({names}); pass another --out")
         asked.resume = True
-    train.execute(asked, task.ends, quiet=True)
-    return f"{folder}: done"
+    if asked.resume and task.is_done():
+        said = "done already"
+    else:
+        train.execute(asked, task.ends, quiet=True)
+    if task.ends is None:
+        keep(task)
+    return f"{folder}: {said}"
 
 
 def run_all(tasks: list[Task], jobs: int) -> None:
@@ -298,14 +347,15 @@ def run_all(tasks: list[Task], jobs: int) -> None:
 # ------------------------------------------------------------------------------------------------- statistics
 
 
-def values_of(label: str, seed: int, out: Path) -> tuple[dict, list[dict[str, list[float]]]]:
-    """results.json of a row, and per corpus each metric's value for every query after the last one."""
-    path = out / str(seed) / run_name(label)
-    results = store.read_json(path / "results.json")
-    last = f"D{len(results['experts']) - 1}"
-    if label in NOT_RUN:
-        results, last = results | {"metrics": results["baselines"][label]}, label
-    return results, store.read_json(path / f"evaluation_{last}.json")["values"]
+def values_of(label: str, seed: int, rows: Path) -> tuple[dict, list[dict[str, list[float]]]]:
+    """What is kept of a row, and per corpus each metric's value for every query after the last one."""
+    row = store.read_json(rows / str(seed) / f"{run_name(label)}.json")
+    name = label if label in NOT_RUN else "run"
+    values = [
+        dict(zip(METRICS, (hits, [1 / n if n else 0.0 for n in first])))
+        for hits, first in row["values"][name]
+    ]
+    return row | {"metrics": row["metrics"][name]}, values
 
 
 def paired_p(differences: list[list[np.ndarray]], draws: int = 2000, seed: int = 0) -> float:
@@ -335,10 +385,10 @@ def paired_p(differences: list[list[np.ndarray]], draws: int = 2000, seed: int =
     return min(1.0, 2 * (smaller + 1) / (draws + 1))
 
 
-def summarise(name: str, seeds: list[int], out: Path) -> dict:
+def summarise(name: str, seeds: list[int], out: Path, kept_rows: Path) -> dict:
     """What NAME.json holds: of each system every seed's figures, mean costs, and the p-value against the reference."""
     labels, reference = EXPERIMENTS[name]
-    evaluated, rows = {label: [values_of(label, seed, out) for seed in seeds] for label in labels}, []
+    evaluated, rows = {label: [values_of(label, seed, kept_rows) for seed in seeds] for label in labels}, []
     for label in labels:
         results, metrics = [r for r, _ in evaluated[label]], {}
         for m in METRICS:
@@ -488,7 +538,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores [1]")
     parser.add_argument("--only", default="", help="labels of the rows to run, with semicolons [all]")
     parser.add_argument("--out", type=Path, default=Path("experiments"), help="folder [experiments]")
+    text = "folder of finished rows, which are not run again, so that they may come from several machines [OUT/rows]"
+    parser.add_argument("--rows", type=Path, help=text)
     args = parser.parse_args(argv)
+    rows = args.rows or args.out / "rows"
     if args.seeds < 1 or args.jobs < 1:
         raise ValueError(f"--seeds {args.seeds} and --jobs {args.jobs}: wanted positive numbers")
     labels = EXPERIMENTS[args.name][0]
@@ -496,10 +549,10 @@ def main(argv: list[str]) -> None:
     if unknown := [label for label in chosen if label not in labels]:
         raise ValueError(f"--only {'; '.join(unknown)}: wanted some of {'; '.join(labels)}")
     seeds = [42 + i for i in range(args.seeds)]
-    for groups in zip(*(tasks_of(chosen, seed, args.out, flags) for seed in seeds)):
+    for groups in zip(*(tasks_of(chosen, seed, args.out, flags, rows) for seed in seeds)):
         run_all(sum(groups, []), args.jobs)
     if chosen == labels:
-        summary = summarise(args.name, seeds, args.out)
+        summary = summarise(args.name, seeds, args.out, rows)
         store.write_json(args.out / f"{args.name}.json", summary)
         text = figures(args.name, summary)
         store.write(args.out / f"{args.name}.md", text.encode())
