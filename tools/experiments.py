@@ -280,7 +280,7 @@ def keep(task: Task) -> None:
         values[name] = [[of["recall@10"], [round(1 / v) if v else 0 for v in of["mrr@10"]]] for of in corpora]
     row = {"config": results["config"]} | {key: results[key] for key in KEPT}
     row |= {"metrics": {name: {m: of[m] for m in METRICS} for name, of in metrics.items()}, "values": values}
-    store.write(task.row, json.dumps(row).encode())
+    store.write(task.row, json.dumps(row, separators=(",", ":")).encode())
 
 
 def run_name(label: str) -> str:
