@@ -174,10 +174,8 @@ def likeliest(model: T5, ids: Tensor, weights: Tensor, taken: set[tuple[int, ...
         hidden, _ = model.docid_hidden(cross, padding, ahead)
         log_p = F.log_softmax(segment_logits(hidden[:, -1:], model.rq[m : m + 1])[:, 0].float(), dim=-1)
         total = scores[:, None] + torch.einsum("q,qrk->rk", weights, log_p.view(n, -1, centroids))
-        kept = (
-            BEAM if m + 1 < model.config.codebooks else total.numel()
-        )  # at the end all, since some are taken
-        scores, best = total.flatten().topk(min(kept, total.numel()))
+        ends = m + 1 == model.config.codebooks  # then all stay, since some are taken
+        scores, best = total.flatten().topk(total.numel() if ends else min(BEAM, total.numel()))
         codes = torch.cat([codes[best // centroids], best[:, None] % centroids], dim=1)
     docids = [tuple(docid) for docid in codes.tolist()]
     return next((docid for docid in docids if docid not in taken), docids[0])

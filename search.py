@@ -51,14 +51,12 @@ def beam_search(model: T5, trie: Trie, ids: Tensor, beam: int) -> tuple[Tensor, 
         log_p = F.log_softmax(segment_logits(hidden, model.rq[m : m + 1])[:, 0].float(), dim=-1)  # (R, K)
         log_p += scores.flatten()[:, None]
         node, below, runs = trie.children(m, nodes)
-        held = node * centroids + below  # places in log_p, ascending
+        held = node * centroids + below  # where in log_p, ascending
         forbidden = torch.ones(log_p.numel(), dtype=torch.bool).index_fill_(0, held, False)
         log_p.masked_fill_(forbidden.view_as(log_p).to(device), -torch.inf)
         total = log_p.reshape(batch, -1)  # (B, live beams * K)
         scores, best = total.topk(min(beam, total.shape[1]), dim=1)
-        best = (
-            best + torch.arange(batch, device=device)[:, None] * total.shape[1]
-        ).flatten()  # places in log_p
+        best = (best + torch.arange(batch, device=device)[:, None] * total.shape[1]).flatten()  # in log_p
         parent, code = best // centroids, best % centroids
         at = torch.searchsorted(held, best.cpu()).clamp(max=len(held) - 1)
         nodes = runs[at] * (held[at] == best.cpu())[:, None]  # empty where the score is -inf

@@ -235,9 +235,7 @@ class LaterCorpus(Training):
         if n_general:
             asked, of_general = self.general_queries(n_general)
             parts, docids = [*parts, asked], torch.cat([docids, of_general])
-        if (
-            self.pace < 1
-        ):  # every other one holds what the model says of the new docids, which are not its answer
+        if self.pace < 1:  # every other one holds how unlikely the model finds a new docid as its answer
             held = docids[self.n_new :: 2]
             held[:] = docids[torch.randint(self.n_new, (len(held),), generator=self.generator)]
         return stacked(*parts), docids

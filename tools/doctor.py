@@ -215,9 +215,8 @@ def fresh_docids(patient: Patient) -> Finding:
     if made := patient.config.docids:
         return Finding("skip", f"docids come from {made}")
     n = min(len(patient.embeddings), len(patient.codes))
-    few = [
-        row for c in patient.corpora if c.added and len(c.rows) < ood.FEW for row in c.rows
-    ]  # the model chose theirs
+    # Those of few added documents are of the model's choice
+    few = [row for c in patient.corpora if c.added and len(c.rows) < ood.FEW for row in c.rows]
     by_quantiser = patient.live[~np.isin(patient.live, few)]
     rows = some(by_quantiser[by_quantiser < n], 10 * patient.count)
     again = rq.encode(patient.stored(rows), patient.books, device=patient.run.device)
