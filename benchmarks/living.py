@@ -181,7 +181,7 @@ def main() -> None:
     print(json.dumps(results["alarms"]), flush=True)
     results["requests_per_second"] = page_rate(start, list(corpus.test.values())[:100])
     print(f"{results['requests_per_second']:.1f} requests/s of the page", flush=True)
-    for size in filter(None, map(int, args.adds.split(","))):
+    for size in map(int, filter(None, args.adds.split(","))):
         copy = args.folder / f"add{size}"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(start.folder, copy)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ pytest.importorskip("transformers")
 
 from toy import TOY  # noqa: E402
 
-from benchmarks import measure, run, stages  # noqa: E402
+from benchmarks import measure, run, sizes, stages  # noqa: E402
+from index import Hit  # noqa: E402
 
 SCRIPT = Path(run.__file__)
 
@@ -177,3 +179,9 @@ def test_adds_are_measured_on_a_copy_without_the_last_corpus(finished, tmp_path)
     assert results["adds"][0]["documents"] == 2 and 0 <= results["adds"][0]["old"] <= 1
     assert results["in_a_row"][0]["adds"] == 1 and results["requests_per_second"] > 0
     assert before == ((finished / "corpus.json").read_bytes(), (finished / "D4.pt").read_bytes())
+
+
+def test_the_share_of_documents_found_counts_each_query_by_its_own_document():
+    found = {"moon": ["d1", "d2"], "sun": ["d3"], "mars": ["d3", "d4"], "pluto": []}
+    index = SimpleNamespace(search=lambda asked: [[Hit(d, -1.0, "") for d in found[text]] for text in asked])
+    assert sizes.share_found(index, list(found), ["d2", "d1", "d3", "d4"]) == 50
