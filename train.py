@@ -58,7 +58,7 @@ FAR = 10  # percent of the queries just learnt that may lie outside what was kno
 PER_PAGE = 8  # pseudo-queries of each page of general text that is drawn for this, on average (ours)
 FULL = 258  # documents of an added corpus that take `steps` steps: the default's D_t (ours)
 FEW_KL = 2  # times the weight of the KL, for fewer documents, beside what their fewer steps ask for (ours)
-PASSES = 3  # of a batch, by length, where the encoder trains (ours)
+PASSES = 2  # of a batch, by length, where the encoder trains (ours)
 SLOW_FACTOR = 0.01  # of the docid table's gradient or learning rate on D_t (paper)
 
 
