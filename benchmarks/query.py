@@ -70,8 +70,7 @@ def main() -> None:
         products.append(seconds_of(same))
     shares = Counter()
     for owner, name, label in (
-        (index.model, "encode", "encoder"), (index.model, "decode", "decoder"), (index.trie, "allowed", "trie"),
-        (index.trie, "child", "trie"),
+        (index.model, "encode", "encoder"), (index.model, "decode", "decoder"), (index.trie, "children", "trie"),
     ):  # fmt: skip
         timed(owner, name, shares, label)
     begin = time.monotonic()
