@@ -115,11 +115,13 @@ def take_in(run: prepare.Run, made: prepare.Prepared, asked: Command) -> None:
             run.folder / "embeddings" / f"D{t}.npy", (len(tokens), made.books.shape[-1])
         )
         dense.embed(made.bi_encoder, tokens, out=embedded.values)
-        beam = 1 if run.config.docid_kind == "pq" else rq.BEAM
-        codes = rq.encode(embedded.close(), made.books, beam, device=run.device)
-        if len(codes) < ood.FEW:
+        vectors = embedded.close()
+        if len(vectors) < ood.FEW:
             taken = {tuple(docid) for docid in made.codes[run.live].tolist()}
             codes = chosen_docids(run, corpus, excluded, taken)
+        else:
+            beam = 1 if run.config.docid_kind == "pq" else rq.BEAM
+            codes = rq.encode(vectors, made.books, beam, device=run.device)
         every = torch.cat([made.codes[:first_row], codes])
         arrays.write_array(run.folder / "docids.npy", every.numpy().astype(np.int16))
         store.write_ids(run.folder, [*run.corpora, corpus])

@@ -50,7 +50,7 @@ def beam_search(model: T5, trie: Trie, ids: Tensor, beam: int) -> tuple[Tensor, 
         hidden, past, _ = model.decode(x, cross, padding, past, bias)
         log_p = F.log_softmax(segment_logits(hidden, model.rq[m : m + 1])[:, 0].float(), dim=-1)  # (R, K)
         log_p += scores.flatten()[:, None]
-        node, below, runs = trie.children(m, nodes)
+        node, below, runs = trie.children(m, nodes)  # (C,), (C,), (C, 2)
         held = node * centroids + below  # where in log_p, ascending
         forbidden = torch.ones(log_p.numel(), dtype=torch.bool).index_fill_(0, held, False)
         log_p.masked_fill_(forbidden.view_as(log_p).to(device), -torch.inf)

@@ -10,8 +10,9 @@ Differs  plain AdamW in place of 8-bit; the docid mask is on for plain T5 on D_0
          fragments of documents (`d0_fragments`); on D_t dreams (dream.py, `dreams`) and queries of general text
          (`dream_general`) hold the model to what it said of earlier docids, LoRA adapts the decoder's attention
          (`attention_rank`), and a layer that does not grow trains its newest expert (`evolve`). A corpus that a
-         finished run takes in (extend.py) has steps, rates and weights by its number of documents. None sees an earlier
-         corpus's text.
+         finished run takes in (extend.py) has steps, rates and weights by its number of documents, and where they are few
+         other queries are held from their docids; where the encoder trains, a batch goes in two passes by length. None
+         sees an earlier corpus's text.
 """
 
 import hashlib

@@ -93,7 +93,7 @@ def test_two_processes_end_with_the_weights_and_statistics_of_one(runs):
     for t in (0, 1):
         (one, stats), (two, others) = (store.load_model(run / f"D{t}.pt") for run in runs)
         for (name, a), (_, b) in zip(one.named_parameters(), two.named_parameters()):
-            # as a whole: AdamW moves an entry whose gradient is no more than rounding by a whole step, up or down
+            # As a whole: AdamW moves an entry whose gradient is no more than rounding by a whole step, up or down
             assert a.shape == b.shape and (a - b).norm() <= 0.05 * a.norm(), name
         assert len(attention_lora(one)) == 4 * t and all(lora.o_b.any() for lora in attention_lora(two))
         for a, b in zip(stats, others):
