@@ -154,7 +154,9 @@ def test_tables_hold_what_the_runs_found(trial):
         assert row["seconds_per_corpus"] == pytest.approx(np.mean(seconds))
         trained = f"{row['trainable_parameters']:,.0f}"
         assert trained in (trial / "trial.md").read_text() and row["peak_memory_bytes"] > 2**27
-        assert (row["p_value"] is None) == (row["label"] == "mixlora-dsi")
+        assert all(
+            (of["p_value"] is None) == (row["label"] == "mixlora-dsi") for of in row["metrics"].values()
+        )
 
 
 def test_bm25_and_dense_rows_come_from_the_run_of_mixlora_dsi(trial):
@@ -224,6 +226,14 @@ def test_growth_is_set_beside_fresh_queries_of_what_is_known_by_corpus_and_layer
     assert experiments.mocks(row) == {
         "D1": ["5.0/7.0", "2.0/2.5", ""], "D2": ["1.0/3.0", "1.5/1.0", "0.0/4.0"]
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name, heading", [("growth", "where nothing is new"), ("beams", "beams kept")])
+def test_what_only_growth_and_beams_show_stands_in_their_rows_and_tables(trial, monkeypatch, name, heading):
+    monkeypatch.setitem(experiments.EXPERIMENTS, name, (["mixlora-dsi"], "mixlora-dsi"))
+    summary = experiments.summarise(name, [42, 43], trial / "rows")
+    assert len(summary["rows"][0][experiments.OWN[name]]) == 2
+    assert heading in experiments.figures(name, summary)
 
 
 def test_rows_by_beam_are_the_evaluations_of_that_beam(trial):

@@ -37,15 +37,10 @@ from tools.plot import mean_and_error
 
 METRICS = ("recall@10", "mrr@10")
 BEAMS = (10, 20, 40, 100)
+OWN = {"growth": "mock", "beams": "beams"}  # what the tables of an experiment show beside the results
 NOT_RUN = ("bm25", "dense", "quantised")  # rows that the run mixlora-dsi evaluates beside itself
-KEPT = (
-    "trainable_parameters",
-    "seconds",
-    "peak_memory_bytes",
-    "experts",
-    "ood_percent",
-    "first_choice",
-)  # of results.json
+# of results.json
+FIGURES = "trainable_parameters seconds peak_memory_bytes experts ood_percent first_choice".split()
 
 
 @dataclass(frozen=True)
@@ -110,7 +105,7 @@ RUNS = {
     "+ energies": Run("mixture", ENERGIES),
     "+ dreams": Run("mixture", f"{ENERGIES} --dreams 20000 --dream_general 0"),
     "+ general text on D_t": Run("mixture", f"{ENERGIES} --dreams 20000"),
-    "- KL on D_t's own queries": Run("mixture", "--attention_rank 0"),
+    "- KL, slow learner": Run("mixture", "--attention_rank 0"),
 
     "ours, never expand": Run("mixture", "--expand never"),
     "ours, always expand": Run("mixture", "--expand always"),
@@ -179,7 +174,7 @@ EXPERIMENTS = {
     "references": (["base", "paper", "mixlora-dsi", "ours, rehearsal", "dream", "dream, rehearsal", "joint", "incdsi"],
                    "mixlora-dsi"),
     "ladder": (["no general text, 10 beams", "no general text", "paper", "+ energies", "+ dreams",
-                "+ general text on D_t", "- KL on D_t's own queries", "mixlora-dsi"],
+                "+ general text on D_t", "- KL, slow learner", "mixlora-dsi"],
                "mixlora-dsi"),
     "table1": (["bm25", "dense", "base", "dsi++", "clever-512", "clever-1024", "clever-512-d0", "promptdsi",
                 "corpusbrain++", "incdsi", "naive-expansion", "mixlora-dsi-pt", "never-expand", "always-expand",
@@ -219,22 +214,22 @@ FILES = {  # of a run folder, by the last stage that they are needed for
 
 def inherit(source: Path, target: Path, last: str, config: Config) -> None:
     """A new run folder that has every stage of `source` up to `last`, as links to the same files."""
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    unfinished = target.with_name(target.name + ".partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     stages = list(FILES)[: list(FILES).index(last) + 1]
     same_beam = (
         store.read_json(source / "config.json")["beam"] == config.beam
     )  # otherwise D_0 is evaluated again
     for path in (source / name for stage in stages for name in FILES[stage]):
         if path.is_dir():
-            shutil.copytree(path, partial / path.name, copy_function=os.link)
+            shutil.copytree(path, unfinished / path.name, copy_function=os.link)
         elif path.exists() and (path.name != "evaluation_D0.json" or same_beam):
-            os.link(path, partial / path.name)
+            os.link(path, unfinished / path.name)
     done = store.read_json(source / "stages.json")
-    store.write_json(partial / "stages.json", {stage: done[stage] for stage in ("data", *stages)})
-    store.write_json(partial / "config.json", asdict(config))
-    partial.rename(target)
+    store.write_json(unfinished / "stages.json", {stage: done[stage] for stage in ("data", *stages)})
+    store.write_json(unfinished / "config.json", asdict(config))
+    unfinished.rename(target)
 
 
 @dataclass(frozen=True)
@@ -261,24 +256,35 @@ def differing(was: dict, task: Task) -> str:
     return ", ".join(n for n in wanted if was.get(n) != wanted[n] and n not in ("run", "device"))
 
 
-def kept(task: Task) -> bool:
-    """Whether the row's run was finished, here or elsewhere. Raises ValueError where it was with other settings."""
+def beside(task: Task) -> dict:
+    """What the row holds beside the run's results, by the experiments that it is of: name -> what measures it on the folder."""
+    rows = {name: [run_name(label) for label in EXPERIMENTS[name][0]] for name in ("growth", "beams")}
+    measures = {"beams": by_beam} if task.folder.name in rows["beams"] else {}
+    if task.folder.name in rows["growth"] and parse(list(task.flags)).config.expand == "ood":
+        measures["mock"] = mock_growth
+    return measures
+
+
+def is_kept(task: Task) -> bool:
+    """Whether the row's file is there, of this machine or another. Raises ValueError where its run had other settings."""
     if task.ends is not None or not task.row.exists():
         return False
-    if names := differing(store.read_json(task.row)["config"], task):
+    row = store.read_json(task.row)
+    if names := differing(row["config"], task):
         raise ValueError(f"{task.row} is of a run with other settings ({names}); pass other --rows")
-    return True
+    return beside(task).keys() <= row.keys()
 
 
-def keep(task: Task) -> None:
-    """Writes the row's file: settings, figures and, for each query, its recall and the place of the first right document."""
+def write_row(task: Task) -> None:
+    """The row's file: settings, figures and, for each query, its recall and the place of the first right document."""
     results = store.read_json(task.folder / "results.json")
     files = {"run": f"D{len(results['experts']) - 1}"} | {name: name for name in results["baselines"]}
     metrics, values = {"run": results["metrics"]} | results["baselines"], {}
     for name, file in files.items():
         corpora = store.read_json(task.folder / f"evaluation_{file}.json")["values"]
         values[name] = [[of["recall@10"], [round(1 / v) if v else 0 for v in of["mrr@10"]]] for of in corpora]
-    row = {"config": results["config"]} | {key: results[key] for key in KEPT}
+    row = {"config": results["config"]} | {key: results[key] for key in FIGURES}
+    row |= {name: measure(task.folder) for name, measure in beside(task).items()}
     row |= {"metrics": {name: {m: of[m] for m in METRICS} for name, of in metrics.items()}, "values": values}
     store.write(task.row, json.dumps(row, separators=(",", ":")).encode())
 
@@ -305,7 +311,7 @@ def tasks_of(labels: list[str], seed: int, out: Path, flags: list[str], rows: Pa
         for label in labels
         if label not in NOT_RUN
     }
-    runs = {label: run for label, run in runs.items() if not kept(run)}
+    runs = {label: run for label, run in runs.items() if not is_kept(run)}
     starts = dict.fromkeys(RUNS[label].start for label in runs)
     if any(STARTS[name].stages for name in starts):
         starts["mixture"] = None
@@ -331,7 +337,7 @@ def perform(task: Task, threads: int) -> str:
     else:
         train.execute(asked, task.ends, quiet=True)
     if task.ends is None:
-        keep(task)
+        write_row(task)
     return f"{folder}: {said}"
 
 
@@ -385,10 +391,12 @@ def paired_p(differences: list[list[np.ndarray]], draws: int = 2000, seed: int =
     return min(1.0, 2 * (smaller + 1) / (draws + 1))
 
 
-def summarise(name: str, seeds: list[int], out: Path, kept_rows: Path) -> dict:
-    """What NAME.json holds: of each system every seed's figures, mean costs, and the p-value against the reference."""
+def summarise(name: str, seeds: list[int], folder: Path) -> dict:
+    """What NAME.json holds, of the rows in `folder`: of each system every seed's figures, mean costs, and the p-value
+    against the reference.
+    """
     labels, reference = EXPERIMENTS[name]
-    evaluated, rows = {label: [values_of(label, seed, kept_rows) for seed in seeds] for label in labels}, []
+    evaluated, rows = {label: [values_of(label, seed, folder) for seed in seeds] for label in labels}, []
     for label in labels:
         results, metrics = [r for r, _ in evaluated[label]], {}
         for m in METRICS:
@@ -406,13 +414,10 @@ def summarise(name: str, seeds: list[int], out: Path, kept_rows: Path) -> dict:
             row["trainable_parameters"] = float(np.mean([list(corpora.values()) for corpora in trained]))
             row["seconds_per_corpus"] = float(np.mean(seconds))
             row["peak_memory_bytes"] = int(np.mean([r["peak_memory_bytes"] for r in results]))
-            row |= {key: [r[key] for r in results] for key in ("experts", "ood_percent", "first_choice")}
-        rows.append(row | {"p_value": metrics["recall@10"]["p_value"]})
-        folders = [out / str(seed) / run_name(label) for seed in seeds]
-        if name == "growth" and not RUNS[label].flags.count("expand"):
-            row["mock"] = [mock_growth(folder) for folder in folders]
-        if name == "beams" and label not in NOT_RUN:
-            row["beams"] = [by_beam(folder) for folder in folders]
+            of_seeds = ["experts", "ood_percent", "first_choice"]
+            of_seeds += [key for key in (OWN.get(name),) if key in results[0]]
+            row |= {key: [r[key] for r in results] for key in of_seeds}
+        rows.append(row)
     return {"name": name, "seeds": seeds, "reference": reference, "rows": rows}
 
 
@@ -552,7 +557,7 @@ def main(argv: list[str]) -> None:
     for groups in zip(*(tasks_of(chosen, seed, args.out, flags, rows) for seed in seeds)):
         run_all(sum(groups, []), args.jobs)
     if chosen == labels:
-        summary = summarise(args.name, seeds, args.out, rows)
+        summary = summarise(args.name, seeds, rows)
         store.write_json(args.out / f"{args.name}.json", summary)
         text = figures(args.name, summary)
         store.write(args.out / f"{args.name}.md", text.encode())
