@@ -9,6 +9,7 @@ Differs  nothing: it is not in the released code
 
 import argparse
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -32,7 +33,6 @@ class Parser(argparse.ArgumentParser):
 def check_device(name: str) -> str:
     """The name of a device that this machine has. Raises ValueError with those that there are."""
     present = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    present += ["mps"] if torch.backends.mps.is_available() else []
     if name not in present and not (name == "cuda" and torch.cuda.is_available()):
         raise ValueError(f"--device {name}: this machine has {', '.join(present)}")
     return name
@@ -63,8 +63,8 @@ def run(main: Callable[[list[str]], int | None], name: str, stopped: str = "stop
     except (ValueError, OSError) as error:
         sys.exit(f"{name}: {' '.join(str(error).split())}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        sys.exit(f"{name}: out of memory; pass a smaller --micro_batch, --recompute, or smaller batches")
+        sys.exit(f"{name}: out of memory; pass smaller batches or, to train, --micro_batch or --recompute")
     except KeyboardInterrupt:
         sys.exit(f"\n{name}: {stopped}")

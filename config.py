@@ -58,7 +58,7 @@ class Config:
     pseudo_queries: str = flag("", "data", "JSON lines {doc_id, query} of tools.doc2query, or drawn: from the text (default: published ones, else drawn)")
     pseudo_per_document: int = flag(15, "data", "pseudo-queries of a new document (paper: up to 15 on NQ320k)")
 
-    t5: str = flag("", "model", "folder or hub name of published T5 weights, as google-t5/t5-base (paper); none: from nothing, word rows by LSA")
+    t5: str = flag("", "model", "folder or hub name of published T5 weights, as google-t5/t5-base (paper); none: from scratch, word rows by LSA")
     width: int = flag(768, "model", "D (T5-base)")
     heads: int = flag(12, "model", "H (T5-base); the head width is D / H")
     feed_forward: int = flag(3072, "model", "F (T5-base)")
@@ -125,7 +125,7 @@ class Config:
     align_coef: float = flag(1.0, "training", "alpha_1 of the align loss (paper)")
     repel_coef: float = flag(1.0, "training", "alpha_1 of the repel loss (paper)")
     repel_reduction: str = flag("mean", "training", "over older rows: mean (released code) or sum (paper)", "mean sum")
-    aux_layers: str = flag("all", "training", "layers with router losses: all (released code) or expanded", "all expanded")
+    aux_layers: str = flag("all", "training", "layers with router losses: all (released code) or expanded: those with experts that train", "all expanded")
     balance_coef: float = flag(0.0, "training", "balance loss (paper: 0.01, Naive Expansion only)")
     z_coef: float = flag(0.0, "training", "z loss (paper: 0.001, Naive Expansion only)")
     kl_coef: float = flag(0.1, "training", "alpha_2 of the KL to the previous model (paper)")
@@ -264,6 +264,10 @@ def parse(argv: list[str], checked: bool = True) -> Command:
     parser.add_argument("--consolidate", metavar="RUN", default=argparse.SUPPRESS, help=text)
     parser.add_argument("--overwrite", action="store_true", help="move a run that is in the way aside")
     given = vars(parser.parse_args(argv))
+    modes = [f"--{name}" for name in ("resume", "extend", "consolidate") if name in given]
+    modes += ["--overwrite"] * (given["overwrite"] and "--consolidate" not in modes)
+    if len(modes) > 1:
+        raise ValueError(f"{modes[0]} and {modes[1]} do not go together")
     overwrite, resume = given.pop("overwrite"), given.pop("resume", None)
     if "extend" in given:
         return extension(given)
@@ -276,12 +280,17 @@ def parse(argv: list[str], checked: bool = True) -> Command:
                 "--consolidate RUN takes --run NEW, a folder for the new run, --device and --overwrite alone"
             )
         config = replace(saved_config(source), **given)
+        check_device(config.device)
         return Command(config, overwrite=overwrite, consolidates=source)
     if resume is None:
         return Command(settle(given, checked), overwrite=overwrite, given=frozenset(given))
-    if given:
-        raise ValueError(f"--resume takes every setting from the run; remove --{' --'.join(given)}")
-    return Command(saved_config(Path(resume)), resume=True)
+    if stray := [name for name in given if name != "device"]:
+        raise ValueError(
+            f"--resume takes every setting but --device from the run; remove --{' --'.join(stray)}"
+        )
+    config = saved_config(Path(resume))
+    config.device = check_device(given.get("device", config.device))
+    return Command(config, resume=True)
 
 
 def extension(given: dict) -> Command:
@@ -316,7 +325,7 @@ def settle(given: dict, checked: bool) -> Config:
     config.d0_mask = config.d0_mask or config.mask
     config.device = config.device or default_device()
     config.precision = config.precision or ("bf16" if config.device.startswith("cuda") else "float32")
-    config.run = config.run or f"runs/{Path(source).name}"
+    config.run = config.run or f"runs/{Path(source).absolute().name}"
     if source in published.BENCHMARKS:
         config.data_dir = config.data_dir or str(Path(__file__).parent / "data" / source)
     if checked:
@@ -375,7 +384,12 @@ def rules(c: Config) -> list[tuple[bool, str]]:
     from_scratch, pq, atomic = not c.t5, c.docid_kind == "pq", c.docid_kind == "atomic"
     of_plain_t5 = c.prompts or c.adapters or c.joint or c.insert
     listed = c.pseudo_queries or published.authors_parts(Path(c.data_dir)) if c.data == "msmarco" else True
-    files = [c.tokenizer, c.docids, *c.teacher.split(","), c.pseudo_queries.removeprefix("drawn")]
+    files = [
+        c.tokenizer,
+        c.docids,
+        *c.teacher.split(","),
+        c.pseudo_queries if c.pseudo_queries != "drawn" else "",
+    ]
     return [
         (c.width % c.heads == 0, f"--width {c.width} must be a multiple of --heads {c.heads}"),
         (c.K != 1, "--K 1: wanted 2 or more centroids, or 0: by the number of D_0's documents"),
@@ -388,9 +402,12 @@ def rules(c: Config) -> list[tuple[bool, str]]:
         (not c.insert or atomic, "--insert gives each new document a row of its own; pass --docid_kind atomic"),
         (not (c.ewc and (c.mixture or atomic)), "--ewc compares tensors with earlier ones, and experts and atomic tables grow; pass --ewc 0"),
         (not (c.mixture and of_plain_t5), "--prompts, --adapters, --joint and --insert are of methods without a mixture: --no-mixture"),
+        (not (c.prompts and c.adapters), "--prompts keep the encoder frozen, and --adapters train in it; pass one of them"),
+        (not c.rehearsal or c.dreams, "--rehearsal takes the place of dreams; pass --dreams too"),
+        (not (c.sam_rho and c.mixture), "--sam_rho is of methods without a mixture, whose energies it would count twice: pass --sam_rho 0"),
         (not c.prompts or c.t5 or c.decoder_blocks > 1, "--prompts go into the second decoder block; pass --decoder_blocks 2 or more"),
         (not c.joint or c.steps, "--joint trains for d0_steps + t * steps steps; pass --steps"),
-        (c.mixture or not c.attention_rank, "--attention_rank is of methods with a mixture, the others train all of the attention: pass --attention_rank 0"),
+        (c.mixture or not c.attention_rank, "--attention_rank is of methods with a mixture; pass --attention_rank 0"),
         (c.dream_words <= dream.TOP, f"--dream_words {c.dream_words}: wanted at most the {dream.TOP} words of a docid"),
         (not c.dreams or (c.dream_batch % c.batch == 0 and c.dream_batch), f"--dream_batch {c.dream_batch}: wanted a multiple of --batch {c.batch}"),
         (listed, "--data msmarco has no pseudo-queries of its own: make them with python -m tools.doc2query and pass --pseudo_queries FILE, or pass --pseudo_queries drawn to draw them from the passages"),

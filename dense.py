@@ -4,8 +4,8 @@ Paper    appendix C, Eq. 8; MarginMSE (Hofstaetter et al., 2020) with two rounds
 In       D_0's documents and queries, a T5
 Out      document embeddings (N, D), un-normalised; similarity is the inner product
 Next     rq.py quantises the embeddings of D_0 and, with the same codebooks, those of every later corpus
-Differs  where T5 is trained from scratch, an in-batch contrastive warm-up comes first and stays as a second
-         loss term, and the examples include pseudo-queries, of general text too where there is some; BM25 teaches unless
+Differs  half of the windows of documents that it trains on start anywhere in them; in the small presets an
+         in-batch contrastive warm-up comes first and stays as a second loss term, and the examples include pseudo-queries, of general text too where there is some; BM25 teaches unless
          --teacher names a cross-encoder's scores
 """
 
@@ -103,7 +103,8 @@ def recall(
 def hard_negatives(
     bm25: BM25, pairs: list[tuple[int, str]], k: int, index: tuple[Tensor, Tensor] | None = None, device="cpu"
 ) -> Examples:
-    """The k best wrong documents of each (document row, query), scored by BM25 as the teacher.
+    """The k best wrong documents of each (document row, query), repeated where there are fewer, scored by BM25 as the
+    teacher. Raises ValueError where no query has any.
 
     BM25 ranks them or, where `index` holds the queries' and the documents' embeddings, their inner products do.
     """
@@ -112,19 +113,24 @@ def hard_negatives(
         right.setdefault(query, set()).add(row)
     if index:
         ranking = nearest(*index, k + max(map(len, right.values())), device)[1].tolist()
-    documents, scores = [], []
+    queries, documents, scores = [], [], []
     for i, (row, query) in enumerate(pairs):
         by_bm25 = bm25.scores(query)
         if index:
-            wrong = np.resize([j for j in ranking[i] if j not in right[query]], k)
+            wrong = [j for j in ranking[i] if j not in right[query]]
         else:
             others = by_bm25.copy()
             others[list(right[query])] = -1.0
             wrong = np.argpartition(-others, k)[:k]
-        documents.append([row, *wrong])
-        scores.append(by_bm25[documents[i]])
+            wrong = wrong[others[wrong] >= 0]
+        if len(wrong):  # not where the query belongs to all documents
+            queries.append(query)
+            documents.append([row, *np.resize(wrong, k)])
+            scores.append(by_bm25[documents[-1]])
+    if not queries:
+        raise ValueError("every query of D_0 belongs to all of its documents; wanted documents that differ")
     scores = torch.from_numpy(np.array(scores, np.float32))
-    return Examples([query for _, query in pairs], torch.tensor(np.array(documents)), scores)
+    return Examples(queries, torch.tensor(np.array(documents)), scores)
 
 
 def read_teacher(path: Path, corpus: Corpus, skip_invalid: bool = False, most: int = 200) -> Examples:
@@ -346,8 +352,8 @@ class Training:
 def train(run, model: T5, documents: Tokens) -> None:
     """Trains the bi-encoder on D_0, in place: a contrastive warm-up, then MarginMSE in rounds of harder negatives.
 
-    documents: token ids of the passages of D_0 and of general text. Each round's examples are kept in the folder of `run` (prepare.Run), for
-    when it is stopped within the round, and with `save_negatives` for a cross-encoder.
+    documents: token ids of the passages of D_0 and of general text. Each round's examples are kept in the folder of `run`
+    (prepare.Run), for when it is stopped within the round, and with `save_negatives` for a cross-encoder.
     """
     config, training = run.config, Training(run, model, documents)
     stages = ["dense warm-up", *(f"dense round {number}" for number in range(1, config.dense_rounds + 1))]
@@ -357,16 +363,17 @@ def train(run, model: T5, documents: Tokens) -> None:
         training.fit(stages[0], config.dense_warmup_steps, *warmup)
     for number in range(max(1, stopped), len(stages)):
         path = run.folder / f"examples_{number}.pt"
-        if number == stopped:
-            if not path.is_file():
-                raise ValueError(f"found no {path}; remove latest.pt too, to begin that round again")
-            examples = Examples(**read_tensors(path))
-        else:
+        if number != stopped:
             examples = training.examples(number)
             if distributed.is_main_process():
                 write_tensors(path, vars(examples))
                 if config.save_negatives:
                     write_teacher(run.folder / f"negatives_{number}.jsonl", run.corpora[0], examples)
+            distributed.wait()  # of several processes' examples, which rounding may tell apart, all take the main one's
+        elif not path.is_file():
+            to_do = "remove latest.pt and latest.previous.pt too, to train the bi-encoder anew"
+            raise ValueError(f"found no {path}; {to_do}")
+        examples = Examples(**read_tensors(path))
         order = Batches(len(examples.queries), config.dense_batch, training.generator)
         embedding, loss = (partial(of, examples) for of in (training.round_embed, training.round_loss))
         draw, in_batch = partial(training.round_batch, examples, order), config.dense_contrastive != 0

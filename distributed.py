@@ -4,7 +4,8 @@ Paper    none: the paper trains on one GPU
 In       batches that every process draws alike, gradients of its own share; without torchrun, of the one process
 Out      the gradients of the whole batch, in every process; only the main process writes files
 Next     optim.py adds gradients up, train.py lets the main process write and the others wait
-Differs  no wrapper around the model: the sums are written out, so that one process and several train the same
+Differs  no wrapper around the model: the sums are written out, so that one process and several train the
+         same, but for dropout, whose masks are drawn for each share
 """
 
 import os
@@ -68,8 +69,13 @@ def gather(part: Tensor, n: int) -> Tensor:
 def add_up(tensors: Iterable[Tensor]) -> None:
     """Each tensor becomes its sum over processes, in place."""
     if world_size() > 1:
-        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+        for work in [dist.all_reduce(as_it_lies(tensor), async_op=True) for tensor in tensors]:
             work.wait()
+
+
+def as_it_lies(tensor: Tensor) -> Tensor:
+    """The tensor, or its transpose, contiguous in memory, as nccl wants it: an expert's B lies transposed."""
+    return tensor if tensor.is_contiguous() else tensor.mT
 
 
 def add_up_gradients(parameters: list[nn.Parameter]) -> None:
@@ -84,7 +90,7 @@ def copy_from_main(model: nn.Module) -> None:
     """Every process continues with the main process's parameters."""
     if world_size() > 1:
         for p in model.parameters():
-            dist.broadcast(p.data, 0)
+            dist.broadcast(as_it_lies(p.data), 0)
 
 
 def agree(value):

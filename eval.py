@@ -136,13 +136,14 @@ def bootstrap_interval(values: list[list[float]], seed: int, draws: int = 1000) 
 
 def summarise(evaluations: list[Evaluation], seed: int) -> dict[str, dict]:
     """{metric: {"P", "AP", "BWT", "FWT", "AP_micro", "AP_ci95"}} of the evaluations after D_0..D_T, or after those of them
-    that have test queries (`tested`). P has a row and a column for each of these; where an evaluation is missing, as of a
-    checkpoint that was dropped, there is no BWT and FWT.
+    that have test queries (`tested`). P has a row and a column for each of these. Where the last evaluation is after
+    another corpus, it is P's last row; then, or where one is missing, as of a checkpoint that was dropped, there is no BWT
+    and FWT.
     """
     columns, summary = tested(evaluations), {}
-    rows = [evaluation for evaluation in evaluations if len(evaluation.values) - 1 in columns]
-    whole = len(rows) == len(columns)
-    for metric in METRICS if rows else ():
+    rows = [e for e in evaluations if len(e.values) - 1 in columns or e is evaluations[-1]]
+    whole = [len(e.values) - 1 for e in rows] == columns
+    for metric in METRICS if columns else ():
         means = [evaluation.means(metric) for evaluation in rows]
         p = [[row[i] for i in columns if i < len(row)] for row in means]
         last = [values[metric] for values in evaluations[-1].values]
@@ -274,6 +275,10 @@ def main(argv: list[str]) -> None:
     beam = run.config["beam"] if args.beam is None else args.beam
     if beam < 1:
         raise ValueError(f"--beam {beam}: wanted a positive number")
+    if not any(corpus.test for corpus in run.corpora[: run.finished[-1] + 1]):
+        raise ValueError(
+            f"{args.run}: no corpus of this run has test queries, so there is nothing to evaluate"
+        )
     evaluations = []
     for t in run.finished:
         model, trie = run.at(t)

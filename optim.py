@@ -108,7 +108,7 @@ def fit(stage: Stage, config, log, resume=None) -> None:
 
     Args:
         config: `micro_batch`, the most examples computed together (0: all), and `precision`: with bf16, matrix
-            products are in bfloat16; norms, softmax, router and losses see to their float32 themselves.
+            products are in bfloat16; norms, softmax, router scores, cross-entropies and KL see to their float32 themselves.
         resume: saves where the stage stands, and restores it before the first step (store.Resume).
 
     Raises ValueError after 10 steps in a row whose loss or gradient is not finite; each such step is skipped.

@@ -234,8 +234,9 @@ def fragments(titles: Iterable, texts: Iterable, per_document: int, rng: random.
             length = rng.randint(25, 100)
             start = rng.randint(0, max(0, len(document) - length))
             kept.append(title if rng.random() < 0.5 else "")
-            span = document[start : start + length]
-            spans.append(joined(span) if unspaced else " ".join(span))
+            part = document[start : start + length]
+            span = joined(part) if unspaced else " ".join(part)
+            spans.append(span if has_word(span) else f"{title} {text}")  # not a row of dots
     return kept, spans
 
 
@@ -309,10 +310,10 @@ def store_pseudo_queries(
             problems.add(place.rpartition(":")[0] or place, "document without a pseudo-query", repr(ids[row]))
         problems.check()
     for row in missing:
-        beginning = words(f"{titles[row]} {texts[row]}")[:12]
-        while beginning and query_digest(" ".join(beginning)) in excluded:
-            beginning.pop()
-        keep(row, " ".join(beginning), "made of a document's first words, where it had none")
+        first = words(f"{titles[row]} {texts[row]}")[:12]
+        shorter = (" ".join(first[:n]) for n in range(len(first), 0, -1))
+        free = (query for query in shorter if query_digest(query) not in excluded)
+        keep(row, next(free, " ".join(2 * first)), "made of a document's first words, where it had none")
     for t, end in enumerate(ids.ends):
         by_row = np.array(rows[t], np.int64)
         order = np.argsort(by_row, kind="stable")

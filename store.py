@@ -318,8 +318,8 @@ class Stages:
 def new_folder(folder: Path, config: dict, overwrite: bool):
     """Makes a run's folder with its config, and returns its lock. Nothing is changed before the lock is held.
 
-    Raises ValueError where the name cannot be one, another process trains there, or it holds other runs or, without
-    `overwrite`, a run; with it, that run is moved aside.
+    Raises ValueError where the name cannot be one, another process trains there, or it holds other runs, files of
+    something else or, without `overwrite`, a run; with it, that run is moved aside.
     """
     if not folder.name.strip(". \t\n\r") or not folder.name.isprintable():
         raise ValueError(f"--run {str(folder)!r}: wanted the name of a folder of its own")
@@ -327,6 +327,9 @@ def new_folder(folder: Path, config: dict, overwrite: bool):
         raise ValueError(f"--run {folder}: wanted a folder, this is a file")
     if other := next(folder.glob("*/corpus.json"), None):
         raise ValueError(f"--run {folder}: holds other runs, as {other.parent}; pass a folder of its own")
+    files = [path.name for path in folder.glob("*") if path.name != "lock" and path.suffix != ".part"]
+    if files and "config.json" not in files:
+        raise ValueError(f"--run {folder}: holds {files[0]}, which is of no run; pass a folder of its own")
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder)
     if (folder / "corpus.json").exists():  # without it there is nothing to keep
@@ -348,7 +351,7 @@ def lock(folder: Path):
     file = (folder / "lock").open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise ValueError(f"{folder}: another process trains here; wait, or take another folder") from None
     return file
 

@@ -69,7 +69,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, p)
-    dropped = round(p * 2**16)
+    dropped = min(round(p * 2**16), 2**16 - 1)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     kept = (bits.view(torch.int16)[: x.numel()] >= dropped - 2**15).view(x.shape)
     return torch.where(kept, x, 0.0).mul_(2**16 / (2**16 - dropped))

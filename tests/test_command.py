@@ -40,7 +40,10 @@ def test_any_text_is_printed_whatever_the_terminal_can_show(monkeypatch, encodin
             OSError(28, "No space left on device", "latest.pt"),
             "x.py: [Errno 28] No space left on device: 'latest.pt'",
         ),
-        (MemoryError(), "x.py: out of memory; pass a smaller --micro_batch, --recompute, or smaller batches"),
+        (
+            MemoryError(),
+            "x.py: out of memory; pass smaller batches or, to train, --micro_batch or --recompute",
+        ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "x.py: out of memory"),
         (KeyboardInterrupt(), "\nx.py: stopped; go on with --resume"),
     ],

@@ -29,8 +29,13 @@ from config import SMALL, Config, parse
         (["--lr", "nan"], "--lr nan: wanted a number from 0"),
         (["--delta", "-1"], "--delta -1.0: wanted a number from 0"),
         (["--experts", "1"], "at least the 2"),
-        (["--no-mixture"], "all of the attention: pass --attention_rank 0"),
-        (["--method", "dream", "--attention_rank", "4"], "all of the attention: pass --attention_rank 0"),
+        (["--no-mixture"], "methods with a mixture; pass --attention_rank 0"),
+        (["--method", "dream", "--attention_rank", "4"], "methods with a mixture; pass --attention_rank 0"),
+        (["--method", "promptdsi", "--adapters"], "pass one of them"),
+        (["--method", "base", "--rehearsal"], "--rehearsal takes the place of dreams"),
+        (["--pseudo_queries", "drawn/absent.jsonl"], "found no file drawn/absent.jsonl"),
+        (["--extend", "a", "--data", "b", "--resume", "c"], "--resume and --extend do not go together"),
+        (["--resume", "a", "--overwrite"], "--resume and --overwrite do not go together"),
         (["--dream_batch", "100"], "--dream_batch 100: wanted a multiple of --batch 256"),
         (["--dream_batch", "0"], "--dream_batch 0: wanted a multiple of --batch 256"),
         (["--dream_words", "41"], "--dream_words 41: wanted at most the 40 words of a docid"),
@@ -42,6 +47,7 @@ from config import SMALL, Config, parse
         (["--insert"], "--docid_kind atomic"),
         (["--docid_kind", "atomic", "--d0_fragments", "0", "--ewc", "1"], "--ewc 0"),
         (["--ewc", "1"], "experts and atomic tables grow"),
+        (["--method", "paper", "--sam_rho", "0.1"], "--sam_rho 0"),
         (["--prompts", "5"], "--no-mixture"),
         (["--docid_kind", "pq", "--M", "5"], "divides --width 128"),
         (["--method", "joint", "--steps", "0"], "pass --steps"),
@@ -77,7 +83,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_overwrite_moves_it_aside(tmp_p
 
 
 def test_a_run_may_be_moved_and_one_of_another_version_is_refused_by_name(tmp_path):
-    store.new_folder(tmp_path / "old", asdict(Config(lr=0.5)), overwrite=False)
+    store.new_folder(tmp_path / "old", asdict(Config(lr=0.5, device="cpu")), overwrite=False)
     (tmp_path / "old").rename(tmp_path / "new")
     command = parse(["--resume", str(tmp_path / "new")])
     assert command.resume and command.config.lr == 0.5 and command.config.run == str(tmp_path / "new")
@@ -209,7 +215,12 @@ def test_a_folder_of_other_runs_and_a_file_are_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="this is a file"):
         store.new_folder(tmp_path / "file", {}, overwrite=False)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["corpus.json", "file", "one", "runs"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "pseudo_queries").touch()  # which reading a corpus would remove
+    with pytest.raises(ValueError, match="mine: holds pseudo_queries, which is of no run"):
+        store.new_folder(tmp_path / "mine", {}, overwrite=True)
+    names = ["corpus.json", "file", "mine", "one", "pseudo_queries", "runs"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == names
 
 
 def test_nothing_changes_in_a_folder_where_another_process_trains(tmp_path):

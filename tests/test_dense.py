@@ -624,6 +624,14 @@ def test_training_with_nothing_to_learn_from_is_refused():
         dense.train(run_of(config(dense_rounds=1, dense_steps=1), bare), tiny_t5(200), IDS)
 
 
-def test_other_relevant_document_of_the_same_query_is_no_negative():
-    found = dense.hard_negatives(BM25(TEXTS), [(0, "red cat"), (2, "red cat")], 2)
-    assert 2 not in found.documents[0].tolist() and 0 not in found.documents[1].tolist()
+@pytest.mark.parametrize("mined", [False, True])
+def test_other_relevant_document_of_the_same_query_is_no_negative(mined):
+    """However many negatives are wanted; and a query of all documents has none."""
+    pairs = [(0, "red cat"), (2, "red cat"), *((row, "all") for row in range(len(TEXTS)))]
+    index = (torch.ones(len(pairs), 3), torch.ones(len(TEXTS), 3)) if mined else None
+    for k in (2, len(TEXTS) - 1):
+        found = dense.hard_negatives(BM25(TEXTS), pairs, k, index)
+        assert found.queries == ["red cat"] * 2 and found.documents.shape == (2, k + 1)
+        assert 2 not in found.documents[0, 1:] and 0 not in found.documents[:, 1:]
+    with pytest.raises(ValueError, match="every query of D_0 belongs to all of its documents"):
+        dense.hard_negatives(BM25(TEXTS), pairs[2:], 2, index)

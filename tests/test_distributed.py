@@ -20,12 +20,22 @@ import distributed
 import optim
 import store
 import train
-from mixlora import attention_lora
+from mixlora import Experts, attention_lora
 
 FLAGS = [
     *TOY, "--lora_dropout", "0", "--dense_warmup_steps", "22", "--dense_steps", "12", "--d0_steps", "22",
     "--steps", "12", "--splits", "80,20", "--expand", "always", "--no-baselines",
 ]  # fmt: skip
+
+
+def test_what_is_sent_lies_contiguous_in_memory_and_is_the_tensor_itself():
+    """An expert's B does not, and nccl refuses what does not."""
+    experts = Experts(2, 6, 8, 3)
+    experts.in_b.sum().backward()
+    assert not experts.in_b.is_contiguous()
+    for tensor in (experts.in_a.data, experts.in_b.data, experts.in_b.grad):
+        sent = distributed.as_it_lies(tensor)
+        assert sent.is_contiguous() and sent.data_ptr() == tensor.data_ptr()
 
 
 def join(rank: int, port: int, work: Callable, *args) -> None:

@@ -285,6 +285,17 @@ def test_summary_by_hand():
     json.dumps(summary, allow_nan=False)
 
 
+def test_after_a_corpus_without_test_queries_the_last_row_is_that_of_the_last_model():
+    """AP and its interval are of the same evaluation; forgetting between other models is not told."""
+    stages = [evaluation([1.0]), evaluation([1.0], [1.0]), evaluation([0.0], [1.0], [])]
+    summary = scoring.summarise(stages, seed=0)["recall@10"]
+    assert summary["P"] == [[1.0], [1.0, 1.0], [0.0, 1.0]]
+    assert (summary["AP"], summary["BWT"], summary["FWT"]) == (0.5, None, None)
+    dropped = scoring.summarise([stages[0], stages[2]], seed=0)["recall@10"]  # the checkpoint between
+    assert dropped["P"] == [[1.0], [0.0, 1.0]] and dropped["BWT"] is None
+    assert len(scoring.table("", {"ours": scoring.summarise(stages, 0)}, [0, 1]).splitlines()[2].split()) == 6
+
+
 def test_table_prints_percent_of_both_metrics_in_every_cell():
     def system(recall: float, mrr: float) -> dict:
         return {

@@ -86,7 +86,7 @@ def test_idf_comes_back_as_saved(tmp_path):
 )
 def test_file_without_counts_of_words_is_refused_by_name(tmp_path, text):
     (tmp_path / "idf.json").write_text(text)
-    with pytest.raises(ValueError, match="idf.json: .* remove the file to make it anew"):
+    with pytest.raises(ValueError, match="idf.json: .* take it from a copy of the folder"):
         Idf.load(tmp_path / "idf.json")
 
 
@@ -210,6 +210,11 @@ def test_fragments_are_contiguous_spans_of_their_document_half_of_them_titled():
     assert 0.4 < titled / 400 < 0.6  # of the two documents that have a title
 
 
+def test_a_fragment_has_a_word_where_its_document_has_one():
+    titles, spans = queries.fragments(["Moon"], [". " * 200], 50, random.Random(0))
+    assert all(queries.has_word(span) for span in spans)
+
+
 def pseudo(path: Path, lines: list[tuple[str, str]]) -> Path:
     path.write_text(jsonl([{"doc_id": doc_id, "query": query} for doc_id, query in lines]))
     return path
@@ -319,6 +324,13 @@ def test_document_without_a_published_query_gets_its_first_twelve_words(tmp_path
         [(2, "Title only")],
     ]
     assert counts["made of a document's first words, where it had none"] == 2
+
+
+def test_a_made_query_is_neither_empty_nor_a_test_query(tmp_path):
+    corpora = [Corpus(0, ["a", "b"], ["", ""], ["Moon", "Mars rover"])]
+    excluded = frozenset(map(queries.query_digest, ("moon", "mars rover")))
+    store_pseudo_queries([("f:1", "b", "asked")], tmp_path, texts_of(corpora), excluded)
+    assert pairs_in(tmp_path, corpora) == [[(0, "Moon Moon"), (1, "asked")]]
 
 
 document_and_query = st.tuples(

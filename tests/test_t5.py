@@ -380,3 +380,4 @@ def test_dropout_drops_the_share_that_it_is_told_and_keeps_the_mean():
         both = (gone[..., :-1] * gone[..., 1:]).mean().item()
         assert abs(both - p * p) < 6 * p / math.sqrt(gone.numel())
     assert t5.dropout(x, 0.1, False) is x and t5.dropout(x, 0.0, True) is x
+    assert t5.dropout(x, 0.999999, True).isfinite().all()
