@@ -10,6 +10,7 @@ Differs  the released code keeps JSON maps and tuple-keyed dictionaries, all in 
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 import zipfile
@@ -48,8 +49,12 @@ def rename(old: Path, new: Path) -> None:
 
 
 def damaged(path: Path, reason: str) -> ValueError:
-    """The error of a file that must be made anew."""
-    return ValueError(f"{path}: {reason}; remove the file to make it anew")
+    """The error of a damaged file: only a model, or what is saved while it trains, is made anew where it is gone."""
+    remade = re.fullmatch(r"(D\d+|latest(\.previous)?)\.pt", path.name)
+    to_do = (
+        "remove the file to make it anew" if remade else "take it from a copy of the folder, or train anew"
+    )
+    return ValueError(f"{path}: {reason}; {to_do}")
 
 
 @contextmanager
@@ -59,6 +64,8 @@ def reading(path: Path):
         raise ValueError(f"found no {path}; is {path.parent} the folder of a finished run?")
     try:
         yield
+    except (PermissionError, MemoryError):
+        raise
     except Exception as error:  # damaged files fail in many ways: NumPy evaluates a header as Python
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise damaged(path, f"cannot be read ({reason})") from None

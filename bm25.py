@@ -3,7 +3,7 @@
 Paper    sections 4.1 and appendix C use BM25 (Pyserini, k1 = 0.9, b = 0.4) for both
 In       passages of the documents indexed so far
 Out      scores (N,) of a query; the ranking of its best documents
-Next     dense.py trains on its negatives, prepare.py ranks with it beside the method; topics.py counts words with it
+Next     dense.py trains on its negatives, prepare.py ranks with it beside the method, serve.py on its page
 Differs  whole words in one case (and pairs of letters in scripts without spaces) in place of Pyserini's stemmer and stop list
 """
 

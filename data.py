@@ -257,7 +257,8 @@ def read_beir(
                 problems.add(place, "line that names no document, or one a second time", repr(doc_id))
         unnamed = [doc_id for doc_id in documents.row_of if doc_id not in listed]
         for doc_id in unnamed:
-            problems.add(order, "document without a line in the order", repr(doc_id))
+            reason = "document without a line in the order" + ", put last" * skip_invalid
+            problems.add(order, reason, repr(doc_id))
         collection.order = [*listed, *unnamed]
     return settled(collection, folder, tested)
 
@@ -287,6 +288,11 @@ def equal_documents(titles: Iterable[str], texts: Iterable[str]) -> list[list[in
     for row in np.flatnonzero(np.isin(digests, values[counts > 1])).tolist():
         groups.setdefault(digests[row], []).append(row)
     return list(groups.values())
+
+
+def different_documents(titles: Sequence[str], texts: Sequence[str]) -> int:
+    """How many there are where equal ones count once."""
+    return len(titles) - sum(len(group) - 1 for group in equal_documents(titles, texts))
 
 
 def merge_equal(collection: Collection, groups: list[list[int]]) -> None:
@@ -327,6 +333,9 @@ def split_sizes(splits: str, n: int) -> list[int]:
             sizes = [end - start for start, end in zip([0, *ends], ends)]
             if min(sizes) > 0:
                 return sizes
+            raise ValueError(
+                f"--splits {splits!r}: a corpus would get none of {n} documents; pass fewer or larger parts"
+            )
     wanted = f"percentages that add up to 100, as 60,20,20, or counts that add up to {n} documents"
     raise ValueError(f"--splits {splits!r}: wanted {wanted}")
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 
 import rq
+import scan
 import search
 from mixlora import MixConfig, expert_parameters
 from t5 import T5Config
 
 LONGEST_QUERY = 20  # tokens, to which a batch of short questions is padded
-SCAN_BATCH, EMBED_BATCH = 512, 64  # texts together in scan.scan and dense.embed
+EMBED_BATCH = 64  # texts together in dense.embed
 LSA_PAIR = 80  # measured bytes of a document and a piece in it: 20 of the sparse matrix, work of its products
 # documents of each of D_0..D_T, tokens of one, documents of general text
 Workload = namedtuple("Workload", "documents tokens general", defaults=[0])
@@ -123,6 +124,8 @@ def logits(net: T5Config, mask: str = "segment") -> int:
 
 def stages(config, workload: Workload):
     """Yields every Stage of a run; mining holds what document embeddings do."""
+    if atomic := config.docid_kind == "atomic":  # a row for each document, in place of a quantiser
+        config = replace(config, M=1, K=sum(workload.documents))
     net, query, again = network(config), min(LONGEST_QUERY, config.query_length), config.recompute
 
     def training(name, t, n, trains, batch, example, copies=0) -> Stage:
@@ -146,7 +149,9 @@ def stages(config, workload: Workload):
     most = max(rq.POINTS_PER_CENTROID * config.K, rq.MOST_POINTS)
     points = min(workload.documents[0] * config.rq_pseudo + first, most)
     held = points + 3 * min(points * rq.BEAM, most)  # residuals and their two terms
-    yield Stage("codebooks and docids", None, 0, 0, 0, 0 if config.docids else 4 * config.width * held)
+    yield Stage(
+        "codebooks and docids", None, 0, 0, 0, 0 if config.docids or atomic else 4 * config.width * held
+    )
     for t in range(len(workload.documents)):
         mix, old, kl = mixture(config, t), dreams_each(config, t), t and config.kl_coef > 0
         parts, whole = parameters(net, mix), t == 0 or not config.mixture
@@ -165,7 +170,7 @@ def stages(config, workload: Workload):
         copies += t > 0 and config.sam_rho > 0  # the values before SAM climbs
         yield training("training", t, n, trains, config.batch if t else config.d0_batch, example, copies)
         if mix or t and (config.dreams or config.kl_coef):
-            yield Stage("scans", t, n, 0, 4 * n, SCAN_BATCH * kept(net, mix, query, config.M, recompute=True))
+            yield Stage("scans", t, n, 0, 4 * n, scan.BATCH * kept(net, mix, query, config.M, recompute=True))
         cached = query + 2 * config.beam * config.M  # positions, the beams' twice, since they are reordered
         cached *= net.decoder_blocks * 2 * config.width * 4  # keys and values in float32
         beams = kept(net, mix, query, config.beam, recompute=True)

@@ -73,6 +73,7 @@ class Run:
             self.t5 = weights.find_t5(config.t5, log=log.line)
         if distributed.is_main_process():
             (report_changes if (folder / "corpus.json").exists() else read)(config, folder, log)
+            shutil.rmtree(folder / "reading", ignore_errors=True)
         distributed.wait()
         self.load_corpora()
         self.config = config = sized(config, len(self.corpora[0].rows))
@@ -266,7 +267,6 @@ def read(config: Config, folder: Path, log: store.Log) -> None:
     if config.data not in ("boolq", *published.BENCHMARKS):
         manifest["files"] = data.describe_files(Path(config.data))
     store.save_corpora(folder, config.data, corpora, left_out, manifest | equal, general)
-    shutil.rmtree(reading)
 
 
 def merge_or_count(config: Config, collection: data.Collection, log: store.Log) -> dict:
@@ -414,8 +414,7 @@ def docid_stage(run: Run, bi_encoder: T5) -> tuple[Tensor, Tensor]:
         books, codes = make_docids(run, bi_encoder, embeddings)
         report = docid_report(run, books, codes)
         run.log.line(f"docids of D0: {report}")
-        groups = data.equal_documents(run.corpora[0].titles, run.corpora[0].texts)
-        rq.require_distinct(report, len(embeddings[0]) - sum(len(group) - 1 for group in groups))
+        rq.require_distinct(report, data.different_documents(run.corpora[0].titles, run.corpora[0].texts))
         report_recall(run, bi_encoder, embeddings, books, codes)
         arrays.write_array(run.folder / "docids.npy", codes.numpy().astype(np.int16))
         store.write_tensors(path, books)
@@ -451,16 +450,16 @@ def make_docids(run: Run, bi_encoder: T5, embeddings: list[Tensor]) -> tuple[Ten
         codes = torch.tensor(published.read_docids(Path(config.docids), run.ids, config.M, config.K))
         return rq.fit_to_docids(d0, codes[: len(d0)], config.K), codes
     if config.docid_kind == "pq":
-        books, beam = rq.fit_product(d0, config.M, config.K, config.seed), 1
+        books = rq.fit_product(d0, config.M, config.K, config.seed)
     else:
-        points, beam = d0, rq.BEAM
+        points = d0
         if config.rq_pseudo:
             drawn = run.tokens(run.pseudo_queries(0, config.rq_pseudo, "quantiser"))
             points = torch.cat([d0, dense.embed(bi_encoder, drawn, 1024)])
         if run.general:
             points = torch.cat([points, *open_embeddings(run, [run.general])])
         books = rq.fit(points, config.M, config.K, config.seed)
-    return books, torch.cat([rq.encode(part, books, beam, device=run.device) for part in embeddings])
+    return books, torch.cat([rq.encode(part, books, device=run.device) for part in embeddings])
 
 
 def report_recall(run: Run, bi_encoder: T5, embeddings: list[Tensor], books: Tensor, codes: Tensor) -> None:
@@ -500,8 +499,8 @@ def decoded(books: Tensor, codes: Tensor):
 
 
 def references(run: Run, made: Prepared) -> dict[str, dict]:
-    """BM25 and the bi-encoder, after each corpus with test queries: rows of the results. `dense` is its exact search, `quantised` that among
-    the vectors that docids stand for.
+    """BM25 and the bi-encoder, after each corpus with test queries: rows of the results. `dense` is its exact search,
+    `quantised` that among the vectors that docids stand for. One corpus or more has some.
     """
     evaluations: dict[str, list] = {"bm25": [], "dense": [], "quantised": []}
     embeddings = open_embeddings(run, run.corpora)

@@ -6,8 +6,8 @@ In       D_0's embeddings (N, D); later the embeddings of D_t, never refitted
 Out      codebooks (M, K, D), docids (N, M), a report of collisions, the prefix trie of all indexed docids
 Next     train.py starts the docid table from the codebooks; search.py walks the trie
 Differs  the small preset fits the codebooks on embeddings of pseudo-queries and general text too (prepare.py);
-         faiss's ResidualQuantizer grows its k-means through ten PCA dimensions; here each level is one
-         k-means of faiss on the residuals of the beam, and encoding and decoding are written out
+         faiss's ResidualQuantizer grows its k-means through ten PCA dimensions, by 10 iterations; here each level
+         is one k-means of faiss, of 25, on the residuals of the beam. Encoding and decoding are written out
 """
 
 import math
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+DISTINCT = 0.95  # of D_0's documents that have a docid of their own, at least
 ITERATIONS = 25  # Lloyd iterations per level
 POINTS_PER_CENTROID = 256  # of k-means, faiss's default: more are sampled
 ROWS_A_CHILD = 8  # rows of a trie's node that are looked at for each of its children
@@ -232,17 +233,21 @@ def suggest(n: int) -> tuple[int, int]:
     return max(4, math.ceil(2 * math.log2(max(n, 2)) / math.log2(centroids))), centroids
 
 
-def require_distinct(report: Report, documents: int, wanted: float = 0.95) -> None:
-    """Raises ValueError, with a suggestion of M and K, when distinct docids are fewer than `wanted` of the different
-    `documents` of D_0, of which equal ones count once. Of few documents one may share a docid.
-    """
-    share = report.distinct * report.documents / documents
-    if share < wanted and round((1 - share) * documents) > 1:
+def are_distinct(report: Report, documents: int) -> bool:
+    """Are there docids for 95 % of the different `documents` of D_0, or for all but one?"""
+    docids = round(report.distinct * report.documents)
+    return docids >= min(DISTINCT * documents, documents - 1)
+
+
+def require_distinct(report: Report, documents: int) -> None:
+    """Raises ValueError, with a suggestion of M and K, where docids of D_0 are not distinct."""
+    if not are_distinct(report, documents):
+        share = report.distinct * report.documents / documents
         m, k = suggest(documents)
         m = max(m, len(report.used) + 1)
         raise ValueError(
             f"only {100 * share:.1f}% of D_0's {documents} different documents have a docid of their own, wanted "
-            f"{100 * wanted:.0f}% ({report}). Use more or larger codebooks, as --M {m} --K {k}"
+            f"{100 * DISTINCT:.0f}% ({report}). Use more or larger codebooks, as --M {m} --K {k}"
         )
 
 
@@ -280,10 +285,6 @@ class Trie:
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.rows, self.documents, *self.starts))
-
-    def add(self, codes: Tensor, documents: Tensor) -> "Trie":
-        """A new trie that holds these documents too."""
-        return Trie(torch.cat([self.rows, codes.to(torch.int16)]), torch.cat([self.documents, documents]))
 
     def root(self, count: int = 1) -> Tensor:
         """The run of all rows, as often as asked for: (count, 2)."""

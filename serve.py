@@ -203,7 +203,7 @@ class Site:
 
     @contextmanager
     def computing(self):
-        """The run, which stays as it is for as long as the block takes."""
+        """The run, with what is finished by now."""
         with held(self.model_lock, WAIT, Refusal(503, "the model is busy; try again")):
             self.index.refresh()
             yield self.index.run
@@ -256,9 +256,9 @@ class Site:
         """A document, words near its docid, and what the run dreams of it."""
         if not re.fullmatch("[0-9]{1,9}", seed):
             raise ValueError("seed: wanted a number")
-        with self.computing() as run:
+        with self.computing():
             _, title, text = self.index.documents([checked("the id", id, QUERY)])[0]
-            row = self.index.row_of[id]
+            run, row = self.index.run, self.index.row_of[id]  # of what it has found by now
             answer = headline(run, row) | {"title": title, "text": text[:TEXT], "words": [], "dreams": []}
             if self.dreams:
                 numbers, p = (values[0, :WORDS] for values in self.dreams.words(run.docids[[row]]))

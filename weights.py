@@ -1,10 +1,11 @@
-"""Where a T5's weights come from: a published file, fetched and read by name, or latent semantic analysis of D_0.
+"""Where a T5's weights come from: a published file, fetched and read by name, or latent semantic analysis of texts.
 
 Paper    appendix C starts from a published T5
-In       a hub's T5 or a folder (config.json, spiece.model, weights); or the token ids of D_0
+In       a hub's T5 or a folder (config.json, spiece.model, weights); or the token ids of D_0 and general text
 Out      a t5.T5 that has every tensor of the file; any file of an https server, checked
 Next     prepare.py starts the bi-encoder with it; published.py fetches the benchmarks
-Differs  the released code leaves this to hub clients; without published weights a T5 may start from D_0's words
+Differs  the released code leaves this to hub clients; without published weights a T5 may start from the words of
+         these texts
 """
 
 import hashlib
@@ -84,13 +85,14 @@ def fetch(url: str, path: Path, log: Callable = print, **checks: str | int) -> P
     path.parent.mkdir(parents=True, exist_ok=True)
     begin = part.stat().st_size if checks.keys() - {"size"} and part.exists() else 0
     with reported(url, path), ask(url, begin) as answer, part.open("ab") as file:
-        file.truncate(
-            0 if answer.status == 200 else begin
-        )  # 200: the whole file; 206: the rest; 416: nothing
-        log(f"fetching {url} from byte {file.tell():,} on")
-        shutil.copyfileobj(answer, file)
-        if answer.length:
-            raise ConnectionError(f"it broke off {answer.length:,} bytes before its end")
+        # 200: the whole file; 206: the rest; 416: there is no more
+        begin = 0 if answer.status == 200 else begin
+        file.truncate(begin)
+        log(f"fetching {url} from byte {begin:,} on")
+        if answer.status != 416:
+            shutil.copyfileobj(answer, file)
+            if answer.length:
+                raise ConnectionError(f"it broke off {answer.length:,} bytes before its end")
         file.flush()
         os.fsync(file.fileno())
     try:
@@ -195,7 +197,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        if not all(value.dim() for value in tensors.values()):
+            raise ValueError("a number in place of a tensor")
+        return tensors
     except Exception as error:  # torch's are of all kinds
         raise ValueError(f"{path}: not a whole file of tensors ({error!r:.99}); fetch it again") from None
 
@@ -245,7 +250,7 @@ def read_published(folder: Path, codebooks: int, centroids: int, dropout: float 
     return model
 
 
-# --------------------------------------------------------------------------------- without a file: LSA of D_0
+# -------------------------------------------------------------------------------- without a file: LSA of texts
 
 
 def pieces_of(documents: Tokens, vocab: int) -> tuple[Tensor, Tensor]:
@@ -261,9 +266,9 @@ def pieces_of(documents: Tokens, vocab: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def start_from_lsa(model: T5, documents: Tensor | Tokens) -> None:
-    """Starts a T5 that has no published weights as a latent semantic index of D_0, padded (N, S) or a store. Ours.
+    """Starts a T5 that has no published weights as a latent semantic index of documents, padded (N, S) or a store. Ours.
 
-    Each word row is its row of the truncated SVD of D_0's TF-IDF matrix (N, V), to standard deviation `std`; the last of
+    Each word row is its row of the truncated SVD of their TF-IDF matrix (N, V), to standard deviation `std`; the last of
     the D columns holds ln(idf). The first decoder block's cross-attention looks that column up, so that it weights words
     by idf, and passes their sum on (O = gain * V^T, V orthogonal). All other sub-layers start small (`residual`). The
     dense representation is then the idf-weighted mean of the words' rows: retrieval works from step 0.

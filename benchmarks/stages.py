@@ -152,7 +152,7 @@ class Watch:
             self.rates.append(2 * SIDE**3 / seconds_of(lambda: self.square @ self.square))
 
     def results(self) -> dict:
-        """Rows by stage, and whether the goals are reached."""
+        """Rows by stage, and what the goals are about."""
         self.clock.lap()
         wall = sum(self.clock.seconds.values()) - self.clock.of(MEASURING)
         rate, rows = statistics.median(self.rates), []

@@ -130,7 +130,7 @@ def test_store_of_another_length_is_refused_with_both(tmp_path, change):
     content = (tmp_path / "s.bin").read_bytes()
     (tmp_path / "s.bin").write_bytes(content[:change] if change < 0 else content + b"x" * change)
     found, wanted = len(content) + change, len(content)
-    with pytest.raises(ValueError, match=f"s.bin: found {found} bytes, wanted {wanted}; remove the file"):
+    with pytest.raises(ValueError, match=f"s.bin: found {found} bytes, wanted {wanted}; take it from a copy"):
         Strings.open(tmp_path / "s.bin")
 
 
@@ -358,7 +358,7 @@ def test_tokens_of_another_length_are_refused_with_both(tmp_path, change):
     Tokens.write(tmp_path / "t.bin", [[5, 6], [7]], 100)
     content = (tmp_path / "t.bin").read_bytes()
     (tmp_path / "t.bin").write_bytes(content[:change] if change < 0 else content + b"x" * change)
-    with pytest.raises(ValueError, match=f"t.bin: found {6 + change} bytes, wanted 6; remove the file"):
+    with pytest.raises(ValueError, match=f"t.bin: found {6 + change} bytes, wanted 6; take it from a copy"):
         Tokens.open(tmp_path / "t.bin", 100)
 
 

@@ -333,6 +333,11 @@ def test_bad_split_sizes_are_refused(splits):
         split_sizes(splits, 20)
 
 
+def test_percentages_of_too_few_documents_are_told_from_those_that_do_not_add_up():
+    with pytest.raises(ValueError, match="a corpus would get none of 4 documents"):
+        split_sizes("60,10,10,10,10", 4)
+
+
 @FUZZ
 @given(
     st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(1, 5000).filter(lambda n: n != 100)

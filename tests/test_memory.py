@@ -93,6 +93,16 @@ def test_trained_parameters_are_those_that_training_leaves_unfrozen(expand, evol
     assert held["training", 1].parameters == count(model)
 
 
+def test_atomic_docids_have_a_row_for_each_document_and_no_quantiser():
+    config = settings("--method", "base", "--docid_kind", "atomic", "--d0_fragments", "0")
+    held = stages(config)
+    plain, rows = (
+        memory.parameters(memory.network(replace(config, M=1, K=n))) for n in (1, sum(NQ320K.documents))
+    )
+    assert held["training", 0].parameters == sum(rows.values()) > sum(plain.values())
+    assert held["codebooks and docids", None].activations == 0
+
+
 def test_base_trains_everything_and_pt_brings_its_mixture_with_d1():
     base, pt = settings("--method", "base"), settings("--method", "mixlora-dsi-pt")
     whole = sum(memory.parameters(memory.network(base)).values())

@@ -24,7 +24,7 @@ def results(**changes) -> dict:
     """results.json of a run over three corpora with two mixed layers, of which the second grew on D2."""
     value = {
         "method": "mixlora-dsi", "data": "made-up", "seed": 42,
-        "metrics": {"recall@10": {"P": P}, "mrr@10": {"P": HALF}},
+        "metrics": {"recall@10": {"P": P}, "mrr@10": {"P": HALF}}, "evaluated": [0, 1, 2],
         "baselines": {"bm25": {"recall@10": {"AP": 0.75}, "mrr@10": {"AP": 0.5}}},
         "experts": {"D0": [2, 2], "D1": [2, 2], "D2": [2, 3]},
         "routing": {"D1": [[0.4, 0.6], [0.5, 0.5]], "D2": [[0.3, 0.7], [0.2, 0.3, 0.5]]},
@@ -61,7 +61,6 @@ def row(label: str, ap: list[float], bwt: list[float], parameters: int | None = 
     return {
         "label": label, "metrics": {"recall@10": metrics, "mrr@10": half}, "trainable_parameters": parameters,
         "seconds_per_corpus": 31.2, "peak_memory_bytes": 123, "experts": None, "ood_percent": None, "paper": None,
-        "p_value": None,
     }  # fmt: skip
 
 
@@ -361,6 +360,22 @@ def test_a_run_without_a_mixture_lacks_what_it_has_not(tmp_path, capsys):
     plot.main([str(folder)])
     assert written(folder / "plots") == {"accuracy.svg", "accuracy.png"}
     assert "left out routing, growth and energies: base routed no corpus" in capsys.readouterr().out
+
+
+def test_of_a_run_that_took_documents_in_curves_have_the_names_of_the_corpora_with_test_queries(tmp_path):
+    figure = plot.accuracy(results(evaluated=[0, 1, 3]))
+    for axes in figure.axes:
+        assert {"D0", "D1", "D3"} <= {line.get_label() for line in axes.lines}
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["D0", "D1", "D3"]
+    folder = run_folder(tmp_path / "run", results(evaluated=[], metrics={}), decisions())
+    assert list(plot.run_pictures(folder)[0]) == ["routing", "growth", "energies"]
+
+
+def test_drift_is_left_out_where_sketches_are_not_of_one_corpus_each(finished, tmp_path, monkeypatch):
+    shared = [statistics(arrivals=4)] * 2
+    monkeypatch.setattr(plot, "load_model", lambda _: (None, shared))
+    figures, left_out = plot.run_pictures(finished)
+    assert "drift" not in figures and "corpora of few documents share a sketch" in left_out
 
 
 def test_a_run_without_decisions_says_so(tmp_path):

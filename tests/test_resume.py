@@ -378,9 +378,9 @@ def test_a_full_disk_ends_a_run_with_a_message_and_more_room_lets_it_go_on(whole
 
 
 def test_a_run_folder_that_cannot_be_written_is_named(toy, tmp_path):
-    (tmp_path / "run").symlink_to("/proc/self")
-    with pytest.raises(OSError, match="run/"):
-        train.main(["--data", str(toy), "--run", str(tmp_path / "run"), *FLAGS])
+    (tmp_path / "full").symlink_to("/proc/self")
+    with pytest.raises(OSError, match="full/run"):
+        train.main(["--data", str(toy), "--run", str(tmp_path / "full" / "run"), *FLAGS])
 
 
 @pytest.mark.parametrize("name", ["corpus.json", "tokenizer.model", "dense.pt", "rq.pt", "D1.pt"])

@@ -58,7 +58,9 @@ class Server(http.server.BaseHTTPRequestHandler):
             begin, status = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]), 206
             if begin >= len(content):
                 self.send_response(416)
-                return self.finish_headers(fault)
+                self.finish_headers(fault)
+                self.wfile.write(b"<Error>InvalidRange</Error>")
+                return
         self.send_response(status)
         if status == 206:
             self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")

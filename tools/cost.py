@@ -30,6 +30,7 @@ from dense import teacher_of_round
 from memory import Stage, Workload, attention_parameters, kept, logits, mixture, network, parameters
 from mixlora import MixConfig
 from published import BENCHMARKS
+from scan import BATCH as SCAN_BATCH
 from t5 import T5Config
 
 # Bytes per trained parameter and step: backward writes its gradient (4), the norm reads it (4), clipping does
@@ -135,7 +136,7 @@ def formed(net: T5Config, lora: int) -> int:
 
 def scan(config, net: T5Config, t: int, queries: int, dreams: int) -> int:
     """The model after D_t encodes queries and dreams, and decodes their docids."""
-    batches = math.ceil((queries + dreams) / memory.SCAN_BATCH)
+    batches = math.ceil((queries + dreams) / SCAN_BATCH)
     flops = batches * formed(net, attention_parameters(config, net, t))
     for texts, tokens in (queries, query_lengths(config)[0]), (dreams, tokens_of_dream(config)):
         flops += sum(products(net, mixture(config, t), texts, tokens, net.codebooks).values())
@@ -279,10 +280,10 @@ def costs_of_corpus(config, held: dict, t: int) -> Iterator[Cost]:
     if ("scans", t) in held:
         yardstick = train.YARDSTICK * (config.ood_mode == "pooled")
         fresh = counts.documents[t] * (train.FRESH_QUERIES // counts.documents[t]) or train.FRESH_QUERIES
-        before = queries - styled + asked, styled + old - asked + yardstick * bool(mixture(config, t - 1))
+        before = queries - styled + asked, styled + old - asked
         scans = [(t - 1, *before)] * (t > 0) + [(t, fresh, yardstick)] * bool(mix)
         flops, texts = sum(scan(config, net, *one) for one in scans), sum(n + m for _, n, m in scans)
-        yield inference(held["scans", t][0], flops, texts, memory.SCAN_BATCH, kept(net, mix, query, M))
+        yield inference(held["scans", t][0], flops, texts, SCAN_BATCH, kept(net, mix, query, M))
 
     tests, lora = sum(counts.test_queries[: t + 1]), attention_parameters(config, net, t)
     flops = beam_search(net, mix, tests, query, config.beam, lora)

@@ -73,6 +73,10 @@ def some(rows: Tensor, most: int) -> Tensor:
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most]]
 
 
+class NothingToAsk(Exception):
+    """The run has no test queries."""
+
+
 class Patient:
     """A run with what several checks use; a model, which may be broken, is loaded when it is first asked for."""
 
@@ -83,15 +87,13 @@ class Patient:
         self.run = prepare.Run(self.config, folder, store.Log(folder, writes=False))
         self.t = self.trained.finished[-1]  # the last corpus that was trained on
         self.corpora, self.ids = self.run.corpora[: self.t + 1], self.run.ids
-        self.codes, self.live = (
-            self.trained.docids,
-            self.run.live,
-        )  # (N, M); rows of documents that are not deleted
+        self.codes = self.trained.docids  # (N, M)
+        self.live = store.live_rows(folder, self.corpora)  # rows of documents that are not deleted
         self.books = store.read_tensors(folder / "rq.pt")  # (M, K, D)
         self.embeddings = Chain(prepare.open_embeddings(self.run, self.run.corpora))  # N of (D,), on disk
         self.d0_embeddings = self.embeddings.parts[0]  # (N_0, D)
         self.d0_codes = self.codes[: len(self.d0_embeddings)]  # (N_0, M)
-        self.row_of = {doc_id: row for row, doc_id in enumerate(self.ids)}
+        self.row_of = {self.ids[row]: row for row in self.live.tolist()}
 
     @cached_property
     def start(self) -> T5:
@@ -115,7 +117,8 @@ class Patient:
         try:
             for line in map(json.loads, lines):
                 if name in line:
-                    values.setdefault(line["stage"], []).append(float(line[name]))
+                    number = math.nan if line[name] is None else float(line[name])  # see arrays.strict_json
+                    values.setdefault(line["stage"], []).append(number)
         except ValueError as error:
             raise ValueError(f"{path}: not JSON lines ({error})") from None
         return values
@@ -129,12 +132,17 @@ class Patient:
         return [({row}, query) for row, query in self.run.sample(t, self.count, "doctor")]
 
     def test_queries(self, count: int, *corpora: int) -> list[tuple[set[int], str]]:
-        """Test queries with their documents' rows, equally many of each corpus (default: of all) where it has them."""
+        """Test queries with their documents' rows, equally many of each corpus (default: of all) where it has them.
+
+        Raises NothingToAsk where there are none.
+        """
         corpora, pairs = corpora or range(len(self.corpora)), []
         for t in corpora:
             corpus, most = self.corpora[t], math.ceil(count / len(corpora))
             chosen = random.Random(f"doctor {t}").sample(list(corpus.test), min(most, len(corpus.test)))
             pairs += [({self.row_of[doc_id] for doc_id in corpus.qrels[q]}, corpus.test[q]) for q in chosen]
+        if not pairs:
+            raise NothingToAsk
         return pairs
 
     def tokens(self, pairs: list[tuple[set[int], str]]) -> Tensor:
@@ -229,11 +237,12 @@ def fresh_docids(patient: Patient) -> Finding:
 
 def distinct_docids(patient: Patient) -> Finding:
     """Tells docids that many documents share, and codebooks that tell little."""
-    d0 = rq.report(patient.d0_embeddings, patient.books, patient.d0_codes)
+    d0, corpus = rq.report(patient.d0_embeddings, patient.books, patient.d0_codes), patient.corpora[0]
+    different = data.different_documents(corpus.titles, corpus.texts)
     distinct = len(patient.codes[patient.live].unique(dim=0)) / len(patient.live)
     full = math.log2(min(patient.books.shape[1], d0.documents))
     return Finding(
-        verdict(d0.distinct < 0.95, distinct < 0.9 or min(d0.entropy) < full / 2),
+        verdict(not rq.are_distinct(d0, different), distinct < 0.9 or min(d0.entropy) < full / 2),
         f"{d0.distinct:.1%} of D_0's, {distinct:.1%} of all; bits per codebook "
         + " ".join(f"{bits:.1f}" for bits in d0.entropy), f"over 95% and 90%; over {full / 2:.1f} of {full:.1f} bits",
         "take more codebooks (--M) or centroids (--K), and look for copies among the documents",
@@ -562,6 +571,8 @@ def examine(patient: Patient) -> Iterator[tuple[str, Finding]]:
     for check, name in CHECKS.items():
         try:
             yield name, check(patient)
+        except NothingToAsk:
+            yield name, Finding("skip", "there are no test queries to ask")
         except (ValueError, KeyError, IndexError, RuntimeError, TypeError, OSError) as error:
             reason = f"could not be checked ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
             advice = "files do not fit each other: mend what FAILs above first"

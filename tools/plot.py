@@ -1,7 +1,7 @@
 """The pictures of a run, and of an experiment.
 
 Paper    figures 1 and 3: AP against BWT of each method; which experts the tokens of each corpus choose
-In       results.json and ood.json of a run folder; or an experiment's JSON {"name", "rows"}
+In       results.json, ood.json, config.json and the last D{t}.pt of a run folder; or an experiment's JSON {"name", "rows"}
 Out      matplotlib Figures; `python -m tools.plot RUN` writes RUN/plots/*.svg and *.png, `python -m tools.plot
          EXPERIMENT.json` writes plots/NAME_*.svg and *.png beside the file
 Next     docs/results.md shows them; nothing reads them
@@ -70,18 +70,18 @@ def accuracy(results: dict):
     figure = new_figure(3.9)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, metric in zip(panels, TITLES):
-        p = results["metrics"][metric]["P"]
-        for i in range(len(p)):
+        p, names = results["metrics"][metric]["P"], [f"D{t}" for t in results["evaluated"]]
+        for i, name in enumerate(names):
             axes.plot(
                 range(i, len(p)), [100 * row[i] for row in p[i:]], color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.6, label=f"D{i}", clip_on=False, zorder=3,
+                marker=MARKERS[i % len(MARKERS)], markersize=5, linewidth=1.6, label=name, clip_on=False, zorder=3,
             )  # fmt: skip
         for k, (name, summary) in enumerate(results["baselines"].items()):
             dashes = [(0, (5, 3)), (0, (1.5, 1.8)), (0, (6, 2, 1.5, 2))][k % 3]
             value = 100 * summary[metric]["AP"]
             axes.axhline(value, color=INK, linewidth=0.9, linestyle=dashes, label=f"AP of {name}", zorder=2)
         axes.set(title=TITLES[metric], xlabel="after training on", ylim=(0, 100))
-        axes.set_xticks(range(len(p)), [f"D{t}" for t in range(len(p))])
+        axes.set_xticks(range(len(p)), names)
         axes.margins(x=0.05)
         axes.grid(axis="y")
     panels[0].set_ylabel("test queries of a corpus, percent")
@@ -319,11 +319,11 @@ def _areas(parameters: list[float | None]) -> list[float]:
 def run_pictures(folder: Path) -> tuple[dict, str]:
     """{name: Figure} of a run folder, and what is left out."""
     results = read_json(folder / "results.json")
-    figures = {"accuracy": accuracy(results)}
+    figures = {"accuracy": accuracy(results)} if results["evaluated"] else {}  # not without test queries
     if not any(results["routing"].values()):
         return figures, f"left out routing, growth and energies: {results['method']} routed no corpus"
     figures |= {"routing": routing(results), "growth": growth(results)}
-    decisions, last = read_json(folder / "ood.json"), len(results["metrics"]["recall@10"]["P"]) - 1
+    decisions, last = read_json(folder / "ood.json"), len(results["experts"]) - 1
     if not any(decisions.values()):
         return figures, "left out energies: ood.json holds no decision"
     figures["energies"] = energies(decisions)
@@ -331,6 +331,8 @@ def run_pictures(folder: Path) -> tuple[dict, str]:
     stats = load_model(path)[1] if path.is_file() else []
     if not stats or stats[0].mode != "pooled":
         return figures, f"left out drift: {path.name} tells of no energies on the scale of dreams"
+    if len(stats[0].arrivals) != sum(map(bool, results["experts"].values())):
+        return figures, "left out drift: corpora of few documents share a sketch"
     return figures | {"drift": drift(stats, last, read_json(folder / "config.json")["epsilon"])}, ""
 
 
