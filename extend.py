@@ -37,9 +37,22 @@ from data import Corpus
 from queries import has_word, query_digest
 from t5 import T5, segment_logits
 
+TRAINED_ON = 1551  # documents of D_0 for which the small presets' steps are made
+FEWEST_STEPS = 0.15  # of these steps, for an index of a few documents
+STEPS = ("dense_warmup_steps", "dense_steps", "d0_steps")
 METHODS = ("mixlora-dsi", "paper", "dream")
 ASKED = 63  # pseudo-queries by which a docid is chosen, beside the title, which weighs as much as all of them
 BEAM = 16  # partial docids kept then
+
+
+def growth_of_steps(share: float) -> float:
+    """How many times as many steps so many times as many documents take (ours): each of few is seen more often."""
+    return share**0.5 if share < 1 else share**0.75
+
+
+def steps_scale(documents: int) -> float:
+    """Steps of an index whose D_0 has so many documents, in those of the small presets (ours)."""
+    return max(FEWEST_STEPS, growth_of_steps(documents / TRAINED_ON))
 
 
 # -------------------------------------------------------------------------------------------------- taking in
@@ -57,10 +70,12 @@ def require_finished(folder: Path, source: Path | None = None) -> bool:
     same = source is not None and data.describe_files(source) == added.get("files")
     if config["method"] not in METHODS:
         raise ValueError(
-            f"{folder}: a run of {config['method']} takes no documents in, only of {', '.join(METHODS)}"
+            f"{folder}: a run of {config['method']} takes no documents in and gives none up, only of {', '.join(METHODS)}"
         )
     if config["docid_kind"] == "atomic":
-        raise ValueError(f"{folder}: a run of atomic docids takes no documents in, only one of rq or pq")
+        raise ValueError(
+            f"{folder}: a run of atomic docids takes no documents in and gives none up, only one of rq or pq"
+        )
     results = folder / "results.json"
     reported = store.read_json(results)["experts"] if results.exists() else ()
     missing = [corpus.name for corpus in corpora if corpus.name not in done]
@@ -90,12 +105,13 @@ def take_in(run: prepare.Run, made: prepare.Prepared, asked: Command) -> None:
         collection = data.read_beir(source, asked.skip_invalid, tested=False)
         prepare.merge_or_count(run.config, collection, run.log)
         documents, first_row, t = collection.documents, run.corpora[-1].rows.stop, len(run.corpora)
-        held = {run.ids[row]: row for row in run.live.tolist()}
+        ids = run.ids
+        held = {ids[row]: row for row in run.live.tolist()}
         replaced = [held[doc_id] for doc_id in documents.ids if doc_id in held]
         if replaced and not asked.replace:
-            ids = ", ".join(run.ids[row] for row in replaced[:10]) + ", .." * (len(replaced) > 10)
+            names = ", ".join(ids[row] for row in replaced[:10]) + ", .." * (len(replaced) > 10)
             raise ValueError(
-                f"{run.folder}: holds {ids} already; pass --replace to put the new versions in their place"
+                f"{run.folder}: holds {names} already; pass --replace to put the new versions in their place"
             )
         corpus = Corpus(
             first_row,
@@ -117,11 +133,11 @@ def take_in(run: prepare.Run, made: prepare.Prepared, asked: Command) -> None:
         dense.embed(made.bi_encoder, tokens, out=embedded.values)
         vectors = embedded.close()
         if len(vectors) < ood.FEW:
-            taken = {tuple(docid) for docid in made.codes[run.live].tolist()}
+            staying = np.setdiff1d(run.live, replaced)
+            taken = {tuple(docid) for docid in made.codes[staying].tolist()}
             codes = chosen_docids(run, corpus, excluded, taken)
         else:
-            beam = 1 if run.config.docid_kind == "pq" else rq.BEAM
-            codes = rq.encode(vectors, made.books, beam, device=run.device)
+            codes = rq.encode(vectors, made.books, device=run.device)
         every = torch.cat([made.codes[:first_row], codes])
         arrays.write_array(run.folder / "docids.npy", every.numpy().astype(np.int16))
         store.write_ids(run.folder, [*run.corpora, corpus])
@@ -149,7 +165,7 @@ def chosen_docids(
     """Docids (n, M) of few new documents, by which the newest model finds most of them before it has learnt anything: each
     is its answer to the document's title and pseudo-queries. None of those `taken`, which it adds to.
     """
-    model, _ = run.after(len(run.corpora) - 1)
+    model = run.after(len(run.corpora) - 1)[0].to(run.device)
     sampler = queries.PseudoQuerySampler(corpus.titles, corpus.texts, run.idf, excluded, corpus.first_row)
     docids = []
     for row, title in zip(corpus.rows, corpus.titles):
@@ -254,7 +270,9 @@ def erase(folder: Path) -> str:
 def forget_queries(
     folder: Path, corpus: store.StoredCorpus, deleted: set[int], gone: set[str]
 ) -> tuple[int, int]:
-    """Drops annotated queries and labels of deleted documents, and test queries that have no label then. Counts the last two."""
+    """Drops annotated queries and labels of deleted documents, and test queries that have no label then. Counts the last
+    two.
+    """
     train = [
         (pair, query_id) for pair, query_id in zip(corpus.train, corpus.train_ids) if pair[0] not in deleted
     ]
@@ -263,12 +281,12 @@ def forget_queries(
     }
     labels = sum(map(len, corpus.qrels.values())) - sum(map(len, qrels.values()))
     qrels = {q: docs for q, docs in qrels.items() if docs}
-    queries = len(corpus.qrels) - len(qrels)
+    dropped = len(corpus.qrels) - len(qrels)
     if labels or len(train) < len(corpus.train):
         held = {"train": [pair for pair, _ in train], "train_ids": [query_id for _, query_id in train]}
         held |= {"test": {q: corpus.test[q] for q in qrels}, "qrels": qrels}
         arrays.write_json(folder / "queries" / f"{corpus.name}.json", held)
-    return labels, queries
+    return labels, dropped
 
 
 def blank(path: Path, rows: list[int] | np.ndarray) -> None:
@@ -289,8 +307,8 @@ def forget_tokens(folder: Path, t: int) -> None:
 
 
 def export(folder: Path, target: Path) -> int:
-    """Writes all that a run holds of documents that are not deleted, with their queries, as a folder in BEIR layout, and its
-    general text below `general`. Returns the number of documents.
+    """Writes a run's documents that are not deleted, with their annotated and test queries, as a folder in BEIR layout, and
+    its general text below `general`; pseudo-queries of a file stay behind. Returns the number of documents.
     """
     corpora, excluded = store.load_corpora(folder), store.load_excluded(folder)
     live, ids = set(store.live_rows(folder, corpora).tolist()), set()
@@ -337,10 +355,14 @@ def beir_line(document: tuple[str, str, str]) -> bytes:
 
 
 def anew(config: Config, source: Path, target: Path, documents: int, before: int) -> Config:
-    """The settings of a run that trains D_0 on all of these documents, where it had as many `before`."""
-    steps = math.ceil(config.d0_steps * max(1.0, documents / before))
+    """The settings of a run that trains D_0 on all of these documents, where it had as many `before`.
+
+    Its pseudo-queries are drawn, its docids fitted, and its tokenizer trained or that of the T5 that it starts from.
+    """
+    scale = max(1.0, steps_scale(documents) / steps_scale(before))
+    steps = {name: math.ceil(scale * getattr(config, name)) for name in STEPS}
     general = str(source / "general") if config.general else ""
     return replace(
         config, data=str(source), data_dir="", run=str(target), splits="100", split_by="random", general=general,
-        d0_steps=steps, pseudo_queries="drawn", docids="", teacher="", tokenizer="",
+        pseudo_queries="drawn", docids="", teacher="", tokenizer=config.tokenizer if config.t5 else "", **steps,
     )  # fmt: skip

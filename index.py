@@ -27,9 +27,6 @@ import store
 import train
 from config import SMALL, parse
 
-TRAINED_ON = 1551  # documents of D_0 for which the small presets' steps are made
-FEWEST_STEPS = 0.15  # of these steps, for an index of a few documents
-
 Document = tuple[str, str, str]  # id, title, text
 
 
@@ -77,7 +74,7 @@ class Index:
             documents: (id, title, text) each; a title may be empty.
             method: mixlora-dsi, paper or dream; others take no further documents.
             queries: (text, document id) pairs to learn from, beside what is drawn from the texts.
-            settings: of config.Config, as d0_steps=2000. Where not given, M, K, vocabulary and steps follow from the
+            settings: of config.Config, as d0_steps=2000. Where not given, K, vocabulary and steps follow from the
                 number of documents.
 
         Raises ValueError where a document is empty, an id stands twice, a setting is unknown, or the folder holds a run.
@@ -90,9 +87,7 @@ class Index:
             names = ", ".join(sorted(own))
             raise ValueError(f"{names}: follows from the documents and the folder; leave it out")
         with beir_folder(documents, queries) as (place, n):
-            scale = max(FEWEST_STEPS, train.growth_of_steps(n / TRAINED_ON))
-            stages = ("dense_warmup_steps", "dense_steps", "d0_steps")
-            steps = {name: round(scale * SMALL[name]) for name in stages}
+            steps = {name: round(extend.steps_scale(n) * SMALL[name]) for name in extend.STEPS}
             flags = f"--method {method} --splits 100 --no-baselines".split()
             flags += ["--data", str(place), "--run", str(folder)]
             for name, value in (steps | {"M": SMALL["M"], "device": device} | settings).items():

@@ -4,7 +4,8 @@ Paper    section 3.1, Eq. 3 and 10-12: cosine router, top-2 gates, align and rep
 In       the feed-forward's normalised input x (B, T, D)
 Out      its output (B, T, D) and a Route: router scores and gates (B, T, E), kept for losses and energies
 Next     ood.py reads the scores; train.py adds the losses and calls add_expert()
-Differs  top-2 is deterministic (the released code drops the second expert at random, also in evaluation), the
+Differs  top-2 is deterministic (the released code drops the second expert at random, also in evaluation), gates have
+         their plain gradient (its straight-through dispatch multiplies it by 1 + g), the
          router row is normalised inside the forward instead of overwritten, all experts are computed as one
          product, and what is frozen is a parameter of its own instead of a gradient mask. New router rows may
          start from the mean of the out-of-distribution inputs (`ood_mean`), where the released code draws
@@ -266,8 +267,10 @@ def attention_lora(model: T5) -> list[LowRankAttention]:
 
 def attention_parameters(model: T5) -> list[tuple[str, nn.Parameter]]:
     """Name and parameter of every A and B on attention."""
-    ends = tuple(f"_attention.{name}_{side}" for name in "qkvo" for side in "ab")
-    return [(name, p) for name, p in model.named_parameters() if name.endswith(ends)]
+    adapted = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, LowRankAttention)
+    ]
+    return [pair for name, module in adapted for pair in module.named_parameters(name, recurse=False)]
 
 
 @torch.no_grad()
@@ -288,13 +291,13 @@ def fold(model: T5) -> None:
 # ---------------------------------------------------------------------------------------------- router losses
 
 
-def align_loss(route: Route, experts: int | None = None) -> Tensor:
+def align_loss(route: Route) -> Tensor:
     """mean over tokens of 1 - cos(R_N, x): pulls the newest row towards its tokens. First term of Eq. 3.
 
-    `experts` rows from the end take part; by default the newest alone or, of two, both, as the released code does.
+    Of two rows both take part, as in the released code.
     """
-    experts = experts or (1 if len(route.router) > 2 else len(route.router))
-    cosine = F.normalize(route.x.float(), dim=-1) @ F.normalize(route.router[-experts:], dim=-1).T
+    rows = route.router[-1:] if len(route.router) > 2 else route.router
+    cosine = F.normalize(route.x.float(), dim=-1) @ F.normalize(rows, dim=-1).T
     return (1 - cosine).mean()
 
 

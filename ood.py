@@ -15,7 +15,7 @@ Differs  two modes. `paper_code` follows the released code: moving averages gath
          are measured on the scale of dreams by the same model (dream.py), so those of different ages compare;
          and a query is OOD if it lies outside the range of every earlier corpus, as that looked when it arrived
          (D_0, and the newest too: once learnt). Corpora of few documents that a finished run takes in decide
-         together, once they are enough.
+         together, once they are enough; by `paper_code`, not at all.
 """
 
 import math
@@ -26,6 +26,7 @@ from torch import Tensor
 
 MODES = ("pooled", "paper_code")
 SKETCH = 512  # quantiles that stand for a corpus's queries in the pooled reference
+MOMENTUM = 0.1  # of a batch in the moving averages (released code)
 FEW = 128  # documents: added corpora of fewer share a sketch, and grow a layer only once that is full (ours)
 
 
@@ -156,7 +157,7 @@ def routed_energy_moments(scores: Tensor, gates: Tensor) -> Tensor:
     ])  # fmt: skip
 
 
-def move(stats: Stats, batch: Tensor, momentum: float = 0.1) -> None:
+def move(stats: Stats, batch: Tensor) -> None:
     """paper_code: one training batch, given by its `routed_energy_moments`, moves the averages, in place.
 
     For expert e at position i, over the n - 1 tokens routed to e: m = sum E / n, v = sum (E - m)^2 / (n - 1); the count
@@ -167,8 +168,10 @@ def move(stats: Stats, batch: Tensor, momentum: float = 0.1) -> None:
     mean = total / n
     variance = (squares - 2 * mean * total + mean.pow(2) * tokens) / tokens.clamp(min=1)
     seen, mean, variance = tokens > 0, mean.float(), variance.float()
-    stats.mean = torch.where(seen, momentum * mean + (1 - momentum) * stats.mean, stats.mean)
-    stats.variance = torch.where(seen, momentum * variance + (1 - momentum) * stats.variance, stats.variance)
+    stats.mean = torch.where(seen, stats.mean + MOMENTUM * (mean - stats.mean), stats.mean)
+    stats.variance = torch.where(
+        seen, stats.variance + MOMENTUM * (variance - stats.variance), stats.variance
+    )
 
 
 def remember_base(stats: Stats) -> None:
@@ -180,7 +183,7 @@ class MovingEnergies:
     """Statistics of all layers, moved once a step by the whole batch. In mode `pooled`, nothing."""
 
     def __init__(self, stats: list[Stats], only_new: bool = False):
-        """After D_0 only layers that grew take part (`only_new`)."""
+        """With `only_new`, as on D_1.., only layers with experts that train take part."""
         self.stats = [stat for stat in stats if stat.mode == "paper_code"]
         self.only_new, self.moments = only_new, {}
 
@@ -195,7 +198,7 @@ class MovingEnergies:
         """Moves the statistics; `add_up` sums the parts of several processes in place."""
         add_up(self.moments.values())
         for number, batch in self.moments.items():
-            if batch.isfinite().all():  # a step without a finite gradient is skipped
+            if batch.isfinite().all():  # not where the states of a batch overflowed
                 move(self.stats[number], batch)
         self.moments = {}
 
@@ -208,9 +211,9 @@ class MovingEnergies:
             vars(stat).update(state)
 
 
-def _paper_threshold(stats: Stats, sigmas: float = 0.0) -> Tensor:
-    """(M,): an energy above this lies above the threshold of every expert."""
-    return (stats.mean + sigmas * stats.variance.clamp(min=0).sqrt()).max(0).values
+def _paper_threshold(stats: Stats) -> Tensor:
+    """(M,): an energy above this lies above the threshold of every expert, its mean (no published run adds deviations)."""
+    return stats.mean.max(0).values
 
 
 # ------------------------------------------------------------------------------------------------------ both modes
@@ -251,14 +254,11 @@ def outside(z: Tensor, stats: Stats, epsilon: float) -> tuple[Tensor, Tensor]:
     return z < low, z > high
 
 
-def tails(scores: Tensor, stats: Stats, epsilon: float, sigmas: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Which queries (Q, M, E) lie below and which above what is known: two (Q,) bool, that is OOD. paper_code: above alone.
-
-    `sigmas` raises paper_code's thresholds to mean + sigmas * standard deviation; it is 0 in every published run.
-    """
+def tails(scores: Tensor, stats: Stats, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Which queries (Q, M, E) lie below and which above what is known: two (Q,) bool, that is OOD. paper_code: above alone."""
     if stats.mode == "pooled":
         return outside(standardised(scores, stats), stats, epsilon)
-    above = (energy(scores) > _paper_threshold(stats, sigmas)).any(1)
+    above = (energy(scores) > _paper_threshold(stats)).any(1)
     return torch.zeros_like(above), above
 
 
@@ -278,27 +278,31 @@ def histogram(scores: Tensor, stats: Stats, epsilon: float, bins: int = 60) -> d
     return {"edges": edges.tolist(), "thresholds": ends} | dict(zip(("queries", "reference"), counts))
 
 
-def decide(
-    scores: Tensor, stats: Stats, delta: float, epsilon: float, sigmas: float = 0.0, documents: int = FEW
-) -> Decision:
+def needed_percent(mode: str, delta: float, epsilon: float) -> float:
+    """Percent of OOD queries above which a layer grows: delta and, of pooled, the false alarms that are expected."""
+    return delta + 100 * epsilon * (mode == "pooled")
+
+
+def decide(scores: Tensor, stats: Stats, delta: float, epsilon: float, documents: int = FEW) -> Decision:
     """Is the layer to grow for this corpus? The one place that decides.
 
     Args:
         scores: (Q, M, E) router scores of the corpus's pseudo-queries, in evaluation mode.
         delta: percent of queries, beyond the expected false alarms, above which the layer expands.
         epsilon: the share of the reference that counts as false alarms; paper_code expects none.
-        documents: of the corpus. Fewer than FEW decide together with those in the pool, and once that is full.
+        documents: of the corpus. Fewer than FEW decide together with those in the pool, and once that is full; by
+            paper_code, which has no pool, they never grow a layer.
     """
     pooled, e, few = stats.mode == "pooled", energy(scores), documents < FEW  # e (Q, M)
     if few and pooled:
         z = arrival(stats, scores, documents)
         flags, full = outside(z, stats, epsilon), len(z) >= SKETCH
     else:
-        flags, full = tails(scores, stats, epsilon, sigmas), not few
+        flags, full = tails(scores, stats, epsilon), not few
     below, above = (100 * flag.sum().item() / len(flag) for flag in flags)
     percent = below + above
-    expand = full and percent - 100 * epsilon * pooled > delta
-    threshold = known_range(stats, epsilon) if pooled else _paper_threshold(stats, sigmas)
+    expand = full and percent > needed_percent(stats.mode, delta, epsilon)
+    threshold = known_range(stats, epsilon) if pooled else _paper_threshold(stats)
     sample = e.flatten()[:: max(1, e.numel() // 1_000_000)]  # torch.quantile takes 16 million values at most
     quantiles = torch.quantile(sample, torch.tensor([0.05, 0.5, 0.95])).tolist()
     numbers = e.mean().item(), e.std(correction=0).item(), quantiles

@@ -88,12 +88,13 @@ def scan(
     every, flagged = torch.zeros(2, layers, model.config.width)
     by_length = cache.lengths.argsort()
     for rows in by_length.split(BATCH):
-        inputs = *cache.get(rows, device), codes[rows].to(device)
+        source, padding = cache.get(rows, device)
+        docids = codes[rows].to(device)
         if hidden:
-            out, routes = model.docid_hidden(*inputs)
+            out, routes = model.docid_hidden(source, padding, docids, model.past(source, padding))
             kept[rows] = out.to(kept.dtype).cpu()
         else:
-            routes = routes_of(model, *inputs)
+            routes = routes_of(model, source, padding, docids)
         for layer, route in enumerate(routes):
             scores[layer].append(route.scores.cpu())
             if (new := rows < n_new).any():

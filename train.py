@@ -5,14 +5,14 @@ In       Config, whose fields are the flags (config.py); what prepare.py makes o
 Out      a run folder (store.py) and the results table
 Next     search.py answers queries from the run folder, eval.py scores it again
 Differs  plain AdamW in place of 8-bit; the docid mask is on for plain T5 on D_0 too; D_0 starts from the
-         bi-encoder's weights; D_t's frozen encoder outputs and the previous model's hidden states are computed
-         once, by the scan. Ours, each by a flag: on D_0 part of each batch asks for general text (`general`) or
-         fragments of documents (`d0_fragments`); on D_t dreams (dream.py, `dreams`) and queries of general text
-         (`dream_general`) hold the model to what it said of earlier docids, LoRA adapts the decoder's attention
-         (`attention_rank`), and a layer that does not grow trains its newest expert (`evolve`). A corpus that a
-         finished run takes in (extend.py) has steps, rates and weights by its number of documents, and where they are few
-         other queries are held from their docids; where the encoder trains, a batch goes in two passes by length. None
-         sees an earlier corpus's text.
+         bi-encoder's weights; D_t's frozen encoder outputs, without dropout, and the previous model's hidden
+         states are computed once, by the scan. Ours, each by a flag: on D_0 part of each batch asks for general
+         text (`general`) or fragments of documents (`d0_fragments`); on D_t dreams (dream.py, `dreams`) and
+         queries of general text (`dream_general`) hold the model to what it said of earlier docids, LoRA adapts
+         the decoder's attention (`attention_rank`), and a layer that does not grow trains its newest expert
+         (`evolve`). A corpus that a finished run takes in (extend.py) has steps, rates and weights by its number
+         of documents, and where they are few other queries are held from their docids; where the encoder trains,
+         a batch goes in two passes by length. None sees an earlier corpus's text.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ import prepare
 import queries
 import rq
 import store
-from config import Command, mix_config, parse, saved_config
+from config import Command, Config, mix_config, parse, saved_config
 from losses import docid_cross_entropy, kl_to_previous, router_losses
 from mixlora import attention_lora, mixed_layers
 from optim import Stage, fit, parameter_groups
@@ -71,29 +71,22 @@ class State:
     stats: list[ood.Stats]  # of each mixed layer
 
 
-class Training:
-    """What training on D_0 and on D_t share: a model, the statistics of its mixed layers, and what follows a step."""
+def new_stats(config: Config, model: T5) -> list[ood.Stats]:
+    """Of layers that are about to see their first corpus."""
+    return [ood.new_stats(config.ood_mode, len(layer), len(model.rq)) for layer in mixed_layers(model)]
 
-    model: T5
-    stats: list[ood.Stats]
-    energies: ood.MovingEnergies
 
-    def new_stats(self, run: Run) -> list[ood.Stats]:
-        """Of layers that are about to see their first corpus."""
-        return [
-            ood.new_stats(run.config.ood_mode, len(x), len(self.model.rq)) for x in mixed_layers(self.model)
-        ]
-
-    def after_step(self) -> None:
-        self.energies.step(distributed.add_up)
-        for layer in mixed_layers(self.model):
-            layer.normalise_rows()
+def after_step(model: T5, energies: ood.MovingEnergies) -> None:
+    """Moves the statistics of a step's energies, and puts router rows back to unit length."""
+    energies.step(distributed.add_up)
+    for layer in mixed_layers(model):
+        layer.normalise_rows()
 
 
 # -------------------------------------------------------------------------------------------------------- D_0
 
 
-class FirstCorpus(Training):
+class FirstCorpus:
     """Sequence-to-sequence training on D_0: pseudo-query -> docid, from the bi-encoder's weights and the centroids.
 
     With `last` (joint retraining) on the documents of D_0..D_last.
@@ -115,7 +108,7 @@ class FirstCorpus(Training):
             mixlora.add_mixture(self.model, mix_config(config))
             self.model.word.requires_grad_(False)
         run.ready(self.model)
-        self.stats = self.new_stats(run)
+        self.stats = new_stats(config, self.model)
         self.energies = ood.MovingEnergies(self.stats)
         self.rng = random.Random(f"{config.seed} D{last}")
         self.targets, self.extra = codes.to(run.device), None
@@ -165,7 +158,8 @@ class FirstCorpus(Training):
         groups = parameter_groups(self.model.named_parameters(), config.d0_lr)
         stage = Stage(
             f"D{self.last}", groups, config.d0_steps + self.last * config.steps, config.d0_warmup, self.next_batch,
-            self.loss, {"rng": self.rng, "energies": self.energies}, after_step=self.after_step,
+            self.loss, {"rng": self.rng, "energies": self.energies},
+            after_step=partial(after_step, self.model, self.energies),
         )  # fmt: skip
         fit_and_check_frozen(self.run, self.model, stage)
         if self.stats:
@@ -177,7 +171,7 @@ class FirstCorpus(Training):
 # -------------------------------------------------------------------------------------------------------- D_t
 
 
-class LaterCorpus(Training):
+class LaterCorpus:
     """Training on D_t, t >= 1, from the model before it, D_t's pseudo-queries, dreams, of its own and of old docids, and
     pseudo-queries of general text.
     """
@@ -185,7 +179,7 @@ class LaterCorpus(Training):
     def __init__(self, run: Run, t: int, made: Prepared, previous: State):
         self.run, self.config, self.t, self.made = run, run.config, t, made
         self.model, self.stats, self.added = previous.model, previous.stats, run.corpora[t].added
-        self.documents = len(run.corpora[t].rows) if self.added else ood.FEW  # that decide on growth
+        self.documents = len(run.corpora[t].rows) if self.added else FULL  # as many as `steps` are for
         torch.manual_seed(self.config.seed + 1 + t)
         self.generator = torch.Generator().manual_seed(self.config.seed + t)  # of dreams and batches
         run.ready(self.model)
@@ -204,14 +198,14 @@ class LaterCorpus(Training):
         config, run, codes, dreams = self.config, self.run, self.made.codes, self.made.dreams
         pairs = run.training_queries(self.t)
         self.n_plain = self.n_new = len(pairs)
-        self.steps = config.steps or math.ceil(config.epochs * len(pairs) / config.batch)
-        self.batch, self.dream_kl, style = config.batch, config.dream_kl, config.dream_style
+        self.batch = min(config.batch, len(pairs)) if self.added else config.batch
+        self.steps = config.steps or math.ceil(config.epochs * len(pairs) / self.batch)
+        self.dream_kl, style = config.dream_kl, config.dream_style
         self.pace = 1.0  # of all learning rates
         earlier = len(run.live) > len(run.corpora[self.t].rows)  # not where D_t replaces all that there was
         self.n_old = config.dreams if dreams and earlier else 0
         if self.added:
-            growth = growth_of_steps(self.documents / FULL)
-            self.batch = min(config.batch, len(pairs))
+            growth = extend.growth_of_steps(self.documents / FULL)
             self.steps = math.ceil(config.steps * growth) if config.steps else self.steps
             self.n_old = min(self.n_old, self.steps * config.dream_batch)
             if growth < 1:  # few would draw all queries to themselves
@@ -221,7 +215,7 @@ class LaterCorpus(Training):
                 style = 0.0
         if not self.n_old:
             return run.tokens(pairs), codes[[row for row, _ in pairs]]
-        # Where dreams alone hold the model, part of the new queries are dreams too: it would tell old from new by their style
+        # Where dreams alone hold it, part of the new queries are dreams too: it would tell old from new by their style
         self.n_plain -= min(int(style * len(pairs)), len(pairs) - 1)
         order = torch.randperm(len(pairs), generator=self.generator).tolist()
         pairs = [pairs[i] for i in order]
@@ -271,7 +265,7 @@ class LaterCorpus(Training):
         config, model = self.config, self.model
         if self.first_mixture:
             mixlora.add_mixture(model, mix_config(config))
-            self.stats = self.new_stats(self.run)
+            self.stats = new_stats(config, model)
         elif config.mixture:
             self.record["decisions"] = self.expand()
         else:
@@ -288,6 +282,7 @@ class LaterCorpus(Training):
     def expand(self) -> list[dict]:
         """Decides for every mixed layer whether D_t makes it grow, and adds the experts. Returns the numbers."""
         config, t, documents, records = self.config, self.t, self.documents, []
+        needed = ood.needed_percent(config.ood_mode, config.delta, config.epsilon)
         for number, (layer, stat) in enumerate(zip(mixed_layers(self.model), self.stats)):
             scores = self.before.scores[number][: self.n_plain]
             decision = ood.decide(scores, stat, config.delta, config.epsilon, documents=documents)
@@ -306,7 +301,7 @@ class LaterCorpus(Training):
             below, above = decision.tails
             self.run.log.line(
                 f"D{t} layer {number}: {decision.ood_percent:.1f}% of queries OOD ({below:.1f}% below, {above:.1f}% above "
-                f"what is known, delta {decision.delta:g}%) -> experts {experts} to {len(layer)}"
+                f"what is known; grows above {needed:g}%) -> experts {experts} to {len(layer)}"
             )
             grown = {"expanded": expand, "histogram": histogram, "experts": [experts, len(layer)]}
             records.append(asdict(decision) | grown)
@@ -373,7 +368,8 @@ class LaterCorpus(Training):
         self.record["trainable_parameters"] = sum(p.numel() for group in groups for p in group["params"])
         stage = Stage(
             f"D{self.t}", groups, self.steps, config.warmup, self.next_batch, self.loss,
-            {"order": self.order, "energies": self.energies}, self.before_clip, self.after_step,
+            {"order": self.order, "energies": self.energies}, self.before_clip,
+            partial(after_step, model, self.energies),
             climb=partial(baselines.climb, rho=config.sam_rho) if config.sam_rho else None,
             parts=1 if self.cache else PASSES,
         )  # fmt: skip
@@ -391,11 +387,11 @@ class LaterCorpus(Training):
         measure_dreams(self.run, self.model, self.made, self.stats, self.t)
         if self.config.ood_mode == "pooled" and not self.first_mixture:
             self.report_distance(scores)
-        if self.documents >= ood.FEW:
+        if self.first_mixture or self.documents >= ood.FEW:
             ood.settle(self.stats, scores, self.first_mixture)
 
     def report_distance(self, scores: list[Tensor]) -> None:
-        """How many of the queries just learnt lie outside what was known: the model forgets once it tells them from dreams."""
+        """How many of the queries just learnt lie outside what was known: where many do, the model tells them from dreams."""
         percent = []
         for of_layer, stat in zip(scores, self.stats):
             known = replace(stat, newest=stat.newest[:0])  # its arrival included
@@ -406,15 +402,12 @@ class LaterCorpus(Training):
             f"D{self.t}: by layer {shares} of the queries just learnt lie outside what was known"
         )
         if max(percent) > FAR:
-            self.run.log.line(
-                f"warning: above {FAR}% the model tells new queries from dreams, and later corpora may make it forget; "
-                "pass a larger --dream_kl or --dream_batch"
+            advice = (
+                "train anew with --consolidate" if self.added else "pass a larger --dream_kl or --dream_batch"
             )
-
-
-def growth_of_steps(documents: float) -> float:
-    """How many times as many steps so many times as many documents take (ours): each of few is seen more often."""
-    return documents**0.5 if documents < 1 else documents**0.75
+            self.run.log.line(
+                f"warning: above {FAR}% the model tells new queries from dreams, and later corpora may make it forget; {advice}"
+            )
 
 
 def learn(run: Run, t: int, made: Prepared, previous: State | None) -> tuple[State, dict]:
@@ -481,9 +474,9 @@ def freeze_old(model: T5) -> None:
         p.requires_grad_(True)
     baselines.unfreeze_parts(model)
     for layer in mixed_layers(model):
-        grew = len(layer.new) > 0  # an empty tensor that trains would cost the old experts' gradients
-        layer.new.requires_grad_(grew)
-        layer.router_new.requires_grad_(grew)
+        trains = len(layer.new) > 0  # an empty tensor that trains would cost the old experts' gradients
+        layer.new.requires_grad_(trains)
+        layer.router_new.requires_grad_(trains)
 
 
 def fit_and_check_frozen(run: Run, model: T5, stage: Stage) -> None:
@@ -565,7 +558,7 @@ def train(asked: Command, log: store.Log, last: int | None = None) -> dict:
 
     peak, references = scoring.peak_memory(), {}
     with done.stage("baselines"):
-        if config.baselines and distributed.is_main_process():
+        if config.baselines and evaluations and distributed.is_main_process():
             if run.corpora[-1].tested or not (folder / "results.json").exists():
                 references = prepare.references(run, made)
             else:  # nothing is scored anew

@@ -16,6 +16,7 @@ from toy import TOY
 
 import arrays
 import data
+import eval as scoring
 import extend
 import ood
 import prepare
@@ -188,7 +189,8 @@ def test_a_run_of_atomic_docids_takes_nothing(copied, tmp_path):
 def test_a_run_of_another_method_or_one_that_is_not_finished_takes_nothing(begun, tmp_path):
     source = folder_of(tmp_path / "new")
     with pytest.raises(
-        ValueError, match="a run of base takes no documents in, only of mixlora-dsi, paper, dream"
+        ValueError,
+        match="a run of base takes no documents in and gives none up, only of mixlora-dsi, paper, dream",
     ):
         extend_by(begun(False), source)
     with pytest.raises(
@@ -305,6 +307,7 @@ def test_two_processes_do_not_extend_at_once(copied, tmp_path):
     (["--extend", "RUN"], "takes --data DIR"), (["--extend", "RUN", "--data", "x", "--lr", "1"], "takes --data DIR"),
     (["--replace"], "--replace is of --extend"), (["--extend", "RUN", "--data", "x", "--keep", "-1"], "--keep -1"),
     (["--consolidate", "RUN"], "takes --run NEW"),
+    (["--consolidate", "RUN", "--run", "x", "--device", "tpu"], "--device tpu: this machine has cpu"),
 ])  # fmt: skip
 def test_flags_that_do_not_belong_together_are_refused(finished, flags, message):
     with pytest.raises(ValueError, match=message):
@@ -387,7 +390,55 @@ def test_a_full_pool_becomes_a_sketch_and_decides(monkeypatch):
 
 
 def test_steps_grow_with_the_number_of_documents():
-    assert [train.growth_of_steps(n / 258) for n in (258, 258 / 4, 258 * 16)] == [1, 0.5, 8]
+    assert [extend.growth_of_steps(n / 258) for n in (258, 258 / 4, 258 * 16)] == [1, 0.5, 8]
+    assert [extend.steps_scale(n) for n in (1, 1551, 1551 * 16)] == [0.15, 1, 8]
+
+
+@pytest.mark.parametrize("documents, steps", [(1, 3), (2, 6)])
+def test_epochs_of_few_documents_are_as_many_as_the_run_has(copied, tmp_path, monkeypatch, documents, steps):
+    """Three epochs of four pseudo-queries a document, in batches of all of them or of `batch`, whichever is less."""
+    settings = store.read_json(copied / "config.json") | {"steps": 0, "epochs": 3, "batch": 4}
+    store.write_json(copied / "config.json", settings)
+    extend_by(copied, folder_of(tmp_path / "new", NEW[:documents]))
+    lines = [json.loads(line) for line in (copied / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in lines if line["stage"] == "D5") == steps
+
+
+def test_a_replaced_document_may_take_its_docid_again(copied, tmp_path, monkeypatch):
+    run, seen = store.LoadedRun(copied), []
+
+    def record(model, ids, weights, taken):
+        seen.append(set(taken))
+        return likeliest(model, ids, weights, taken)
+
+    likeliest = extend.likeliest
+    monkeypatch.setattr(extend, "likeliest", record)
+    old = list(run.ids).index("d3")
+    extend_by(copied, folder_of(tmp_path / "new", [("d3", "zebra", "stripes")]), "--replace")
+    others = [row for row in range(len(run.ids)) if row != old]
+    assert seen == [{tuple(docid) for docid in run.docids[others].tolist()}]
+
+
+def test_the_first_mixture_may_come_with_few_documents(toy, tmp_path):
+    """Its statistics are then those of these few, and further few are compared with them."""
+    run = tmp_path / "run"
+    train.main(["--data", str(toy), "--splits", "100", *TOY, "--no-d0_mixture", "--run", str(run)])
+    for i, document in enumerate(NEW):
+        extend_by(run, folder_of(tmp_path / f"{i}", [document]))
+    _, stats = store.load_model(run / "D2.pt")
+    assert [len(stat.arrivals) for stat in stats] == [1, 1] and all(len(stat.pool) for stat in stats)
+
+
+def test_without_test_queries_a_run_ends_and_says_that_nothing_is_evaluated(tmp_path, toy, capsys):
+    place, run = tmp_path / "documents", tmp_path / "run"
+    place.mkdir()
+    shutil.copy(toy / "corpus.jsonl", place)
+    train.main(["--data", str(place), "--splits", "100", *TOY, "--run", str(run)])
+    assert "nothing is evaluated" in capsys.readouterr().out
+    extend_by(run, folder_of(tmp_path / "new"))
+    assert store.read_json(run / "results.json")["evaluated"] == []
+    with pytest.raises(ValueError, match="no corpus of this run has test queries"):
+        scoring.main([str(run)])
 
 
 def test_dream_takes_documents_in_as_well(toy, tmp_path):
@@ -419,7 +470,10 @@ def test_consolidated_all_live_documents_are_d0_of_a_new_run(copied, tmp_path):
     assert set(run.ids) == {was.ids[row] for row in was.live.tolist()} and len(run.corpora) == 1
     annotated = [pair for pair in was.corpora[0].train if pair[0] in was.live]
     assert len(run.corpora[0].test) == 49 and len(run.corpora[0].train) == len(annotated) >= 29
-    assert run.config["d0_steps"] == 51  # 30 for 30 documents
+    steps = {
+        name: run.config[name] for name in extend.STEPS
+    }  # (51 / 1551) ** 0.5 / 0.15 = 1.21 times as many
+    assert steps == {"dense_warmup_steps": 7, "dense_steps": 4, "d0_steps": 37}
 
 
 def test_exported_queries_keep_apart_what_different_folders_call_alike(copied, tmp_path, monkeypatch):

@@ -177,7 +177,7 @@ def parameters_that_moved(folder: Path, t: int) -> set[str]:
 
 
 def test_promptdsi_trains_its_prompts_and_the_docid_table_alone(begun, tmp_path):
-    follow(begun, tmp_path / "run", "--method", "promptdsi", "--prompts", "3")
+    follow(begun, tmp_path / "run", "--method", "promptdsi", "--prompts", "3", "--kl_coef", "0.25")
     assert parameters_that_moved(tmp_path / "run", 1) == {"rq"}
     assert parameters_that_moved(tmp_path / "run", 2) == {"rq", "prefix.keys_values"}
     assert store.load_model(tmp_path / "run" / "D1.pt")[0].prefix.topics.shape == (3, 32)
@@ -982,7 +982,7 @@ def test_a_distance_of_the_newest_queries_from_dreams_is_reported_and_warns_abov
     scores = torch.full((100, 3, 2), 0.0)
     scores[:outside] = -5.0
     stage = types.SimpleNamespace(
-        t=3, stats=[stat], record={}, config=types.SimpleNamespace(epsilon=0.02),
+        t=3, stats=[stat], record={}, config=types.SimpleNamespace(epsilon=0.02), added=None,
         run=types.SimpleNamespace(log=types.SimpleNamespace(line=lines.append)),
     )  # fmt: skip
     train.LaterCorpus.report_distance(stage, [scores])
