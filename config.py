@@ -384,12 +384,7 @@ def rules(c: Config) -> list[tuple[bool, str]]:
     from_scratch, pq, atomic = not c.t5, c.docid_kind == "pq", c.docid_kind == "atomic"
     of_plain_t5 = c.prompts or c.adapters or c.joint or c.insert
     listed = c.pseudo_queries or published.authors_parts(Path(c.data_dir)) if c.data == "msmarco" else True
-    files = [
-        c.tokenizer,
-        c.docids,
-        *c.teacher.split(","),
-        c.pseudo_queries if c.pseudo_queries != "drawn" else "",
-    ]
+    files = [c.tokenizer, c.docids, *c.teacher.split(","), c.pseudo_queries]
     return [
         (c.width % c.heads == 0, f"--width {c.width} must be a multiple of --heads {c.heads}"),
         (c.K != 1, "--K 1: wanted 2 or more centroids, or 0: by the number of D_0's documents"),
@@ -411,5 +406,5 @@ def rules(c: Config) -> list[tuple[bool, str]]:
         (c.dream_words <= dream.TOP, f"--dream_words {c.dream_words}: wanted at most the {dream.TOP} words of a docid"),
         (not c.dreams or (c.dream_batch % c.batch == 0 and c.dream_batch), f"--dream_batch {c.dream_batch}: wanted a multiple of --batch {c.batch}"),
         (listed, "--data msmarco has no pseudo-queries of its own: make them with python -m tools.doc2query and pass --pseudo_queries FILE, or pass --pseudo_queries drawn to draw them from the passages"),
-        *((Path(path).is_file(), f"found no file {path}, which a flag names") for path in files if path),
+        *((Path(path).is_file(), f"found no file {path}, which a flag names") for path in files if path not in ("", "drawn")),
     ]  # fmt: skip

@@ -5,8 +5,8 @@ In       D_0's documents and queries, a T5
 Out      document embeddings (N, D), un-normalised; similarity is the inner product
 Next     rq.py quantises the embeddings of D_0 and, with the same codebooks, those of every later corpus
 Differs  half of the windows of documents that it trains on start anywhere in them; in the small presets an
-         in-batch contrastive warm-up comes first and stays as a second loss term, and the examples include pseudo-queries, of general text too where there is some; BM25 teaches unless
-         --teacher names a cross-encoder's scores
+         in-batch contrastive warm-up comes first and stays as a second loss term, and the examples include
+         pseudo-queries, of general text too where there is some; BM25 teaches unless --teacher names a cross-encoder's scores
 """
 
 import json
