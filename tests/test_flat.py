@@ -75,7 +75,9 @@ def test_d6_makes_the_products_of_d2_in_its_memory_without_the_files_of_earlier_
 @pytest.mark.parametrize("expand", ["never", "always"])
 def test_products_time_and_memory_of_d1_to_d8_of_a_larger_stream(tmp_path, capsys, expand):
     """Prints them. With an expert more at every corpus, each corpus makes as many products more as the one before."""
-    larger = "--width 128 --feed_forward 512 --steps 50 --batch 64 --dream_batch 128 --dreams 2000".split()
+    larger = (
+        "--M 4 --width 128 --feed_forward 512 --steps 50 --batch 64 --dream_batch 128 --dreams 2000".split()
+    )
     run = stream(tmp_path, 450, "50,50,50,50,50,50,50,50,50", *larger, "--expand", expand)
     flops = {}
     with capsys.disabled():
