@@ -199,11 +199,10 @@ def main() -> None:
         begin = time.monotonic()
         reopened = Index.open(copy)
         results["open_seconds"] = time.monotonic() - begin
+        left = len(start) + len(documents[: args.in_a_row]) - 1
+        assert documents[0][0] not in reopened and len(reopened) == left
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
-    if args.in_a_row:
-        assert documents[0][0] not in reopened
-        assert len(reopened) == len(start) + len(documents[: args.in_a_row]) - 1
 
 
 if __name__ == "__main__":

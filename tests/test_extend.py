@@ -395,7 +395,7 @@ def test_steps_grow_with_the_number_of_documents():
 
 
 @pytest.mark.parametrize("documents, steps", [(1, 3), (2, 6)])
-def test_epochs_of_few_documents_are_as_many_as_the_run_has(copied, tmp_path, monkeypatch, documents, steps):
+def test_epochs_of_few_documents_are_as_many_as_the_run_has(copied, tmp_path, documents, steps):
     """Three epochs of four pseudo-queries a document, in batches of all of them or of `batch`, whichever is less."""
     settings = store.read_json(copied / "config.json") | {"steps": 0, "epochs": 3, "batch": 4}
     store.write_json(copied / "config.json", settings)
