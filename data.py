@@ -7,7 +7,8 @@ Next     store.py keeps the corpora in the run folder; queries.py makes pseudo-q
 Differs  the authors' splits are not public, so ours is drawn with a seed and its document ids are stored with
          hashes; documents and their token ids lie on disk (arrays.py), not in dictionaries
 
-What stage t may see is what it is handed: D_t alone. `check_no_leak` checks every list of queries that a stage trains on.
+What stage t may see is what it is handed: D_t alone. `check_no_leak` checks every list of
+D_t's own queries that it trains on.
 """
 
 import hashlib

@@ -2,7 +2,7 @@
 
 Paper    section 4.1: Recall@10, MRR@10, and average performance, forgetting and learning over corpora
 In       rankings of D_0..D_t's test queries by the model after D_t
-Out      P[t, i], AP, BWT, FWT with intervals; results.json and its table; run and qrels files for trec_eval
+Out      P[t, i], AP with its interval, BWT, FWT; results.json and its table; run and qrels files for trec_eval
 Next     train.py writes and prints them; `python eval.py RUN` evaluates a run again
 Differs  AP divides by the number of corpora and BWT counts D_0, as the paper's tables do and its formulas do
          not

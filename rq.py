@@ -5,7 +5,7 @@ Paper    section 2 and appendix C, Eq. 9: e_d is approximated by the sum of one 
 In       D_0's embeddings (N, D); later the embeddings of D_t, never refitted
 Out      codebooks (M, K, D), docids (N, M), a report of collisions, the prefix trie of all indexed docids
 Next     train.py starts the docid table from the codebooks; search.py walks the trie
-Differs  the small preset fits the codebooks on embeddings of pseudo-queries and general text too (prepare.py);
+Differs  the small presets fit the codebooks on embeddings of pseudo-queries and general text too (prepare.py);
          faiss's ResidualQuantizer grows its k-means through ten PCA dimensions, by 10 iterations; here each level
          is one k-means of faiss, of 25, on the residuals of the beam. Encoding and decoding are written out
 """
