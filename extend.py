@@ -89,6 +89,8 @@ def require_finished(folder: Path, source: Path | None = None) -> bool:
                 f"{folder}: it is taking other documents in, which was stopped; go on with {to_do} first"
             )
         return True
+    if not (folder / f"{newest.name}.pt").exists():
+        raise ValueError(f"{folder}: {newest.name}.pt, its newest model, is gone; make it anew with {to_do}")
     return same and not np.isin(newest.rows, store.load_deleted(folder)).any()
 
 
@@ -102,6 +104,7 @@ def take_in(run: prepare.Run, made: prepare.Prepared, asked: Command) -> None:
     source = asked.data
     if distributed.is_main_process() and not require_finished(run.folder, source):
         erase(run.folder)  # what a stop within `delete` left
+        files = data.describe_files(source)  # before it is read: what changes meanwhile is not in the run
         collection = data.read_beir(source, asked.skip_invalid, tested=False)
         prepare.merge_or_count(run.config, collection, run.log)
         documents, first_row, t = collection.documents, run.corpora[-1].rows.stop, len(run.corpora)
@@ -111,7 +114,7 @@ def take_in(run: prepare.Run, made: prepare.Prepared, asked: Command) -> None:
         if replaced and not asked.replace:
             names = ", ".join(ids[row] for row in replaced[:10]) + ", .." * (len(replaced) > 10)
             raise ValueError(
-                f"{run.folder}: holds {names} already; pass --replace to put the new versions in their place"
+                f"{run.folder}: holds {names} already; pass --replace (in Python replace=True) to put the new versions in their place"
             )
         corpus = Corpus(
             first_row,
@@ -144,7 +147,7 @@ def take_in(run: prepare.Run, made: prepare.Prepared, asked: Command) -> None:
         about = store.read_json(run.folder / "corpus.json")
         added = {
             "source": str(source),
-            "files": data.describe_files(source),
+            "files": files,
             "replaced": sorted(replaced),
             "keep": asked.keep,
         }
@@ -219,7 +222,9 @@ def rows_of(folder: Path, ids: list[str]) -> list[int]:
     every = arrays.Chain([corpus.ids for corpus in corpora])
     row_of = {every[row]: row for row in store.live_rows(folder, corpora).tolist()}
     if unknown := [doc_id for doc_id in ids if doc_id not in row_of]:
-        raise ValueError(f"{folder}: holds no document {', '.join(map(str, unknown[:10]))}")
+        raise ValueError(
+            f"{folder}: holds no document {', '.join(map(str, unknown[:10]))}; doc_ids.txt lists its own"
+        )
     if len(set(ids)) < len(ids):
         raise ValueError("an id stands twice among those to delete; name each once")
     return [row_of[doc_id] for doc_id in ids]

@@ -177,12 +177,16 @@ def stages(config, workload: Workload):
         yield Stage("evaluation", t, n, 0, 4 * n, search.BATCH * (beams + cached))
 
 
-def require_memory(config, workload: Workload, available: float, where: str) -> None:
-    """Raises ValueError where a stage needs more than the `available` bytes, with the flags that make it fit."""
+def require_memory(config, workload: Workload, available: float, where: str, left: int | None = None) -> None:
+    """Raises ValueError where a stage needs more than the `available` bytes, with the flags that make it fit. With `left`
+    it looks at the stages of so many corpora, the last, alone.
+    """
     gib, share = 2**30, 1 if config.precision == "bf16" else 2  # float32: up to twice what is counted
+    first = len(workload.documents) - left if left else None
 
     def worst(config) -> tuple[float, str]:
-        return max((s.weights + share * s.activations, s.name) for s in stages(config, workload))
+        held = [s for s in stages(config, workload) if first is None or s.t is not None and s.t >= first]
+        return max((s.weights + share * s.activations, s.name) for s in held)
 
     most, name = worst(config)
     if most <= available:

@@ -84,14 +84,22 @@ class Run:
         self.tokenizer = data.load_tokenizer(folder / "tokenizer.model")
         self.resume = store.Resume(folder, config.save_seconds, log)
         self.listed = (folder / "pseudo_queries").exists()  # pseudo-queries came from a file
-        sizes = tuple(len(corpus.rows) for corpus in self.corpora)
+        sizes = [len(corpus.rows) for corpus in self.corpora if not self.is_few(corpus)]
+        few = sum(len(corpus.rows) for corpus in self.corpora if self.is_few(corpus))
+        sizes += [ood.FEW] * (few // ood.FEW) + [few % ood.FEW] * (
+            few % ood.FEW > 0
+        )  # growth waits for so many
         if config.docid_kind == "atomic":
             rq.require_few(sum(sizes))
         if config.check_memory:
             free = memory.free_memory(config.device)
             n_general = len(self.general.rows) if self.general else 0
-            workload = memory.Workload(sizes, config.document_length, n_general)
-            memory.require_memory(config, workload, free, config.device)
+            workload, done = (
+                memory.Workload(tuple(sizes), config.document_length, n_general),
+                store.Stages(folder),
+            )
+            left = max(1, sum(corpus.name not in done for corpus in self.corpora)) if "rq" in done else None
+            memory.require_memory(config, workload, free, config.device, left)
 
     def load_corpora(self) -> None:
         """What the folder holds of corpora now."""
@@ -101,6 +109,11 @@ class Run:
             self.folder
         )  # digests of test queries: no pseudo-query may be one
         self._samplers = {}
+
+    @staticmethod
+    def is_few(corpus: data.Corpus) -> bool:
+        """Was it added, and has so few documents that they count with others?"""
+        return bool(corpus.added) and len(corpus.rows) < ood.FEW
 
     @property
     def ids(self) -> Chain:
@@ -115,7 +128,7 @@ class Run:
         live, groups, few = self.live, [], self.live[:0]
         for corpus in self.corpora[:t]:
             rows = within(live, corpus)
-            if corpus.added and len(corpus.rows) < ood.FEW:
+            if self.is_few(corpus):
                 few = torch.cat([few, rows])
             elif len(rows):
                 groups.append(rows)
@@ -167,15 +180,15 @@ class Run:
     def pseudo_queries(self, t: int, per_document: int, purpose: str) -> list[tuple[int, str]]:
         """A fixed list of D_t's (document row, pseudo-query), the same at every call; checked for leaks."""
         seed = f"{self.config.seed} {purpose} {t}"
-        return self.checked(
-            t, queries.draw_pseudo_queries(self.sampler(t), self.corpora[t].rows, per_document, seed)
-        )
+        rows = within(self.live, self.corpora[t]).tolist()
+        return self.checked(t, queries.draw_pseudo_queries(self.sampler(t), rows, per_document, seed))
 
     def training_queries(self, t: int) -> list[tuple[int, str]]:
         """What D_t, t >= 1, trains on: all of its pseudo-queries from the file, or a drawn list."""
         if not isinstance(self.sampler(t), queries.ListedPseudoQueries):
             return self.pseudo_queries(t, self.config.pseudo_per_document, "training")
-        return self.checked(t, self.sampler(t).pairs())
+        live = set(self.live.tolist())
+        return self.checked(t, [pair for pair in self.sampler(t).pairs() if pair[0] in live])
 
     def sample(self, t: int, count: int, purpose: str) -> list[tuple[int, str]]:
         """Some `count` pairs of D_t, at least one, as evenly over its documents as that goes."""

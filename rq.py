@@ -273,7 +273,7 @@ class Trie:
         n = len(codes)
         first, self.starts = torch.tensor([0]), []  # first rows of the nodes at this depth
         differs = torch.zeros(n, dtype=torch.bool)  # row differs from the one before in its first m codes
-        differs[0] = True
+        differs[:1] = True
         for column in columns:
             differs[1:] |= column[1:] != column[:-1]
             child = differs.nonzero()[:, 0]

@@ -273,9 +273,9 @@ class Site:
         named = checked("the id", id, 200), checked("the title", title, QUERY, blank=True)
         document = *named, checked("the text", text, BODY)
         with self.changing():  # by an index of its own, so that searches go on
-            Index.open(self.index.run.folder, self.index.run.device).add([document])
-        with self.computing():
-            return {"documents": len(self.index)}
+            index = Index.open(self.index.run.folder, self.index.run.device)
+            index.add([document])
+            return {"documents": len(index)}
 
     def delete(self, id: str) -> dict:
         with self.changing(), self.computing():

@@ -299,11 +299,13 @@ class Stages:
         return stage in self.records
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[dict]:
-        """Times a stage; what is put into the dictionary that it gives is recorded. One that is done keeps its record."""
+    def stage(self, name: str, anew: bool = False) -> Iterator[dict]:
+        """Times a stage; what is put into the dictionary that it gives is recorded. One that is done keeps its record, unless
+        it is done anew, and its place among the others.
+        """
         begin, record = time.monotonic(), {}
         yield record
-        if name not in self.records:
+        if anew or name not in self.records:
             self.records[name] = {"seconds": time.monotonic() - begin} | record
             if distributed.is_main_process():
                 decisions = {s: r["decisions"] for s, r in self.records.items() if "decisions" in r}

@@ -100,6 +100,7 @@ class FirstCorpus:
             self.corpus = data.joined(run.corpora[: last + 1])
             if not run.listed:
                 self.draw = self.sampler(self.corpus.titles, self.corpus.texts).draw
+        self.rows = prepare.within(run.live, self.corpus).tolist()
         torch.manual_seed(config.seed + 1 + last)
         table = baselines.table_so_far(run, last, books)
         self.model = T5(replace(bi_encoder.config, codebooks=len(table), centroids=table.shape[1]))
@@ -131,13 +132,13 @@ class FirstCorpus:
 
     def fragments(self) -> queries.PseudoQuerySampler:
         """Spans of documents that are learnt as documents of their own, where there is no general text."""
-        titles, texts = self.corpus.titles, self.corpus.texts
+        titles, texts = ([of[row] for row in self.rows] for of in (self.corpus.titles, self.corpus.texts))
         return self.sampler(*queries.fragments(titles, texts, self.config.d0_fragments, self.rng))
 
     def next_batch(self) -> list[tuple[int, str]]:
         """(row of `targets`, pseudo-query)"""
         config, rng = self.config, self.rng
-        batch = [(row, self.draw(row, rng)) for row in rng.choices(self.corpus.rows, k=config.d0_batch)]
+        batch = [(row, self.draw(row, rng)) for row in rng.choices(self.rows, k=config.d0_batch)]
         if self.extra:
             rows = rng.choices(self.extra.rows, k=self.n_extra)
             batch[: len(rows)] = [(len(self.made.codes) + row, self.extra.draw(row, rng)) for row in rows]
@@ -526,7 +527,11 @@ def train(asked: Command, log: store.Log, last: int | None = None) -> dict:
         if t - 1 == last:
             return {}
         name, checkpoint = f"D{t}", folder / f"D{t}.pt"
-        if name in done and (checkpoint.exists() or done.records[name].get("dropped")):
+        kept = checkpoint.exists() or done.records.get(name, {}).get("dropped")
+        before_gone = (
+            t and not (folder / f"D{t - 1}.pt").exists()
+        )  # then only the newest, which is needed, is made anew
+        if name in done and (kept or before_gone and t + 1 < len(run.corpora)):
             if not asked.extends:
                 log.line(f"D{t} is done already")
             state, path = None, folder / f"evaluation_D{t}.json"
@@ -539,8 +544,7 @@ def train(asked: Command, log: store.Log, last: int | None = None) -> dict:
                 distributed.wait()
             evaluations.append(scoring.Evaluation(**store.read_json(path)))
             continue
-        done.records.pop(name, None)  # its checkpoint is gone
-        with done.stage(name) as record:
+        with done.stage(name, anew=True) as record:
             begin = time.monotonic()
             previous = state or (State(*run.after(t - 1)) if t else None)
             state, learnt = learn(run, t, made, previous)

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import arrays
 from arrays import Tokens
 from t5 import T5, T5Config
 
@@ -76,32 +77,33 @@ def fetch(url: str, path: Path, log: Callable = print, **checks: str | int) -> P
     """The file at `url`, at `path`: whole and with the size and digests of `checks` (see `verify`), or not at all.
 
     A file that is there is checked and used. Another grows as `path`.part, which a later call continues if a digest can
-    tell whether the two belong together. Raises ValueError where the network, the disk or a check fails.
+    tell whether the two belong together; another process that asks for it waits. Raises ValueError where the network, the
+    disk or a check fails.
     """
-    if path.exists():
-        verify(path, **checks)
-        return path
     part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    begin = part.stat().st_size if checks.keys() - {"size"} and part.exists() else 0
-    with reported(url, path), ask(url, begin) as answer, part.open("ab") as file:
-        # 200: the whole file; 206: the rest; 416: there is no more
-        begin = 0 if answer.status == 200 else begin
-        file.truncate(begin)
-        log(f"fetching {url} from byte {begin:,} on")
-        if answer.status != 416:
-            shutil.copyfileobj(answer, file)
-            if answer.length:
-                raise ConnectionError(f"it broke off {answer.length:,} bytes before its end")
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        verify(part, **checks)
-    except ValueError:
-        part.unlink()
-        raise
-    os.replace(part, path)
-    return path
+    with arrays.alone(path.parent):
+        if path.exists():
+            verify(path, **checks)
+            return path
+        begin = part.stat().st_size if checks.keys() - {"size"} and part.exists() else 0
+        with reported(url, path), ask(url, begin) as answer, part.open("ab") as file:
+            # 200: the whole file; 206: the rest; 416: there is no more
+            begin = 0 if answer.status == 200 else begin
+            file.truncate(begin)
+            log(f"fetching {url} from byte {begin:,} on")
+            if answer.status != 416:
+                shutil.copyfileobj(answer, file)
+                if answer.length:
+                    raise ConnectionError(f"it broke off {answer.length:,} bytes before its end")
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            verify(part, **checks)
+        except ValueError:
+            part.unlink()
+            raise
+        os.replace(part, path)
+        return path
 
 
 def find_t5(given: str, cache: Path = CACHE, hub: str = HUB, log: Callable = print) -> Path:

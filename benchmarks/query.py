@@ -40,13 +40,9 @@ def timed(owner, name: str, seconds: Counter, label: str) -> None:
     setattr(owner, name, call)
 
 
-def of_processes(command: list[str], count: int) -> list[float]:
-    seconds = []
-    for _ in range(count):
-        begin = time.monotonic()
-        subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parent.parent)
-        seconds.append(time.monotonic() - begin)
-    return seconds
+def of_process(*command: str) -> float:
+    run = partial(subprocess.run, check=True, capture_output=True, cwd=Path(__file__).parent.parent)
+    return seconds_of(partial(run, [sys.executable, *command]))
 
 
 def main() -> None:
@@ -57,9 +53,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     index = Index.open(args.run)
-    texts = [text for corpus in index.run.corpora for text in corpus.test.values()][
-        :: 1 + len(index) // args.queries
-    ]
+    texts = [text for corpus in index.run.corpora for text in corpus.test.values()]
+    texts = texts[:: max(1, len(texts) // args.queries)]
     index.search(texts[:5])  # warm
     ours, products = [], []
     for text in texts:  # in turns, so that a noisy machine disturbs both
@@ -80,8 +75,8 @@ def main() -> None:
     cold, floors = [], []
     newest = store.LoadedRun(args.run).finished[-1]
     for _ in range(args.starts):
-        cold += of_processes([sys.executable, "search.py", str(args.run.resolve()), texts[0]], 1)
-        floors += of_processes([sys.executable, "-c", FLOOR, str((args.run / f"D{newest}.pt").resolve())], 1)
+        cold.append(of_process("search.py", str(args.run.resolve()), texts[0]))
+        floors.append(of_process("-c", FLOOR, str((args.run / f"D{newest}.pt").resolve())))
     ratios = np.divide(ours, products)
     results = {
         "queries": len(texts), "threads": torch.get_num_threads(),

@@ -683,15 +683,18 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS), help="names with commas between; --list shows them")
     parser.add_argument("--repeats", type=int, default=5, help="timings of each side (default 5)")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_name(RESULTS))
+    text = f"where the figures go (default: {RESULTS} beside this file, where all rows run at their whole shapes)"
+    parser.add_argument("--json", type=Path, help=text)
     parser.add_argument("--small", action="store_true", help="tiny shapes, to see that everything runs")
     parser.add_argument("--list", action="store_true", help="name the rows and end")
     parser.add_argument(
         "--show", action="store_true", help="print what --json holds as the table of docs/speed.md and end"
     )
     args = parser.parse_args()
+    whole = args.show or not args.small and args.rows == ",".join(ROWS)
+    place = args.json or (Path(__file__).with_name(RESULTS) if whole else None)
     if args.show:
-        print(markdown(json.loads(args.json.read_text())))
+        print(markdown(json.loads(place.read_text())))
         return
     if args.list:
         for name, work in ROWS.items():
@@ -719,7 +722,8 @@ def main() -> None:
             print(line, flush=True)
             rows.append(line)
         gc.collect()
-        args.json.write_text(json.dumps(where | {"rows": [asdict(line) for line in rows]}, indent=1) + "\n")
+        if place:
+            place.write_text(json.dumps(where | {"rows": [asdict(line) for line in rows]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -185,3 +185,13 @@ def test_the_share_of_documents_found_counts_each_query_by_its_own_document():
     found = {"moon": ["d1", "d2"], "sun": ["d3"], "mars": ["d3", "d4"], "pluto": []}
     index = SimpleNamespace(search=lambda asked: [[Hit(d, -1.0, "") for d in found[text]] for text in asked])
     assert sizes.share_found(index, list(found), ["d2", "d1", "d3", "d4"]) == 50
+
+
+def test_only_a_whole_run_replaces_the_figures_that_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "__file__", str(tmp_path / "run.py"))
+    monkeypatch.setattr(run, "ROWS", {"one": lambda settings: [], "two": lambda settings: []})
+    kept = tmp_path / run.RESULTS
+    for flags, written in (["--rows", "one"], False), (["--small"], False), ([], True):
+        monkeypatch.setattr(sys, "argv", ["run.py", "--threads", "1", *flags])
+        run.main()
+        assert kept.exists() == written

@@ -8,7 +8,7 @@ import torch
 
 import store
 import train
-from config import SMALL, Config, parse
+from config import SMALL, Config, parse, saved_config
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from config import SMALL, Config, parse
         (["--data", "msmarco"], "tools.doc2query .* --pseudo_queries drawn"),
         (["--teacher", "absent.jsonl"], "found no file absent.jsonl"),
         (["--docids", "absent.json"], "found no file absent.json"),
-        (["--splits", "paper"], "nq320k or msmarco"),
+        (["--data", "toy", "--splits", "paper"], "nq320k or msmarco"),
         (["--method", "magic"], "mixlora-dsi-pt"),
         (["--preset", "magic"], "msmarco"),
         (["--slow", "maybe"], "grad, lr, none"),
@@ -42,7 +42,7 @@ from config import SMALL, Config, parse
         (["--dream_words", "1"], "--dream_words 1: wanted a number from 2"),
         (["--dream_general", "1"], "--dream_general must be less than 1"),
         (["--dream_style", "1.5"], "--dream_style 1.5: wanted a number from 0 to 1"),
-        (["--general", "no/such/folder"], "--general no/such/folder: found no such folder"),
+        (["--data", "toy", "--general", "no/such/folder"], "--general no/such/folder: found no such folder"),
         (["--docid_kind", "atomic"], "--d0_fragments 0"),
         (["--insert"], "--docid_kind atomic"),
         (["--docid_kind", "atomic", "--d0_fragments", "0", "--ewc", "1"], "--ewc 0"),
@@ -56,8 +56,9 @@ from config import SMALL, Config, parse
         (["--resume", "runs/x", "--lr", "1"], "remove --lr"),
     ],
 )
-def test_a_wrong_flag_is_named_with_what_is_wanted(argv, message, tmp_path, monkeypatch):
+def test_a_wrong_flag_is_named_with_what_is_wanted(argv, message, toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "toy").symlink_to(toy)
     with pytest.raises(ValueError, match=message):
         train.main(argv)
 
@@ -235,3 +236,13 @@ def test_nothing_changes_in_a_folder_where_another_process_trains(tmp_path):
     assert store.read_json(tmp_path / "run" / "config.json") == {"lr": 2}
     (aside,) = tmp_path.glob("run.*")
     assert store.read_json(aside / "config.json") == {"lr": 1}
+
+
+def test_a_run_that_goes_on_takes_settings_of_the_machine_and_no_others(finished):
+    asked = parse(["--resume", str(finished), "--micro_batch", "8", "--recompute", "--no-check_memory"])
+    assert (asked.config.micro_batch, asked.config.recompute, asked.config.check_memory) == (8, True, False)
+    extends = parse(["--extend", str(finished), "--data", "x", "--micro_batch", "8"])
+    assert asdict(extends.config) == asdict(saved_config(finished)) | {"micro_batch": 8}
+    for mode in (["--resume", str(finished)], ["--extend", str(finished), "--data", "x"]):
+        with pytest.raises(ValueError, match="--micro_batch -1: wanted a number from 0"):
+            parse([*mode, "--micro_batch", "-1"])

@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dense
 import memory
-import published
 import rq
 import scan
 import train
@@ -317,11 +316,6 @@ def test_micro_batches_and_recomputation_trade_products_and_traffic_for_memory(s
 # --------------------------------------------------------------------------------------------- rows and table
 
 
-def test_counts_are_the_papers_and_come_from_one_place():
-    documents = {name: workload.documents for name, workload in cost.WORKLOADS.items()}
-    assert documents == {name: one.documents for name, one in published.BENCHMARKS.items()}
-
-
 def test_lengths_are_cut_by_the_config():
     assert cost.query_lengths(settings()) == (10, 20)
     short = settings(query_length=8, document_length=200)
@@ -495,3 +489,12 @@ def test_the_command_prints_the_table_and_reads_nothing(capsys):
 def test_the_command_names_what_it_does_not_count(flags, said):
     with pytest.raises(ValueError, match=said):
         cost.main(flags)
+
+
+def test_sizes_that_follow_from_d0_are_those_of_the_run(capsys):
+    tables = []
+    for sizes in ("0 0", "6 256"):
+        m, k = sizes.split()
+        cost.main(["--data", "nq320k", "--M", m, "--K", k])
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]

@@ -653,6 +653,11 @@ def test_general_text_that_is_indexed_is_dropped_and_its_ids_are_its_own(tmp_pat
         str(tmp_path), ["Rome is the capital of Italy."], tmp_path / "general"
     )
     assert contents(general) == {"d2": ("Lyon", "Lyon lies on the Rhone.")} and dropped == 1
+    (tmp_path / "titles").mkdir()
+    beir(tmp_path / "titles", [{"_id": "d3", "title": "Nice", "text": ""}], None, None)
+    assert (
+        data.read_general(str(tmp_path / "titles"), ["Rome", ""], None)[1] == 0
+    )  # pages of a title alone are not equal
     assert (tmp_path / "general" / "texts.bin").is_file()
 
 

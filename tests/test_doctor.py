@@ -264,6 +264,10 @@ def test_dreams_that_the_model_no_longer_answers(sick):
         lambda value: [w.copy_(torch.randn_like(w)) for n, w in value["model"].items() if "decoder" in n],
     )
     assert look(sick, doctor.answers_dreams, queries=40) == ["FAIL"]
+    (sick / "D1.pt").rename(sick / "away")
+    finding = doctor.answers_dreams(doctor.Patient(sick, 20, "cpu"))
+    assert (finding.verdict, finding.measured) == ("skip", "D1.pt, with which D2.pt is compared, was dropped")
+    (sick / "away").rename(sick / "D1.pt")
     set_config(sick, dreams=0)
     finding = doctor.answers_dreams(doctor.Patient(sick, 20, "cpu"))
     assert (finding.verdict, finding.measured) == ("skip", "D2.pt was trained on no dreams")

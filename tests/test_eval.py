@@ -191,6 +191,18 @@ def test_trec_files_score_as_we_do(tmp_path):
             assert found.values[i][metric] == pytest.approx(wanted)
 
 
+def test_trec_files_keep_apart_what_corpora_call_alike(tmp_path):
+    corpora = [
+        Corpus(t, [doc], [""], ["text"], test={"q": "text"}, qrels={"q": {doc: 1}})
+        for t, doc in enumerate("ab")
+    ]
+    found = scoring.evaluate(corpora, lambda queries: [[(1, -1.0), (0, -2.0)]])
+    scoring.write_trec(tmp_path, 1, corpora, found, "ours")
+    first = [line.split()[:3] for line in (tmp_path / "after_D1.run").read_text().splitlines()[::2]]
+    assert first == [["q", "Q0", "b"], ["D1.q", "Q0", "b"]]
+    assert [(tmp_path / f"D{i}.qrels").read_text() for i in (0, 1)] == ["q 0 a 1\n", "D1.q 0 b 1\n"]
+
+
 def test_trec_files_hold_only_the_corpora_seen_so_far(tmp_path):
     corpora = two_corpora()
     found = scoring.evaluate(corpora[:1], lambda queries: [[(0, -1.0)], [(2, -2.0)]])

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +234,14 @@ def test_what_only_growth_and_beams_show_stands_in_their_rows_and_tables(trial, 
     summary = experiments.summarise(name, [42, 43], trial / "rows")
     assert len(summary["rows"][0][experiments.OWN[name]]) == 2
     assert heading in experiments.figures(name, summary)
+
+
+def test_rows_of_another_split_are_not_paired_with_the_reference(trial, monkeypatch):
+    run = experiments.RUNS["slow none"]
+    monkeypatch.setitem(experiments.RUNS, "slow none", replace(run, flags=f"{run.flags} --split_by topic"))
+    summary = experiments.summarise("trial", [42, 43], trial / "rows")
+    p_values = {row["label"]: row["metrics"]["mrr@10"]["p_value"] for row in summary["rows"]}
+    assert [label for label, p in p_values.items() if p is None] == ["slow none", "mixlora-dsi"]
 
 
 def test_rows_by_beam_are_the_evaluations_of_that_beam(trial):

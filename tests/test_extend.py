@@ -249,13 +249,16 @@ def test_stopped_while_old_versions_go_it_ends_with_the_same_bits_and_an_index_h
         assert not any("zebras" in text for text in store.load_corpora(run)[0].texts)
 
 
-def test_new_versions_of_all_documents(copied, tmp_path):
+def test_new_versions_of_all_documents(copied, tmp_path, capsys):
     """Of no earlier docid is there anything to dream."""
     extend.delete(copied, list(range(2, 50)))
     ids = [store.LoadedRun(copied).ids[row] for row in (0, 1)]
-    extend_by(copied, folder_of(tmp_path / "new", [(doc, "", f"{doc} anew") for doc in ids]), "--replace")
+    documents = [(doc, "", f"{doc} anew") for doc in ids]
+    extend_by(copied, folder_of(tmp_path / "new", documents, {ids[0]: "anew"}), "--replace")
     run = store.LoadedRun(copied)
     assert run.live.tolist() == [50, 51] and run.finished[-1] == 5
+    scoring.main([str(copied)])  # D_0's model, too, which has nothing to find
+    assert "D5: recall@10 100.0" in capsys.readouterr().out
 
 
 def test_what_was_deleted_can_be_taken_in_again_from_the_same_folder(copied, tmp_path):
@@ -314,11 +317,14 @@ def test_flags_that_do_not_belong_together_are_refused(finished, flags, message)
         parse([str(finished) if flag == "RUN" else flag for flag in flags])
 
 
-def test_few_documents_never_grow_a_layer_and_share_one_sketch(copied, tmp_path, monkeypatch):
-    """Of the run, every layer grew with every corpus. Two documents a time fill a pool of four."""
+def test_few_documents_never_grow_a_layer_and_share_one_pool(copied, tmp_path, monkeypatch):
+    """Of the run, every layer grew with every corpus. Of few pseudo-queries all go into the pool, which is of 512 values."""
     monkeypatch.setattr(ood, "FEW", 4)
     before = [len(layer) for layer in mixed_layers(store.LoadedRun(copied).at(4)[0])]
-    arrivals, experts = [], []
+    arrivals, experts, sizes = [], [], []
+    monkeypatch.setattr(
+        prepare.memory, "require_memory", lambda config, workload, *_: sizes.append(workload.documents)
+    )
     for i in range(3):
         extend_by(
             copied, folder_of(tmp_path / f"{i}", [(f"{i}{doc}", title, text) for doc, title, text in NEW])
@@ -326,13 +332,34 @@ def test_few_documents_never_grow_a_layer_and_share_one_sketch(copied, tmp_path,
         model, stats = store.load_model(copied / f"D{5 + i}.pt")
         arrivals.append([(len(stat.arrivals), len(stat.pool)) for stat in stats])
         experts.append([len(layer) for layer in mixed_layers(model)])
-    size = ood.SKETCH * 2 // 4
-    n = 5  # D_0 and the four corpora of the stream
-    drawn = min(size, 2 * 4)  # of few pseudo-queries, all: 4 a document
-    assert arrivals[0] == [(n, drawn)] * 2 and arrivals[2][0][0] in (n, n + 1)
-    assert experts[0] == experts[1] == before
+    n, drawn = 5, 2 * 4  # D_0 and the four corpora of the stream; pseudo-queries of an add
+    assert arrivals == [[(n, drawn * adds)] * 2 for adds in (1, 2, 3)]
+    assert experts[0] == experts[1] == before and sizes[-1] == (
+        30,
+        5,
+        5,
+        5,
+        5,
+        4,
+    )  # by which experts are counted
     assert not (copied / "D4.pt").exists() and (copied / "D0.pt").exists()  # the newest two stay
     assert store.LoadedRun(copied).finished == [0, 6, 7]
+    (copied / "D6.pt").unlink()  # cannot be made anew, and nothing needs it
+    extend_by(copied, folder_of(tmp_path / "more", [("more", "ibis", "an ibis wades")]))
+    assert store.LoadedRun(copied).finished == [0, 7, 8]
+    (copied / "D8.pt").unlink()
+    with pytest.raises(ValueError, match="D8.pt, its newest model, is gone; make it anew with .* --resume"):
+        extend_by(copied, folder_of(tmp_path / "most", [("most", "emu", "an emu runs")]))
+    train.main(["--resume", str(copied)])
+    assert store.LoadedRun(copied).finished == [0, 7, 8]
+
+
+def test_a_lost_checkpoint_is_made_anew_without_what_was_deleted(copied):
+    extend.delete(copied, [0, store.load_corpora(copied)[1].first_row])
+    for name in ("D0.pt", "D1.pt"):
+        (copied / name).unlink()
+    train.main(["--resume", str(copied)])
+    assert store.LoadedRun(copied).finished == list(range(5))
 
 
 def test_few_documents_take_free_docids_of_their_own_and_many_those_of_the_quantiser(

@@ -48,15 +48,18 @@ def test_a_switch_takes_no_value(name):
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_text_that_cannot_be_what_a_flag_wants_is_refused_before_a_run_is_begun(name, toy, tmp_path):
+def test_a_text_that_cannot_be_what_a_flag_wants_is_refused_before_a_run_is_begun(
+    name, toy, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     for value in BAD_TEXTS:
-        if name == "run" and value == "no/such/file":
+        if name in ("run", "data_dir") and value == "no/such/file":
             continue  # a new folder
         flags = {"data": str(toy), "run": str(tmp_path / "run"), "d0_steps": "1", "dense_steps": "1"} | {
             name: value
         }
         if name == "data_dir":
-            flags["data"] = "nq320k"
+            flags |= {"data": "nq320k", "t5": "none"}
         refused(train.main, [f"--{key}={value}" for key, value in flags.items()])
         assert not (tmp_path / "run" / "dense.pt").exists()
 

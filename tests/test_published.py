@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import settings
 
 import data
 import published
@@ -36,7 +35,6 @@ from queries import ListedPseudoQueries, store_pseudo_queries
 SHARED = Path(os.environ.get("MIXLORA_DATA") or Path(__file__).parents[1] / "../shared/data")
 SAMPLE = SHARED / "nq320k_sample"
 needs_sample = pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"no folder {SAMPLE}; set MIXLORA_DATA")
-FUZZ = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
 def content(collection: Collection) -> list:

@@ -395,6 +395,7 @@ def test_a_removed_file_that_can_be_made_anew_is_with_the_same_bits(whole, tmp_p
     else:
         assert (run / name).read_bytes() == (whole / name).read_bytes()
     assert outcome(run)["results"] == outcome(whole)["results"]
+    assert list(store.Stages(run).records) == list(store.Stages(whole).records)
 
 
 @pytest.mark.parametrize(

@@ -341,7 +341,7 @@ def test_command_prints_rank_score_docid_and_title_as_the_last_model_ranks_them(
     assert lines[place + 1][3] == "doc2"  # the same docid, so the same score; "doc10" < "doc2" as text
 
 
-def test_k_cuts_what_is_printed_and_never_exceeds_the_beam(run_folder, capsys):
+def test_k_cuts_what_is_printed_and_widens_a_narrower_beam(run_folder, capsys):
     for k in (1, 3, 12):
         search.main([str(run_folder), "blue ship", "-k", str(k), "--beam", "1"])
         assert len(capsys.readouterr().out.splitlines()) == k

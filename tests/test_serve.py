@@ -347,7 +347,7 @@ def test_added_document_is_found_and_searches_go_on_meanwhile(server):
     text = "octopus gardens purple octopus seaweed octopus"
     with ThreadPoolExecutor(1) as pool:
         adding = pool.submit(post, server, "add", id="octopus", title="<b>Octopus</b>", text=text)
-        while not server.site.change_lock.locked():
+        while not (server.site.change_lock.locked() or adding.done()):
             time.sleep(0.01)
         statuses = [get(server, "search", q=QUERY)[0]]
         refused = post(server, "delete", id="d1")

@@ -274,7 +274,7 @@ def test_a_later_code_leaves_earlier_hidden_states_bit_equal(tiny, place):
     assert all(not torch.equal(a[:, t], b[:, t]) for t in range(place + 1, 4))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 30))
 def test_padding_columns_change_no_output(lengths, extra):
     torch.manual_seed(1)

@@ -58,7 +58,7 @@ def test_without_ids_a_seed_draws_ten_documents(finished, capsys):
 @pytest.mark.parametrize(
     "flags, missing, said",
     [
-        (["d3", "nowhere", "nor"], "", "has no document nowhere, nor; doc_ids.txt lists its own"),
+        (["d3", "nowhere", "nor"], "", "holds no document nowhere, nor; doc_ids.txt lists its own"),
         ([], "dense.pt", "dense.pt"),
         ([], "rq.pt", "rq.pt"),
         ([], "config.json", "config.json"),

@@ -418,15 +418,15 @@ def test_bfloat16_keeps_router_norms_softmax_and_losses_in_float32():
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-def test_blocks_are_compiled_where_asked(begun, tmp_path, monkeypatch):
+def test_blocks_are_compiled_and_computed_again_where_asked(begun, tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **given: compiled.append((block, given)))
     model = T5(T5Config(60, 16, 8, 2, 32, 1, 2, codebooks=2, centroids=4))
     for asked in (False, True):
-        config = types.SimpleNamespace(recompute=False, compile=asked)
+        config = types.SimpleNamespace(recompute=asked, compile=asked)
         prepare.Run.ready(types.SimpleNamespace(device=torch.device("cpu"), config=config), model)
         blocks = [*model.encoder, *model.decoder] if asked else []
-        assert compiled == [(block, {"dynamic": True}) for block in blocks]
+        assert compiled == [(block, {"dynamic": True}) for block in blocks] and model.recompute == asked
 
 
 @pytest.mark.soak  # capturing takes half a minute
@@ -643,7 +643,7 @@ def test_offline_the_benchmark_names_what_to_fetch_and_where_to_put_it(tmp_path,
 
 def test_the_leak_check_stops_a_stage_whose_queries_are_of_another_corpus(toy, tmp_path, monkeypatch):
     def leaking(sampler, rows, per_document, seed):
-        return [(rows.start - 1, "a query of the corpus before")]
+        return [(rows[0] - 1, "a query of the corpus before")]
 
     monkeypatch.setattr(queries, "draw_pseudo_queries", leaking)
     settings = parse(["--data", str(toy), "--run", str(tmp_path), *TOY]).config
@@ -1058,3 +1058,60 @@ def test_what_cannot_work_is_refused_while_reading(toy, tmp_path):
     with pytest.raises(ValueError, match=r"t\.jsonl:1: .*t\.jsonl:2: .*--skip_invalid"):
         train.main([*flags, "--teacher", str(tmp_path / "t.jsonl")])
     assert not (tmp_path / "run" / "metrics.jsonl").exists()  # no step was taken
+
+
+@pytest.mark.parametrize(
+    "slow, rate, of_gradient", [("grad", 0.01, 0.01), ("lr", 0.0001, 1), ("none", 0.01, 1)]
+)
+def test_the_slow_learner_divides_the_docid_tables_gradient_or_its_rate_by_a_hundred(
+    later, monkeypatch, slow, rate, of_gradient
+):
+    stage, trained = stage_of(later, slow=slow, table_lr=0.01), []
+    monkeypatch.setattr(train, "fit_and_check_frozen", lambda run, model, stage: trained.append(stage))
+    stage.scan()
+    stage.grow()
+    stage.train()
+    table = stage.model.rq
+    rates = [group["lr"] for group in trained[0].groups if any(p is table for p in group["params"])]
+    table.grad = torch.ones_like(table)
+    trained[0].before_clip()
+    assert rates == [pytest.approx(rate)] and table.grad.unique().tolist() == [pytest.approx(of_gradient)]
+
+
+def test_the_kl_is_to_the_model_before_with_its_own_docid_table(later):
+    stage, rows = stage_of(later, kl_coef=0.25), torch.tensor([3, 1, 7])
+    before = stage.run.after(0)[0].eval()
+    stage.scan()
+    stage.grow()
+    with torch.no_grad():
+        stage.model.rq += torch.randn_like(stage.model.rq)
+        hidden, _ = before.docid_hidden(*before.encode(stage.ids[rows]), stage.docids[rows])
+        logits, logits_before = torch.randn(3, 3, 16), segment_logits(hidden, before.rq)
+        wanted = losses.kl_to_previous(logits, logits_before, "sum")
+        assert stage.kl(logits, rows).item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ood_mean", "random"])
+def test_a_new_router_row_starts_from_the_mean_of_ood_inputs_or_at_random(later, kind):
+    stage = stage_of(later, expand="always", router_row=kind)
+    stage.scan()
+    stage.grow()
+    for layer, mean in zip(mixlora.mixed_layers(stage.model), stage.before.direction, strict=True):
+        cosine = torch.cosine_similarity(layer.router_new[0].detach(), mean, dim=0)
+        assert (cosine > 0.9999) == (kind == "ood_mean")
+
+
+def test_the_bi_encoders_rows_rank_by_its_vectors_and_by_those_of_docids(finished):
+    run, bi_encoder = store.LoadedRun(finished), store.load_model(finished / "dense.pt")[0].eval()
+    vectors = torch.cat([arrays.open_array(finished / "embeddings" / f"D{t}.npy") for t in range(5)])
+    books = store.read_tensors(finished / "rq.pt")
+    for name, documents in ("dense", vectors), ("quantised", rq.decode(books, run.docids)):
+        rankings = store.read_json(finished / f"evaluation_{name}.json")["rankings"]
+        for corpus, found in zip(run.corpora, rankings, strict=True):
+            for query_id, text in corpus.test.items():
+                with torch.no_grad():
+                    scores = (bi_encoder.embed(data.tokenize(run.tokenizer, [text], 32)) @ documents.T)[0]
+                best = scores.topk(10).values
+                assert [score for _, score in found[query_id]] == pytest.approx(best.tolist(), rel=1e-4)
+                rows = [list(run.ids).index(doc_id) for doc_id, _ in found[query_id]]
+                torch.testing.assert_close(scores[rows], best, rtol=1e-4, atol=1e-4)

@@ -10,6 +10,7 @@ import os
 import re
 import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -763,3 +764,12 @@ def test_lsa_start_answers_real_questions_at_step_0():
         scores = model.embed(queries) @ model.embed(documents).T
     top10 = (scores.topk(10).indices == relevant[:, None]).any(1).float().mean().item()
     assert top10 > 0.8  # measured 0.92 to 0.94; random word rows give 0.19
+
+
+def test_two_that_ask_for_a_file_at_once_fetch_it_once(web, tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        asked = [
+            pool.submit(weights.fetch, f"{web.url}/f", tmp_path / "f", quiet, sha256=SHA256) for _ in "ab"
+        ]
+    assert [one.result() for one in asked] == [tmp_path / "f"] * 2 and web.seen == [("/f", None)]
+    assert (tmp_path / "f").read_bytes() == CONTENT and list(tmp_path.iterdir()) == [tmp_path / "f"]

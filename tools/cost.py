@@ -22,6 +22,7 @@ from pathlib import Path
 import command
 import dream
 import memory
+import prepare
 import rq
 import search
 import train
@@ -366,7 +367,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"tools.cost counts --data {' or '.join(WORKLOADS)}, not --data {config.data}")
     if config.method in UNCOUNTED:
         raise ValueError(f"tools.cost counts no {config.method}; take --method base or mixlora-dsi")
-    print(table(config))
+    print(table(prepare.sized(config, WORKLOADS[config.data].documents[0])))
 
 
 if __name__ == "__main__":

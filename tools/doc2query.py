@@ -35,7 +35,7 @@ import command
 from data import EOS, PAD, UNK, load_tokenizer, tokenize
 from prepare import check_vocabulary
 from published import read_texts, read_tsv
-from queries import words
+from queries import passages, words
 from reading import read_documents
 from store import read_json, write_json
 from t5 import T5
@@ -130,7 +130,7 @@ def documents(args) -> Iterator[tuple[str, str]]:
     """(document id, passage) of every document, read as they are asked for. One without any text is left out.
 
     The file's ending tells its layout: .tsv is MS MARCO's collection, .json GenRet's NQ320k, all else BEIR lines.
-    The passage is made as data.Corpus.passages makes it. Raises ValueError at a line that is no document.
+    Raises ValueError at a line that is no document.
     """
     if args.documents.suffix == ".tsv":
         yield from ((pid, text) for _, pid, text in read_tsv(args.documents) if text.strip())
@@ -140,7 +140,7 @@ def documents(args) -> Iterator[tuple[str, str]]:
         return
     for _, doc_id, title, text in read_documents(args.documents):
         if title or text:
-            yield doc_id, f"{title}. {text}" if title else text
+            yield doc_id, next(passages([title], [text]))
 
 
 # --------------------------------------------------------------------------------------------------- resuming

@@ -186,7 +186,7 @@ def round_trip(patient: Patient) -> Finding:
     codes, (model, trie), (m, k, _) = patient.codes, patient.last, patient.books.shape
     fits = codes.shape[1:] == (m,) and (model.config.codebooks, model.config.centroids) == (m, k)
     fits = fits and bool(((codes >= 0) & (codes < k)).all())
-    live = store.live_rows(patient.folder, patient.corpora)
+    live = patient.live
     lost = len(live) - len(trie.documents)
     if fits:
         rows = some(live[live < len(codes)], patient.count)
@@ -425,13 +425,14 @@ def answers_dreams(patient: Patient) -> Finding:
     config, t, generator = patient.config, patient.t, torch.Generator().manual_seed(0)
     if not (config.dreams and t):
         return Finding("skip", f"D{t}.pt was trained on no dreams")
+    if t - 1 not in patient.trained.finished:
+        return Finding("skip", f"D{t - 1}.pt, with which D{t}.pt is compared, was dropped")
     if not (drawer := prepare.find_dreams(patient.run, patient.start, patient.books, wanted=False)):
         return Finding("skip", f"the tokenizer has fewer than {dream.LEAST} words")
     rows = patient.run.choose(t, patient.count, generator)
     codes, shares = patient.codes[rows], []
     ids, beam = drawer.draw(codes, generator).to(patient.run.device), max(10, config.beam)
-    t_before = patient.trained.finished[-2]
-    for model, trie in patient.trained.at(t_before), patient.last:
+    for model, trie in patient.trained.at(t - 1), patient.last:
         leaves = torch.cat([beam_search(model, trie, part, beam)[0] for part in ids.split(64)])
         begin, end = leaves[:, :10].unbind(-1)
         answers = trie.rows[begin.clamp(max=len(trie.rows) - 1)] == codes[:, None]  # (Q, 10, M)
@@ -439,7 +440,7 @@ def answers_dreams(patient: Patient) -> Finding:
     before, now = shares
     return Finding(
         verdict(now < 0.5 * before, now < 0.8 * before or before < 0.2),
-        f"{now:.1%} of {len(ids)} dreams of D_0..D_{t - 1} find their docid among 10, {before:.1%} by D{t_before}.pt",
+        f"{now:.1%} of {len(ids)} dreams of D_0..D_{t - 1} find their docid among 10, {before:.1%} by D{t - 1}.pt",
         "80% of the latter, and that 20%",
         "raise --dream_kl or --dream_batch, or lower --lr; where both are low, dreams say little of their documents "
         "(python -m tools.dreams): train the bi-encoder longer, or take more codebooks",

@@ -17,6 +17,7 @@ import torch
 
 import command
 import dream
+import extend
 import store
 from data import EOS, PAD
 
@@ -41,10 +42,7 @@ def rows_of(run: store.LoadedRun, ids: list[str], seed: int) -> list[int]:
     """The rows of the documents of these ids, or of some that are drawn. ValueError names ids that the run lacks."""
     if not ids:
         return random.Random(seed).sample(run.live.tolist(), min(DOCUMENTS, len(run.live)))
-    row_of = {run.ids[row]: row for row in run.live.tolist() if run.ids[row] in ids}
-    if unknown := [doc_id for doc_id in ids if doc_id not in row_of]:
-        raise ValueError(f"{run.folder}: has no document {', '.join(unknown)}; doc_ids.txt lists its own")
-    return [row_of[doc_id] for doc_id in ids]
+    return extend.rows_of(run.folder, ids)
 
 
 def main(argv: list[str]) -> None:

@@ -59,6 +59,11 @@ class Run:
     flags: str
     paper: tuple[str, str, str] | None = None  # each Recall@10/MRR@10
 
+    @property
+    def split(self) -> bool:
+        """Whether its corpora are topics, and so not those of the other runs."""
+        return "--split_by topic" in self.flags
+
 
 # fmt: off
 STARTS = {
@@ -253,7 +258,7 @@ class Task:
 def differing(was: dict, task: Task) -> str:
     """Names of settings in which a run is not the one that is asked for."""
     wanted = asdict(parse(list(task.flags)).config)
-    return ", ".join(n for n in wanted if was.get(n) != wanted[n] and n not in ("run", "device"))
+    return ", ".join(n for n in wanted if was.get(n) != wanted[n] and n not in ("run", "device", "data_dir"))
 
 
 def beside(task: Task) -> dict:
@@ -399,14 +404,15 @@ def summarise(name: str, seeds: list[int], folder: Path) -> dict:
     evaluated, rows = {label: [values_of(label, seed, folder) for seed in seeds] for label in labels}, []
     for label in labels:
         results, metrics = [r for r, _ in evaluated[label]], {}
+        paired = label != reference and RUNS[label].split == RUNS[reference].split  # by test query
         for m in METRICS:
             metrics[m] = {key: [r["metrics"][m][key] for r in results] for key in ("AP", "BWT", "FWT")}
             metrics[m]["P"] = [r["metrics"][m]["P"][-1] for r in results]
+            both = zip(evaluated[label], evaluated[reference]) if paired else ()
             differences = [
-                [np.subtract(a[m], b[m]) for a, b in zip(ours, theirs)]
-                for (_, ours), (_, theirs) in zip(evaluated[label], evaluated[reference])
+                [np.subtract(a[m], b[m]) for a, b in zip(ours, theirs)] for (_, ours), (_, theirs) in both
             ]
-            metrics[m]["p_value"] = None if label == reference else paired_p(differences)
+            metrics[m]["p_value"] = paired_p(differences) if paired else None
         row = {"label": label, "metrics": metrics, "paper": RUNS[label].paper}
         if label not in NOT_RUN:
             trained = [r["trainable_parameters"] for r in results]  # by corpus, from D_1 on
@@ -429,7 +435,9 @@ def mock_growth(folder: Path) -> list[list[list[float]]]:
     run = prepare.Run(config, folder, store.Log(folder, quiet=True, writes=False))
     bi_encoder = prepare.dense_stage(run)
     books, codes = prepare.docid_stage(run, bi_encoder)
-    made = prepare.Prepared(bi_encoder, books, codes, prepare.find_dreams(run, bi_encoder, books, True))
+    made = prepare.Prepared(
+        bi_encoder, books, codes, prepare.find_dreams(run, bi_encoder, books, wanted=False)
+    )
     percent = []
     for t in range(1, len(run.corpora)):
         model, stats = run.after(t - 1)
