@@ -4,7 +4,8 @@ import fcntl
 import os
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before torch is imported
-    os.environ.setdefault(name, "1")
+    os.environ[name] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what tests compare is of one processor
 
 import shutil  # noqa: E402
 from collections.abc import Callable  # noqa: E402

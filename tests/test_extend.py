@@ -20,6 +20,7 @@ import eval as scoring
 import extend
 import ood
 import prepare
+import queries
 import rq
 import search
 import store
@@ -166,6 +167,21 @@ def test_deleted_documents_leave_trie_disk_dreams_and_evaluation_and_the_weights
     )
     drawn = prepared.choose(5, 5000, torch.Generator().manual_seed(0))
     assert set(drawn.tolist()) == set(range(50)) - {row}
+
+
+def test_annotated_and_listed_queries_of_deleted_documents_are_erased(copied):
+    corpora = store.load_corpora(copied)
+    documents = [(corpus.ids, corpus.titles, corpus.texts) for corpus in corpora]
+    listed = [("", doc_id, f"listed {doc_id} query") for ids, *_ in documents for doc_id in ids]
+    queries.store_pseudo_queries(listed, copied / "pseudo_queries", documents, frozenset())
+    (row, text), doc_id = corpora[0].train[0], corpora[0].ids[corpora[0].train[0][0]]
+    erased = text.encode(), f"listed {doc_id} query".encode()
+    assert all(any(query in content for content in contents(copied).values()) for query in erased)
+    extend.delete(copied, [row])
+    assert [
+        name for name, content in contents(copied).items() if any(query in content for query in erased)
+    ] == []
+    assert sum(b"listed" in content for content in contents(copied).values()) == 5  # those of others stay
 
 
 @pytest.mark.parametrize(
