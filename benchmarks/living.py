@@ -31,6 +31,7 @@ import queries
 import scan
 import serve
 import store
+from benchmarks.sizes import share_found
 from config import saved_config as config_of
 from index import Index
 from mixlora import mixed_layers
@@ -76,40 +77,35 @@ def megabytes(folder: Path) -> float:
 
 def add_and_measure(index: Index, documents: list, old: list, corpus) -> dict:
     """Adds documents of `corpus` in one go; `old`: the corpora that were there."""
-    asked = {doc: query for query, labels in corpus.qrels.items() for doc in labels}
     before, begin = recall(index, old), time.monotonic()
     index.add(documents)
     seconds = time.monotonic() - begin
-    hits = index.search([title for _, title, _ in documents])
-    title = np.mean([doc_id in [hit.id for hit in found] for (doc_id, _, _), found in zip(documents, hits)])
-    answers = index.search([corpus.test[asked[doc_id]] for doc_id, _, _ in documents])
-    new = np.mean([doc_id in [h.id for h in found] for (doc_id, _, _), found in zip(documents, answers)])
-    figures = {
-        "documents": len(documents),
-        "seconds": seconds,
-        "old_before": before,
-        "old": recall(index, old),
-    }
-    return figures | {"new": float(new), "title": float(title)}
+    figures = {"documents": len(documents), "seconds": seconds, "old_before": before}
+    return figures | {"old": recall(index, old), **found(index, documents, corpus)}
+
+
+def found(index: Index, documents: list, corpus) -> dict[str, float]:
+    """Shares of these documents that their human query ("new") and their title find."""
+    asked = {doc: corpus.test[query] for query, labels in corpus.qrels.items() for doc in labels}
+    ids, titles, _ = zip(*documents)
+    new = share_found(index, [asked[doc_id] for doc_id in ids], ids)
+    return {"new": new, "title": share_found(index, titles, ids)}
 
 
 def in_a_row(index: Index, documents: list, old: list, corpus) -> list[dict]:
     """Adds one document after another; figures after some of them."""
-    asked, rows, seconds, titles = {d: q for q, ls in corpus.qrels.items() for d in ls}, [], [], []
+    rows, seconds, titles = [], [], []
     for n, document in enumerate(documents, 1):
         begin = time.monotonic()
         index.add([document])
         seconds.append(time.monotonic() - begin)
-        titles.append(document[0] in [hit.id for hit in index.search(document[1])])
+        titles.append(share_found(index, [document[1]], [document[0]]))
         if n in CHECKPOINTS:
-            answers = index.search([corpus.test[asked[doc_id]] for doc_id, _, _ in documents[:n]])
-            kept = index.search([title for _, title, _ in documents[:n]])
+            shares = found(index, documents[:n], corpus)
             rows.append({
                 "adds": n, "seconds_median": float(np.median(seconds)), "seconds_max": max(seconds),
-                "old": recall(index, old),
-                "new": float(np.mean([d[0] in [h.id for h in a] for d, a in zip(documents, answers)])),
-                "title_at_once": float(np.mean(titles)),
-                "title_still": float(np.mean([d[0] in [h.id for h in a] for d, a in zip(documents, kept)])),
+                "old": recall(index, old), "new": shares["new"],
+                "title_at_once": float(np.mean(titles)), "title_still": shares["title"],
                 "experts": [len(layer) for layer in mixed_layers(index.model)], "MiB": megabytes(index.folder),
                 "peak_GiB": scoring.peak_memory() / 2**30,
                 "sketches": [len(stat.arrivals) for stat in index.stats], "pool": [len(stat.pool) for stat in index.stats],

@@ -30,9 +30,9 @@ ASKED = 2000
 
 
 def share_found(index: Index, queries: list[str], ids: list[str]) -> float:
-    """Percent of the queries whose document is among the ten found."""
+    """The share of these queries whose document is among the ten found."""
     found = index.search(queries)
-    return 100 * sum(doc_id in [hit.id for hit in hits] for doc_id, hits in zip(ids, found)) / len(ids)
+    return sum(doc_id in [hit.id for hit in hits] for doc_id, hits in zip(ids, found)) / len(ids)
 
 
 def main() -> None:
@@ -56,8 +56,8 @@ def main() -> None:
         vectors = arrays.open_array(folder / "embeddings" / "D0.npy")
         rows = [{index.row_of[doc_id]} for doc_id in ids]
         found = {
-            "human": share_found(index, questions, ids),
-            "title": share_found(index, [page.title for page in asked], ids),
+            "human": 100 * share_found(index, questions, ids),
+            "title": 100 * share_found(index, [page.title for page in asked], ids),
             "bi-encoder": 100 * dense.recall(embedded, rows, vectors),
         }
         chosen = {"M": config["M"], "K": index.model.config.centroids, "d0_steps": config["d0_steps"]}

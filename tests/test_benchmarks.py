@@ -184,7 +184,7 @@ def test_adds_are_measured_on_a_copy_without_the_last_corpus(finished, tmp_path)
 def test_the_share_of_documents_found_counts_each_query_by_its_own_document():
     found = {"moon": ["d1", "d2"], "sun": ["d3"], "mars": ["d3", "d4"], "pluto": []}
     index = SimpleNamespace(search=lambda asked: [[Hit(d, -1.0, "") for d in found[text]] for text in asked])
-    assert sizes.share_found(index, list(found), ["d2", "d1", "d3", "d4"]) == 50
+    assert sizes.share_found(index, list(found), ["d2", "d1", "d3", "d4"]) == 0.5
 
 
 def test_only_a_whole_run_replaces_the_figures_that_are_kept(tmp_path, monkeypatch):
