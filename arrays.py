@@ -8,7 +8,6 @@ Differs  the released code keeps JSON maps and tuple-keyed dictionaries, all in 
 """
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -52,6 +51,8 @@ def rename(old: Path, new: Path) -> None:
 @contextmanager
 def alone(folder: Path):
     """Makes the folder, and waits until no other process is alone in it."""
+    import fcntl  # POSIX has it, as command.py says
+
     folder.mkdir(parents=True, exist_ok=True)
     held = os.open(folder, os.O_RDONLY)
     try:
@@ -65,7 +66,7 @@ def damaged(path: Path, reason: str) -> ValueError:
     """The error of a damaged file: only a model, what is saved while it trains, its evaluation and what lies in a cache are
     made anew where they are gone.
     """
-    remade = re.fullmatch(r"(D\d+|latest(\.previous)?)\.pt", path.name) or path.parent.name == "cache"
+    remade = re.fullmatch(r"(D\d+|latest(\.previous)?)\.pt|documents_\w+\.(bin|npy)", path.name)
     evaluated = re.fullmatch(r"evaluation_(D\d+)\.json", path.name)
     remade = remade or evaluated and path.with_name(f"{evaluated[1]}.pt").exists()
     to_do = (

@@ -277,12 +277,10 @@ def parse(argv: list[str], checked: bool = True) -> Command:
         raise ValueError(f"--{stray[0]} is of --extend RUN --data DIR")
     if "consolidate" in given:
         source = Path(given.pop("consolidate"))
-        if "run" not in given or set(given) - {"run", "device"}:
-            raise ValueError(
-                "--consolidate RUN takes --run NEW, a folder for the new run, --device and --overwrite alone"
-            )
-        config = replace(saved_config(source), **given)
-        check_device(config.device)
+        if "run" not in given or set(given) - {"run", *OF_MACHINE}:
+            also = ", ".join(f"--{name}" for name in ("overwrite", *OF_MACHINE))
+            raise ValueError(f"--consolidate RUN takes --run NEW, a folder for the new run, {also} alone")
+        config = replace(going_on(source, given), run=given["run"])
         return Command(config, overwrite=overwrite, consolidates=source)
     if resume is None:
         return Command(settle(given, checked), overwrite=overwrite, given=frozenset(given))

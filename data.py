@@ -465,7 +465,7 @@ def tokenize_passages(
     """Token ids of each passage with a trailing </s>, in a store (.bin) that is written once; `report` is then told how
     many were cut at `max_length`.
     """
-    if path.with_suffix(".npy").exists():
+    if path.exists() and path.with_suffix(".npy").exists():
         return Tokens.open(path, tokenizer.vocab_size())
 
     def pieces() -> Iterator[list[int]]:

@@ -186,8 +186,12 @@ def write_trec(folder: Path, t: int, corpora: list[Corpus], evaluation: Evaluati
     folder.mkdir(parents=True, exist_ok=True)
     lines, used = [], set()
     for i, (corpus, rankings) in enumerate(zip(corpora, evaluation.rankings)):
-        names = {q: f"D{i}.{q}" if q in used else q for q in corpus.qrels}
-        used |= names.keys()
+        names = {}
+        for q in corpus.qrels:
+            names[q] = q
+            while names[q] in used:
+                names[q] = f"D{i}.{names[q]}"
+            used.add(names[q])
         lines += trec_lines({names[q]: ranking for q, ranking in rankings.items()}, tag)
         pairs = [
             f"{names[q]} 0 {doc_id} {rel}"

@@ -89,8 +89,10 @@ def require_finished(folder: Path, source: Path | None = None) -> bool:
                 f"{folder}: it is taking other documents in, which was stopped; go on with {to_do} first"
             )
         return True
-    if not (folder / f"{newest.name}.pt").exists():
-        raise ValueError(f"{folder}: {newest.name}.pt, its newest model, is gone; make it anew with {to_do}")
+    if source is not None and not (folder / f"{newest.name}.pt").exists():
+        if not (folder / f"{corpora[-2:][0].name}.pt").exists():
+            to_do = command.quoted("python", "train.py", "--consolidate", folder, "--run", "NEW")
+        raise ValueError(f"{folder}: {newest.name}.pt, its newest model, is gone; make one anew with {to_do}")
     return same and not np.isin(newest.rows, store.load_deleted(folder)).any()
 
 
@@ -338,9 +340,8 @@ def export(folder: Path, target: Path) -> int:
             )
             for split, labelled in (("train", train), ("test", test)):
                 for query_id, text, doc_id, label in labelled:
-                    if texts.setdefault(query_id, text) != text:  # a later folder may use an id again
+                    while texts.setdefault(query_id, text) != text:  # a later folder may use an id again
                         query_id = f"{corpus.name}.{query_id}"
-                        texts[query_id] = text
                     labels[split].append(f"{query_id}\t{doc_id}\t{label}\n")
     lines = (json.dumps({"_id": query_id, "text": text}) + "\n" for query_id, text in texts.items())
     arrays.write(target / "queries.jsonl", "".join(lines).encode())
@@ -359,7 +360,7 @@ def beir_line(document: tuple[str, str, str]) -> bytes:
     return (json.dumps(dict(zip(("_id", "title", "text"), document))) + "\n").encode()
 
 
-def anew(config: Config, source: Path, target: Path, documents: int, before: int) -> Config:
+def anew(config: Config, source: Path, documents: int, before: int) -> Config:
     """The settings of a run that trains D_0 on all of these documents, where it had as many `before`.
 
     Its pseudo-queries are drawn, its docids fitted, and its tokenizer trained or that of the T5 that it starts from.
@@ -368,6 +369,6 @@ def anew(config: Config, source: Path, target: Path, documents: int, before: int
     steps = {name: math.ceil(scale * getattr(config, name)) for name in STEPS}
     general = str(source / "general") if config.general else ""
     return replace(
-        config, data=str(source), data_dir="", run=str(target), splits="100", split_by="random", general=general,
+        config, data=str(source), data_dir="", splits="100", split_by="random", general=general,
         pseudo_queries="drawn", docids="", teacher="", tokenizer=config.tokenizer if config.t5 else "", **steps,
     )  # fmt: skip

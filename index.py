@@ -15,7 +15,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import arrays
@@ -25,7 +25,7 @@ import mixlora
 import search
 import store
 import train
-from config import SMALL, parse
+from config import SMALL, parse, saved_config
 
 Document = tuple[str, str, str]  # id, title, text
 
@@ -185,7 +185,8 @@ class Index:
 
     def consolidate(self, folder: str | Path) -> "Index":
         """A new index in a new folder, whose D_0 is all documents of this one: for an index that has aged."""
-        train.consolidate(self.folder, Path(folder), self.device, quiet=True)
+        config = replace(saved_config(self.folder), run=str(folder), device=self.device)
+        train.consolidate(self.folder, config, quiet=True)
         return Index(folder, self.device)
 
     def documents(self, ids: Iterable[str]) -> list[Document]:

@@ -11,6 +11,7 @@ Differs  see dense.py and rq.py; the tokenizer is trained on D_0 where no publis
 import math
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -86,19 +87,16 @@ class Run:
         self.listed = (folder / "pseudo_queries").exists()  # pseudo-queries came from a file
         sizes = [len(corpus.rows) for corpus in self.corpora if not self.is_few(corpus)]
         few = sum(len(corpus.rows) for corpus in self.corpora if self.is_few(corpus))
-        sizes += [ood.FEW] * (few // ood.FEW) + [few % ood.FEW] * (
-            few % ood.FEW > 0
-        )  # growth waits for so many
+        sizes += [ood.FEW] * math.ceil(few / ood.FEW)  # they grow a layer together
         if config.docid_kind == "atomic":
             rq.require_few(sum(sizes))
         if config.check_memory:
             free = memory.free_memory(config.device)
             n_general = len(self.general.rows) if self.general else 0
-            workload, done = (
-                memory.Workload(tuple(sizes), config.document_length, n_general),
-                store.Stages(folder),
-            )
-            left = max(1, sum(corpus.name not in done for corpus in self.corpora)) if "rq" in done else None
+            done, left = store.Stages(folder), None  # None: all
+            if "rq" in done and not (left := sum(corpus.name not in done for corpus in self.corpora)):
+                sizes, left = [*sizes, 1], 1  # what it may take in
+            workload = memory.Workload(tuple(sizes), config.document_length, n_general)
             memory.require_memory(config, workload, free, config.device, left)
 
     def load_corpora(self) -> None:
@@ -119,6 +117,11 @@ class Run:
     def ids(self) -> Chain:
         """Document ids of D_0..D_T, by document row."""
         return Chain([corpus.ids for corpus in self.corpora])
+
+    def live_of(self, corpus: data.Corpus) -> Sequence[int]:
+        """Rows of a corpus's documents that are not deleted."""
+        rows = within(self.live, corpus)
+        return corpus.rows if len(rows) == len(corpus.rows) else rows.tolist()
 
     def choose(self, t: int, count: int, generator: torch.Generator) -> Tensor:
         """Rows (count,) of documents of D_0..D_{t-1} to dream of, none of them deleted or about to be replaced.
@@ -180,20 +183,20 @@ class Run:
     def pseudo_queries(self, t: int, per_document: int, purpose: str) -> list[tuple[int, str]]:
         """A fixed list of D_t's (document row, pseudo-query), the same at every call; checked for leaks."""
         seed = f"{self.config.seed} {purpose} {t}"
-        rows = within(self.live, self.corpora[t]).tolist()
+        rows = self.live_of(self.corpora[t])
         return self.checked(t, queries.draw_pseudo_queries(self.sampler(t), rows, per_document, seed))
 
     def training_queries(self, t: int) -> list[tuple[int, str]]:
         """What D_t, t >= 1, trains on: all of its pseudo-queries from the file, or a drawn list."""
         if not isinstance(self.sampler(t), queries.ListedPseudoQueries):
             return self.pseudo_queries(t, self.config.pseudo_per_document, "training")
-        live = set(self.live.tolist())
+        live = set(self.live_of(self.corpora[t]))
         return self.checked(t, [pair for pair in self.sampler(t).pairs() if pair[0] in live])
 
     def sample(self, t: int, count: int, purpose: str) -> list[tuple[int, str]]:
         """Some `count` pairs of D_t, at least one, as evenly over its documents as that goes."""
         count, rng = max(1, count), random.Random(f"{self.config.seed} {purpose} {t}")
-        rows = within(self.live, self.corpora[t]).tolist()
+        rows = list(self.live_of(self.corpora[t]))
         chosen = rows * (count // max(1, len(rows))) or rng.sample(rows, min(count, len(rows)))
         return self.checked(t, [(row, self.sampler(t).draw(row, rng)) for row in chosen])
 

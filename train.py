@@ -44,7 +44,7 @@ import prepare
 import queries
 import rq
 import store
-from config import Command, Config, mix_config, parse, saved_config
+from config import Command, Config, mix_config, parse
 from losses import docid_cross_entropy, kl_to_previous, router_losses
 from mixlora import attention_lora, mixed_layers
 from optim import Stage, fit, parameter_groups
@@ -100,7 +100,7 @@ class FirstCorpus:
             self.corpus = data.joined(run.corpora[: last + 1])
             if not run.listed:
                 self.draw = self.sampler(self.corpus.titles, self.corpus.texts).draw
-        self.rows = prepare.within(run.live, self.corpus).tolist()
+        self.rows = run.live_of(self.corpus)
         torch.manual_seed(config.seed + 1 + last)
         table = baselines.table_so_far(run, last, books)
         self.model = T5(replace(bi_encoder.config, codebooks=len(table), centroids=table.shape[1]))
@@ -203,7 +203,9 @@ class LaterCorpus:
         self.steps = config.steps or math.ceil(config.epochs * len(pairs) / self.batch)
         self.dream_kl, style = config.dream_kl, config.dream_style
         self.pace = 1.0  # of all learning rates
-        earlier = len(run.live) > len(run.corpora[self.t].rows)  # not where D_t replaces all that there was
+        earlier = (
+            run.live < run.corpora[self.t].first_row
+        ).any()  # not where D_t replaces all that there was
         self.n_old = config.dreams if dreams and earlier else 0
         if self.added:
             growth = extend.growth_of_steps(self.documents / FULL)
@@ -528,10 +530,11 @@ def train(asked: Command, log: store.Log, last: int | None = None) -> dict:
             return {}
         name, checkpoint = f"D{t}", folder / f"D{t}.pt"
         kept = checkpoint.exists() or done.records.get(name, {}).get("dropped")
-        before_gone = (
-            t and not (folder / f"D{t - 1}.pt").exists()
-        )  # then only the newest, which is needed, is made anew
-        if name in done and (kept or before_gone and t + 1 < len(run.corpora)):
+        # Of what is gone, only the newest is needed where it cannot be made anew, or the one after it was dropped
+        idle = (
+            t and not (folder / f"D{t - 1}.pt").exists() or done.records.get(f"D{t + 1}", {}).get("dropped")
+        )
+        if name in done and (kept or idle and t + 1 < len(run.corpora)):
             if not asked.extends:
                 log.line(f"D{t} is done already")
             state, path = None, folder / f"evaluation_D{t}.json"
@@ -603,22 +606,21 @@ def execute(asked: Command, last: int | None = None, quiet: bool = False) -> dic
     return results
 
 
-def consolidate(
-    folder: Path, target: Path, device: str = "", overwrite: bool = False, quiet: bool = False
-) -> dict:
-    """Trains D_0 of a new run, in `target`, on all documents that the run in `folder` holds; see `execute`."""
-    config, corpora = saved_config(folder), store.load_corpora(folder)
+def consolidate(folder: Path, config: Config, overwrite: bool = False, quiet: bool = False) -> dict:
+    """Trains D_0 of a new run, in the folder `config.run`, on all documents that the run in `folder` holds, by the settings
+    of `config`; see `execute`.
+    """
+    corpora = store.load_corpora(folder)
     with tempfile.TemporaryDirectory(prefix="consolidate.") as place:
         documents = extend.export(folder, Path(place))
-        config = extend.anew(config, Path(place), target, documents, len(corpora[0].rows))
-        config.device = device or config.device
+        config = extend.anew(config, Path(place), documents, len(corpora[0].rows))
         return execute(Command(config, overwrite=overwrite), quiet=quiet)
 
 
 def main(argv: list[str]) -> None:
     asked = parse(argv)
     if asked.consolidates:
-        consolidate(asked.consolidates, Path(asked.config.run), asked.config.device, asked.overwrite)
+        consolidate(asked.consolidates, asked.config, asked.overwrite)
     else:
         execute(asked)
 

@@ -243,6 +243,8 @@ def test_a_run_that_goes_on_takes_settings_of_the_machine_and_no_others(finished
     assert (asked.config.micro_batch, asked.config.recompute, asked.config.check_memory) == (8, True, False)
     extends = parse(["--extend", str(finished), "--data", "x", "--micro_batch", "8"])
     assert asdict(extends.config) == asdict(saved_config(finished)) | {"micro_batch": 8}
+    consolidates = parse(["--consolidate", str(finished), "--run", "x", "--micro_batch", "8"])
+    assert (consolidates.config.run, consolidates.config.micro_batch) == ("x", 8)
     for mode in (["--resume", str(finished)], ["--extend", str(finished), "--data", "x"]):
         with pytest.raises(ValueError, match="--micro_batch -1: wanted a number from 0"):
             parse([*mode, "--micro_batch", "-1"])

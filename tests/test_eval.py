@@ -193,14 +193,15 @@ def test_trec_files_score_as_we_do(tmp_path):
 
 def test_trec_files_keep_apart_what_corpora_call_alike(tmp_path):
     corpora = [
-        Corpus(t, [doc], [""], ["text"], test={"q": "text"}, qrels={"q": {doc: 1}})
-        for t, doc in enumerate("ab")
+        Corpus(t, [doc], [""], ["text"], test=dict.fromkeys(ids, "text"), qrels={q: {doc: 1} for q in ids})
+        for t, (doc, ids) in enumerate({"a": ["q", "D1.q"], "b": ["q"]}.items())
     ]
-    found = scoring.evaluate(corpora, lambda queries: [[(1, -1.0), (0, -2.0)]])
+    found = scoring.evaluate(corpora, lambda queries: [[(1, -1.0), (0, -2.0)]] * len(queries))
     scoring.write_trec(tmp_path, 1, corpora, found, "ours")
     first = [line.split()[:3] for line in (tmp_path / "after_D1.run").read_text().splitlines()[::2]]
-    assert first == [["q", "Q0", "b"], ["D1.q", "Q0", "b"]]
-    assert [(tmp_path / f"D{i}.qrels").read_text() for i in (0, 1)] == ["q 0 a 1\n", "D1.q 0 b 1\n"]
+    assert first == [["q", "Q0", "b"], ["D1.q", "Q0", "b"], ["D1.D1.q", "Q0", "b"]]
+    assert (tmp_path / "D0.qrels").read_text() == "q 0 a 1\nD1.q 0 a 1\n"
+    assert (tmp_path / "D1.qrels").read_text() == "D1.D1.q 0 b 1\n"
 
 
 def test_trec_files_hold_only_the_corpora_seen_so_far(tmp_path):

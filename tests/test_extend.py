@@ -357,17 +357,25 @@ def test_few_documents_never_grow_a_layer_and_share_one_pool(copied, tmp_path, m
         5,
         5,
         4,
-    )  # by which experts are counted
+        1,
+    )  # by which experts are counted; 1 to come
     assert not (copied / "D4.pt").exists() and (copied / "D0.pt").exists()  # the newest two stay
     assert store.LoadedRun(copied).finished == [0, 6, 7]
     (copied / "D6.pt").unlink()  # cannot be made anew, and nothing needs it
     extend_by(copied, folder_of(tmp_path / "more", [("more", "ibis", "an ibis wades")]))
     assert store.LoadedRun(copied).finished == [0, 7, 8]
     (copied / "D8.pt").unlink()
-    with pytest.raises(ValueError, match="D8.pt, its newest model, is gone; make it anew with .* --resume"):
-        extend_by(copied, folder_of(tmp_path / "most", [("most", "emu", "an emu runs")]))
+    (copied / "D0.pt").unlink()  # whose successor was dropped: nothing needs it either
+    most = folder_of(tmp_path / "most", [("most", "emu", "an emu runs")])
+    with pytest.raises(ValueError, match="D8.pt, its newest model, is gone; make one anew with .* --resume"):
+        extend_by(copied, most)
     train.main(["--resume", str(copied)])
-    assert store.LoadedRun(copied).finished == [0, 7, 8]
+    assert store.LoadedRun(copied).finished == [7, 8]
+    for name in ("D7.pt", "D8.pt"):
+        (copied / name).unlink()
+    with pytest.raises(ValueError, match="is gone; make one anew with .* --consolidate .* --run NEW"):
+        extend_by(copied, most)
+    extend.require_finished(copied)  # deleting needs no model
 
 
 def test_a_lost_checkpoint_is_made_anew_without_what_was_deleted(copied):

@@ -42,7 +42,7 @@ def rows_of(run: store.LoadedRun, ids: list[str], seed: int) -> list[int]:
     """The rows of the documents of these ids, or of some that are drawn. ValueError names ids that the run lacks."""
     if not ids:
         return random.Random(seed).sample(run.live.tolist(), min(DOCUMENTS, len(run.live)))
-    return extend.rows_of(run.folder, ids)
+    return extend.rows_of(run.folder, list(dict.fromkeys(ids)))
 
 
 def main(argv: list[str]) -> None:

@@ -31,7 +31,7 @@ import ood
 import prepare
 import store
 import train
-from config import Config, parse, saved_config
+from config import OF_MACHINE, Config, parse, saved_config
 from search import retrieve
 from tools.plot import mean_and_error
 
@@ -258,7 +258,9 @@ class Task:
 def differing(was: dict, task: Task) -> str:
     """Names of settings in which a run is not the one that is asked for."""
     wanted = asdict(parse(list(task.flags)).config)
-    return ", ".join(n for n in wanted if was.get(n) != wanted[n] and n not in ("run", "device", "data_dir"))
+    return ", ".join(
+        n for n in wanted if was.get(n) != wanted[n] and n not in ("run", "data_dir", *OF_MACHINE)
+    )
 
 
 def beside(task: Task) -> dict:
