@@ -167,10 +167,8 @@ class Items:
     """N lists of items in one file, read when they are used."""
 
     def __init__(self, flat: np.ndarray, spans: np.ndarray):
-        self.flat, self.spans = (
-            flat,
-            spans,
-        )  # all items; (N, 2), of each list its first and the one after its last
+        self.flat = flat  # all items
+        self.spans = spans  # (N, 2), of each list its first and the one after its last
 
     @classmethod
     def open(cls, path: Path, kind: type = np.uint8):

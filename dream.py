@@ -28,7 +28,7 @@ CHUNK = 1024  # words embedded, and docids whose inner products with all words a
 
 class Dreams:
     """Draws bags of words that queries for a document with this docid would hold: 2 to `most` of these, and up to `noise`
-    from the tokenizer's prior, without which the model keeps bags of words and forgets queries.
+    from the tokenizer's prior.
     """
 
     def __init__(
@@ -80,8 +80,9 @@ def word_pieces(tokenizer) -> Tensor:
     """Pieces (W,) that begin a word and are longer than two letters; of scripts without spaces, all pieces of letters."""
     kept = []
     for piece in range(tokenizer.vocab_size()):
-        begins, text = (name := tokenizer.id_to_piece(piece)).startswith("▁"), name.lstrip("▁")
-        if text.isalpha() and (is_unspaced(text[0]) or (begins and len(text) > 2)):
+        name = tokenizer.id_to_piece(piece)
+        text = name.lstrip("▁")  # the mark of a word's beginning
+        if text.isalpha() and (is_unspaced(text[0]) or (text != name and len(text) > 2)):
             kept.append(piece)
     return torch.tensor(kept, dtype=torch.long)
 

@@ -13,7 +13,7 @@ import platform
 import sys
 import time
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import faiss
@@ -87,10 +87,8 @@ def evaluate_after(run, t: int, model: T5, docids: Tensor) -> Evaluation:
     live = live_rows(run.folder, corpora)
     trie = Trie(docids[live], live)
 
-    def ranker(texts: list[str]) -> list[Ranking]:
-        beam, length = run.config.beam, run.config.query_length
-        return retrieve(model, trie, run.tokenizer, texts, run.ids, beam=beam, max_length=length)
-
+    beam, length = run.config.beam, run.config.query_length
+    ranker = partial(retrieve, model, trie, run.tokenizer, doc_ids=run.ids, beam=beam, max_length=length)
     begin = time.monotonic()
     evaluation = evaluate(corpora, ranker)
     rate = sum(len(corpus.test) for corpus in corpora) / (time.monotonic() - begin)
@@ -160,9 +158,8 @@ def summarise(evaluations: list[Evaluation], seed: int) -> dict[str, dict]:
 
 def tested(evaluations: list[Evaluation]) -> list[int]:
     """Numbers t of the corpora of which test queries were scored last."""
-    return (
-        [t for t, values in enumerate(evaluations[-1].values) if values["recall@10"]] if evaluations else []
-    )
+    last = evaluations[-1].values if evaluations else []
+    return [t for t, values in enumerate(last) if values["recall@10"]]
 
 
 # ------------------------------------------------------------------------------------------------- TREC files
@@ -288,14 +285,10 @@ def main(argv: list[str]) -> None:
         raise ValueError(
             f"{args.run}: no corpus of this run has test queries, so there is nothing to evaluate"
         )
-    evaluations = []
+    evaluations, length = [], run.config["query_length"]
     for t in run.finished:
         model, trie = run.at(t)
-
-        def ranker(queries: list[str], model=model, trie=trie) -> list[Ranking]:
-            length = run.config["query_length"]
-            return retrieve(model, trie, run.tokenizer, queries, run.ids, beam=beam, max_length=length)
-
+        ranker = partial(retrieve, model, trie, run.tokenizer, doc_ids=run.ids, beam=beam, max_length=length)
         evaluations.append(evaluate(run.corpora[: t + 1], ranker))
         means = evaluations[-1].means("recall@10")
         shown = " ".join(f"{100 * means[i]:.1f}" for i in tested(evaluations))
@@ -303,11 +296,8 @@ def main(argv: list[str]) -> None:
         if args.trec:
             write_trec(args.trec, t, run.corpora, evaluations[-1], run.config["method"])
     summary = summarise(evaluations, run.config["seed"])
-    about, systems = (
-        "Recall@10/MRR@10, percent, after the last finished corpus",
-        {run.config["method"]: summary},
-    )
-    print(table(about, systems, tested(evaluations)))
+    about = "Recall@10/MRR@10, percent, after the last finished corpus"
+    print(table(about, {run.config["method"]: summary}, tested(evaluations)))
     print(strict_json({metric: summary[metric]["AP_ci95"] for metric in METRICS}))
 
 

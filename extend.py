@@ -25,7 +25,6 @@ from torch import Tensor
 import arrays
 import command
 import data
-import dense
 import distributed
 import ood
 import prepare
@@ -118,25 +117,14 @@ def take_in(run: prepare.Run, made: prepare.Prepared, asked: Command) -> None:
             raise ValueError(
                 f"{run.folder}: holds {names} already; pass --replace (in Python replace=True) to put the new versions in their place"
             )
-        corpus = Corpus(
-            first_row,
-            documents.ids,
-            documents.titles,
-            documents.texts,
-            test=collection.test,
-            qrels=collection.qrels,
-        )
+        listed = documents.ids, documents.titles, documents.texts
+        corpus = Corpus(first_row, *listed, test=collection.test, qrels=collection.qrels)
         store.save_corpus(run.folder, t, corpus)
         excluded = run.excluded | data.excluded_queries([corpus])
         arrays.write_array(run.folder / "excluded.npy", np.array(sorted(excluded), np.uint64))
         stored = store.StoredCorpus(run.folder, f"D{t}", corpus.rows)
         forget_tokens(run.folder, t)  # of an attempt that was stopped
-        tokens = prepare.document_tokens(run, stored)
-        embedded = arrays.ArrayWriter(
-            run.folder / "embeddings" / f"D{t}.npy", (len(tokens), made.books.shape[-1])
-        )
-        dense.embed(made.bi_encoder, tokens, out=embedded.values)
-        vectors = embedded.close()
+        vectors = prepare.embed_documents(run, made.bi_encoder, stored)
         if len(vectors) < ood.FEW:
             staying = np.setdiff1d(run.live, replaced)
             taken = {tuple(docid) for docid in made.codes[staying].tolist()}
@@ -147,12 +135,7 @@ def take_in(run: prepare.Run, made: prepare.Prepared, asked: Command) -> None:
         arrays.write_array(run.folder / "docids.npy", every.numpy().astype(np.int16))
         store.write_ids(run.folder, [*run.corpora, corpus])
         about = store.read_json(run.folder / "corpus.json")
-        added = {
-            "source": str(source),
-            "files": files,
-            "replaced": sorted(replaced),
-            "keep": asked.keep,
-        }
+        added = {"source": str(source), "files": files, "replaced": sorted(replaced), "keep": asked.keep}
         about["corpora"].append(store.described(corpus) | {"added": added})
         arrays.write_json(run.folder / "corpus.json", about)
         n = len(collection.train)

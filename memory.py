@@ -116,10 +116,8 @@ def kept(net, mix, source: int, target: int, encode=True, recompute=False, token
 def logits(net: T5Config, mask: str = "segment") -> int:
     """Logits of one docid's loss: M positions, each against the rows that the mask leaves."""
     every = net.codebooks * net.centroids
-    return (
-        net.codebooks
-        * {"segment": net.centroids, "docid_vocab": every, "full_vocab": every + net.vocab}[mask]
-    )
+    rows = {"segment": net.centroids, "docid_vocab": every, "full_vocab": every + net.vocab}
+    return net.codebooks * rows[mask]
 
 
 def stages(config, workload: Workload):

@@ -36,9 +36,7 @@ class MixConfig:
     dropout: float = 0.05  # on an expert's input
     active: int = 2  # A, experts per token
     router: str = "cosine"  # or "linear"
-    lora_in_site: str = (
-        "post_act"  # add W_in's expert after the activation, as the released code does, or "pre_act"
-    )
+    lora_in_site: str = "post_act"  # W_in's expert comes after the activation (released code), or "pre_act"
 
     def __post_init__(self):
         for name, wanted in (("router", ("cosine", "linear")), ("lora_in_site", ("post_act", "pre_act"))):
@@ -65,20 +63,20 @@ class Route:
         return replace(self, x=self.x[chosen], scores=self.scores[chosen], gates=self.gates[chosen])
 
 
+def kaiming(*shape: int) -> nn.Parameter:
+    """Uniform with a = sqrt(5), as published: bound = fan_in^-1/2, fan_in being the last of the shape."""
+    return nn.Parameter((torch.rand(shape) * 2 - 1) * shape[-1] ** -0.5)
+
+
 class Experts(nn.Module):
     """E LoRA experts, stacked: `in` adapts W_in (F, D), `out` adapts W_out (D, F)."""
 
     def __init__(self, experts: int, width: int, feed_forward: int, rank: int):
         super().__init__()
-
-        def kaiming(
-            fan_in: int,
-        ) -> nn.Parameter:  # uniform with a = sqrt(5), as published: bound = fan_in^-1/2
-            return nn.Parameter((torch.rand(experts, rank, fan_in) * 2 - 1) * fan_in**-0.5)
-
+        each = experts, rank
         # B lies as (E, r, F) in memory, as `mixed_delta` multiplies by it
-        self.in_a, self.in_b = kaiming(width), nn.Parameter(torch.zeros(experts, rank, feed_forward).mT)
-        self.out_a, self.out_b = kaiming(feed_forward), nn.Parameter(torch.zeros(experts, rank, width).mT)
+        self.in_a, self.in_b = kaiming(*each, width), nn.Parameter(torch.zeros(*each, feed_forward).mT)
+        self.out_a, self.out_b = kaiming(*each, feed_forward), nn.Parameter(torch.zeros(*each, width).mT)
 
     def __len__(self) -> int:
         return len(self.in_a)
@@ -236,8 +234,7 @@ class LowRankAttention(Attention):
         self.heads, self.dropout, self.after, self.plain = plain.heads, plain.dropout, plain.after, plain
         for name in "qkvo":
             n_out, n_in = getattr(plain, name).shape
-            a = (torch.rand(rank, n_in) * 2 - 1) * n_in**-0.5  # Kaiming, as the experts'
-            self.register_parameter(f"{name}_a", nn.Parameter(a))
+            self.register_parameter(f"{name}_a", kaiming(rank, n_in))
             self.register_parameter(f"{name}_b", nn.Parameter(torch.zeros(n_out, rank)))
 
     def adapted(self, name: str) -> Tensor:
@@ -267,9 +264,7 @@ def attention_lora(model: T5) -> list[LowRankAttention]:
 
 def attention_parameters(model: T5) -> list[tuple[str, nn.Parameter]]:
     """Name and parameter of every A and B on attention."""
-    adapted = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, LowRankAttention)
-    ]
+    adapted = [pair for pair in model.named_modules() if isinstance(pair[1], LowRankAttention)]
     return [pair for name, module in adapted for pair in module.named_parameters(name, recurse=False)]
 
 

@@ -41,7 +41,7 @@ from config import Config
 from dream import Dreams, dreams
 from reading import Problems, read_pseudo_queries
 from search import Ranking
-from t5 import T5, T5Config
+from t5 import T5
 
 ENOUGH = 1500  # documents of D_0 for the small presets' M, K and vocab; of fewer, these follow from the number (ours)
 
@@ -87,7 +87,7 @@ class Run:
         self.listed = (folder / "pseudo_queries").exists()  # pseudo-queries came from a file
         sizes = [len(corpus.rows) for corpus in self.corpora if not self.is_few(corpus)]
         few = sum(len(corpus.rows) for corpus in self.corpora if self.is_few(corpus))
-        sizes += [ood.FEW] * math.ceil(few / ood.FEW)  # they grow a layer together
+        sizes += [min(ood.FEW, few - start) for start in range(0, few, ood.FEW)]  # they grow a layer together
         if config.docid_kind == "atomic":
             rq.require_few(sum(sizes))
         if config.check_memory:
@@ -344,7 +344,7 @@ def report_changes(config: Config, folder: Path, log: store.Log) -> None:
 
 def dense_stage(run: Run) -> T5:
     """The bi-encoder, trained on D_0 and general text; it embeds the documents of each corpus (n, D), on disk."""
-    config, path, folder = run.config, run.folder / "dense.pt", run.folder / "embeddings"
+    config, path = run.config, run.folder / "dense.pt"
     if path.exists():
         drop_examples(run)
         return run.ready(store.load_model(path)[0])
@@ -359,12 +359,8 @@ def dense_stage(run: Run) -> T5:
         model = weights.read_published(run.t5, config.M, config.K, config.dropout)
         check_vocabulary(run.tokenizer.vocab_size(), model.config.vocab, config.t5)
     else:
-        model = T5(T5Config(
-            vocab=run.tokenizer.vocab_size(), width=config.width, heads=config.heads,
-            head_width=config.width // config.heads, feed_forward=config.feed_forward,
-            encoder_blocks=config.encoder_blocks, decoder_blocks=config.decoder_blocks, dropout=config.dropout,
-            codebooks=config.M, centroids=config.K,
-        ))  # fmt: skip
+        shape = replace(memory.network(config), vocab=run.tokenizer.vocab_size(), dropout=config.dropout)
+        model = T5(shape)
         weights.start_from_lsa(model, passages)
     run.ready(model)
     run.checked(0, run.corpora[0].train)
@@ -372,12 +368,8 @@ def dense_stage(run: Run) -> T5:
         dense.read_teacher(Path(teacher), run.corpora[0], config.skip_invalid)
     dense.train(run, model, passages)
     if distributed.is_main_process():
-        folder.mkdir(exist_ok=True)
         for corpus in everything:
-            tokens = document_tokens(run, corpus)
-            embeddings = ArrayWriter(folder / f"{corpus.name}.npy", (len(tokens), model.config.width))
-            dense.embed(model, tokens, out=embeddings.values)
-            embeddings.close()
+            embed_documents(run, model, corpus)
         store.save_model(path, model, [])
         drop_examples(run)
     distributed.wait()
@@ -400,6 +392,14 @@ def document_tokens(run: Run, corpus: store.StoredCorpus) -> Tokens:
             run.log.line(f"{corpus.name}: {cut} of {n} documents are cut at --document_length {length}")
 
     return data.tokenize_passages(run.tokenizer, corpus.passages(), length, place, report)
+
+
+def embed_documents(run: Run, bi_encoder: T5, corpus: store.StoredCorpus) -> Tensor:
+    """(n, D) of a corpus's documents, on disk."""
+    tokens, path = document_tokens(run, corpus), run.folder / "embeddings" / f"{corpus.name}.npy"
+    written = ArrayWriter(path, (len(tokens), bi_encoder.config.width))
+    dense.embed(bi_encoder, tokens, out=written.values)
+    return written.close()
 
 
 def open_embeddings(run: Run, corpora: list[store.StoredCorpus]) -> list[Tensor]:
@@ -492,10 +492,10 @@ def report_recall(run: Run, bi_encoder: T5, embeddings: list[Tensor], books: Ten
     def recall(chosen: slice, documents) -> float:
         return dense.recall(embedded[chosen], relevant[chosen], documents, device=run.device)
 
-    for name in ("before", "after"):
-        chunks = chunks_of(embeddings) if name == "before" else decoded(books, codes)
-        first = chunks_of(embeddings[:1]) if name == "before" else decoded(books, codes[:d0])
-        in_d0, later = recall(slice(n_d0), first), recall(slice(n_d0, None), chunks)
+    before = chunks_of(embeddings[:1]), chunks_of(embeddings)
+    after = decoded(books, codes[:d0]), decoded(books, codes)
+    for name, (first, every) in (("before", before), ("after", after)):
+        in_d0, later = recall(slice(n_d0), first), recall(slice(n_d0, None), every)
         run.log.line(
             f"dense Recall@10 {name} quantisation: {in_d0:.3f} on D0 alone, {later:.3f} on later queries among all"
         )
@@ -507,7 +507,7 @@ def chunks_of(embeddings: list[Tensor]):
 
 
 def decoded(books: Tensor, codes: Tensor):
-    """The same of their reconstructions."""
+    """The vectors that docids (N, M) stand for, in chunks as those of `chunks_of`."""
     return (rq.decode(books, chunk) for chunk in codes.split(dense.CHUNK))
 
 

@@ -218,9 +218,7 @@ def read_msmarco(folder: Path, store: Path | None = None, skip_invalid: bool = F
     test = read_queries(documents, problems, folder, "qrels.dev.small.tsv", "queries.dev.small.tsv")
     annotated, notes = [row[:3] for row in train], {"layout": "MS MARCO"}
     collection = Collection(documents, annotated, {}, {}, notes=notes, problems=problems)
-    for doc_id, query, qid, label in test:
-        collection.test[qid] = query
-        collection.qrels.setdefault(qid, {})[doc_id] = label
+    collection.add_tests(test)
     return settled(collection, folder)
 
 
@@ -231,12 +229,8 @@ def authors_parts(folder: Path) -> list[Path]:
 
 def read_authors(folder: Path, store: Path | None = None, skip_invalid: bool = False) -> Collection:
     """The released code's d0, d1, ..; a later part may repeat the documents of those before it, or hold its own alone."""
-    documents, problems, parts = (
-        Documents(store),
-        Problems(skip_invalid),
-        authors_parts(folder) or [folder / "d0"],
-    )
-    ends = [0]
+    documents, problems = Documents(store), Problems(skip_invalid)
+    parts, ends = authors_parts(folder) or [folder / "d0"], [0]
     for part in parts:
         for place, doc_id, text in read_tsv(part / "full_collection" / "raw.tsv", problems):
             if documents.row_of.get(doc_id, ends[-1]) >= ends[-1]:  # of no part before this one
@@ -248,11 +242,8 @@ def read_authors(folder: Path, store: Path | None = None, skip_invalid: bool = F
     if len(parts) > 1:
         collection.order = list(documents.row_of)
     for t, part in enumerate(parts):
-        for doc_id, query, qid, label in read_queries(
-            documents, problems, part / "eval_queries", "eval_qrel.json"
-        ):
-            collection.test[f"d{t}.{qid}"] = query
-            collection.qrels.setdefault(f"d{t}.{qid}", {})[doc_id] = label
+        tests = read_queries(documents, problems, part / "eval_queries", "eval_qrel.json")
+        collection.add_tests(tests, f"d{t}.")
     annotations = parts[0] / "train_queries"
     if annotations.is_dir():
         labelled = read_queries(documents, problems, annotations, "train_qrel.json")

@@ -41,6 +41,7 @@ WORD = re.compile(rf"[\w{MARKS}]+(?:['’.-][\w{MARKS}]+)*(?:\+\+|#)?")
 # Scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana and Chinese characters
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 RUN = re.compile(rf"[{UNSPACED}{MARKS}]+|[^{UNSPACED}]+")
+UNSPACED_LETTER = re.compile(f"[{UNSPACED}]")
 LETTER = re.compile(rf".[{MARKS}]*", re.S)  # with its marks
 SENTENCE_MARKS = "?!.,;:\"'`“”‘’«»()[]{}…¿¡،؛؟۔।॥、。，．！？；：「」『』（）"
 
@@ -69,9 +70,6 @@ def units(text: str) -> list[str]:
             letters = LETTER.findall(run) if is_unspaced(run[0]) else [run]
             pieces += ["".join(letters[i : i + 2]) for i in range(0, len(letters), 2)]
     return pieces
-
-
-UNSPACED_LETTER = re.compile(f"[{UNSPACED}]")
 
 
 def is_unspaced(letter: str) -> bool:
@@ -156,7 +154,8 @@ class PseudoQuerySampler:
 
     One in four is a crop of 5 to 14 words of a sentence. The others are 2 to 7 words of a window of 40, drawn
     by inverse document frequency and kept in text order, mostly led by words of the title and, where the words are
-    in ASCII, sometimes by an English question word. In scripts without spaces two letters stand for a word. A query whose digest is `excluded`, as those of test queries are, is never returned.
+    in ASCII, sometimes by an English question word. In scripts without spaces two letters stand for a word. A query
+    whose digest is `excluded`, as those of test queries are, is never returned.
     """
 
     def __init__(self, titles: Sequence, texts: Sequence, idf: Idf, excluded=frozenset(), first_row: int = 0):
@@ -213,7 +212,7 @@ class PseudoQuerySampler:
         return query
 
 
-def draw_pseudo_queries(sampler, rows: range, per_document: int, seed: str) -> list[tuple[int, str]]:
+def draw_pseudo_queries(sampler, rows: Iterable[int], per_document: int, seed: str) -> list[tuple[int, str]]:
     """A fixed list of (row, query), `per_document` for each row; the same seed gives the same list."""
     rng = random.Random(seed)
     return [(row, sampler.draw(row, rng)) for row in rows for _ in range(per_document)]

@@ -125,14 +125,10 @@ def _beam_encode(x: Tensor, books: Tensor, crossed: list[Tensor], beam: int) -> 
         change = (book.pow(2).sum(-1) - 2 * x @ book.T)[:, None]  # (N, 1, K)
         if m:
             rows = codes + torch.arange(m, device=x.device) * centroids  # (N, b, m)
-            change = (
-                F.embedding_bag(rows.flatten(0, 1), table, mode="sum").unflatten(0, codes.shape[:2]) + change
-            )
-        error, best = (
-            (change + error[..., None])
-            .flatten(1)
-            .topk(min(beam, error.shape[1] * centroids), dim=1, largest=False)
-        )  # (N, b')
+            past = F.embedding_bag(rows.flatten(0, 1), table, mode="sum").unflatten(0, codes.shape[:2])
+            change = past + change
+        total = (change + error[..., None]).flatten(1)  # (N, b * K)
+        error, best = total.topk(min(beam, total.shape[1]), dim=1, largest=False)  # (N, b')
         parent, code = best // centroids, best % centroids
         codes = torch.cat([codes.gather(1, parent[..., None].expand(-1, -1, m)), code[..., None]], dim=2)
     return codes

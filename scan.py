@@ -44,9 +44,8 @@ class SourceCache:
             width = int(lengths[rows].max())
             source, _ = model.encode(ids[rows, :width].to(device))
             at = torch.arange(width) < lengths[rows, None]
-            self.flat[(self.start[rows, None] + torch.arange(width))[at]] = source.to(self.flat.dtype).cpu()[
-                at
-            ]
+            places = (self.start[rows, None] + torch.arange(width))[at]
+            self.flat[places] = source.to(self.flat.dtype).cpu()[at]
 
     def get(self, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Hidden states (B, S, D) and padding bias (B, 1, 1, S), as T5.encode gives them."""
@@ -73,12 +72,12 @@ def scan(
     cache: SourceCache,
     codes: Tensor,
     is_ood: Callable | None = None,
-    n_new: int = 0,
+    n_plain: int = 0,
     hidden: bool = True,
 ) -> Scan:
     """Runs the decoder over cached queries with docids (Q, M).
 
-    Directions are of the first `n_new` queries; `is_ood(layer, scores)` tells which of a batch are OOD for a layer,
+    Directions are of the first `n_plain` queries; `is_ood(layer, scores)` tells which of a batch are OOD for a layer,
     (B, M, E) -> (B,). Without `hidden` it ends at the last mixed layer's router.
     """
     model.eval()
@@ -97,9 +96,9 @@ def scan(
             routes = routes_of(model, source, padding, docids)
         for layer, route in enumerate(routes):
             scores[layer].append(route.scores.cpu())
-            if (new := rows < n_new).any():
-                unit = F.normalize(route.x.float().cpu()[new], dim=-1)
+            if (plain := rows < n_plain).any():
+                unit = F.normalize(route.x.float().cpu()[plain], dim=-1)
                 every[layer] += unit.sum((0, 1))
-                flagged[layer] += unit[is_ood(layer, scores[layer][-1][new])].sum((0, 1))
+                flagged[layer] += unit[is_ood(layer, scores[layer][-1][plain])].sum((0, 1))
     direction = [one if one.any() else other for one, other in zip(flagged, every)]
     return Scan(kept, [torch.cat(parts)[by_length.argsort()] for parts in scores], direction)

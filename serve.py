@@ -164,9 +164,8 @@ def growth(folder: Path) -> list[dict]:
         for layer, n in zip(layers, experts):
             layer["added"] += [stage] * (n - len(layer["added"]))
         for layer, decision in zip(layers, record.get("decisions", [])):
-            layer["decisions"].append(
-                {"corpus": stage} | {k: decision[k] for k in ("ood_percent", "expanded")}
-            )
+            shown = {name: decision[name] for name in ("ood_percent", "expanded")}
+            layer["decisions"].append({"corpus": stage} | shown)
     return layers
 
 
@@ -371,15 +370,12 @@ class Handler(BaseHTTPRequestHandler):
     def page(self, site: Site) -> tuple[str, bytes]:
         """serve.html; its script and its style carry a number drawn anew, without which the browser runs none."""
         self.nonce = secrets.token_urlsafe(16)
-        html = (
-            PAGE.read_text(encoding="utf-8").replace("{{nonce}}", self.nonce).replace("{{token}}", site.token)
-        )
-        return "text/html; charset=utf-8", html.encode()
+        html = PAGE.read_text(encoding="utf-8").replace("{{nonce}}", self.nonce)
+        return "text/html; charset=utf-8", html.replace("{{token}}", site.token).encode()
 
     def reply(self, status: int, kind: str, body: bytes) -> None:
-        self.request_version = (
-            "HTTP/1.0"  # also where the first line made no sense, or there is no status line
-        )
+        # also where the first line made no sense, or there is no status line
+        self.request_version = "HTTP/1.0"
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
@@ -395,9 +391,8 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """In JSON. An unknown method or version of HTTP, to http.server a fault of its own, is the client's."""
         code = {501: 405, 505: 400}.get(code, int(code))
-        self.reply(
-            code, "application/json", json.dumps({"error": message or HTTPStatus(code).phrase}).encode()
-        )
+        said = json.dumps({"error": message or HTTPStatus(code).phrase})
+        self.reply(code, "application/json", said.encode())
 
     def log_message(self, *line) -> None:
         pass

@@ -207,9 +207,8 @@ def check_stamp(path: Path, value: dict) -> None:
     """Raises ValueError where a checkpoint is of another format or belongs to another run."""
     check_format(path, value.get("format") if isinstance(value, dict) else type(value).__name__)
     folder, corpora = path.parent, value.get("corpora")
-    if (
-        corpora is None and (folder / "corpus.json").exists()
-    ):  # of commit b518eeb and before: of all but added ones
+    # of commit b518eeb and before: of all but added ones
+    if corpora is None and (folder / "corpus.json").exists():
         corpora = sum("added" not in item for item in read_json(folder / "corpus.json")["corpora"])
     if value["made_for"] != stamp(folder, value["docids"], corpora)["made_for"]:
         raise damaged(path, "made for other documents, another tokenizer or other docids than lie beside it")
@@ -217,12 +216,8 @@ def check_stamp(path: Path, value: dict) -> None:
 
 def save_model(path: Path, model: T5, stats: list[Stats]) -> None:
     """A model with its shape, its experts, adapters or prompts, and the OOD statistics of its layers."""
-    layers, lora, bottlenecks, prompts = (
-        mixed_layers(model),
-        attention_lora(model),
-        adapters(model),
-        model.prefix,
-    )
+    layers, lora = mixed_layers(model), attention_lora(model)
+    bottlenecks, prompts = adapters(model), model.prefix
     value = stamp(path.parent) | {
         "t5": asdict(model.config),
         "mix": asdict(layers[0].config) if layers else None,

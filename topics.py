@@ -8,7 +8,6 @@ Differs  topics are clusters of TF-IDF vectors after latent semantic analysis (D
          bi-encoder to tell them before D_0 is known
 """
 
-import math
 import random
 from collections.abc import Iterable
 
@@ -57,7 +56,7 @@ def topic_order(passages: Iterable[str], sizes: list[int], seed: int) -> list[in
     corpus = torch.zeros(n, dtype=torch.long)  # of each document
     for t, (size, c) in enumerate(zip(later, held), 1):
         elsewhere = torch.isin(cluster, torch.tensor(held)) & (cluster != c)
-        score = (own[:, c] - 6.0 * elsewhere).masked_fill(corpus > 0, -math.inf)
+        score = (own[:, c] - 6.0 * elsewhere).masked_fill(corpus > 0, -torch.inf)
         corpus[score.topk(size).indices] = t
     arrival = list(range(n))
     rng.shuffle(arrival)

@@ -116,8 +116,9 @@ class FirstCorpus:
         if run.general and config.docid_kind != "atomic":
             self.extra = run.general_sampler
             embedded = prepare.open_embeddings(run, [run.general])[0]
-        elif config.d0_fragments:
-            self.extra = self.fragments()
+        elif config.d0_fragments:  # spans of documents are learnt as documents of their own
+            titles, texts = ([of[row] for row in self.rows] for of in (self.corpus.titles, self.corpus.texts))
+            self.extra = self.sampler(*queries.fragments(titles, texts, config.d0_fragments, self.rng))
             passages = list(queries.passages(self.extra.titles, self.extra.texts))
             tokens = data.tokenize(run.tokenizer, passages, config.document_length)
             embedded = dense.embed(bi_encoder, tokens, 256)
@@ -129,11 +130,6 @@ class FirstCorpus:
     def sampler(self, titles: Sequence[str], texts: Sequence[str]) -> queries.PseudoQuerySampler:
         idf = queries.Idf(self.corpus.passages()) if self.last else self.run.idf
         return queries.PseudoQuerySampler(titles, texts, idf, self.run.excluded)
-
-    def fragments(self) -> queries.PseudoQuerySampler:
-        """Spans of documents that are learnt as documents of their own, where there is no general text."""
-        titles, texts = ([of[row] for row in self.rows] for of in (self.corpus.titles, self.corpus.texts))
-        return self.sampler(*queries.fragments(titles, texts, self.config.d0_fragments, self.rng))
 
     def next_batch(self) -> list[tuple[int, str]]:
         """(row of `targets`, pseudo-query)"""
@@ -192,9 +188,10 @@ class LaterCorpus:
         self.record = {"decisions": []}
 
     def queries(self) -> tuple[Tensor, Tensor]:
-        """Token ids (Q, S) and docids (Q, M): `n_plain` pseudo-queries of D_t, dreams of its documents, which with them
-        are `n_new`, and `n_old` that hold the model to what it said of their docids, or of few new ones: dreams of
-        earlier docids and, of general text, pseudo-queries.
+        """Token ids (Q, S) and docids (Q, M) of the stage's queries, in this order: `n_plain` pseudo-queries of D_t; dreams
+        of its own documents, with which they are `n_new`; and `n_old` that hold the model to what it said before: dreams
+        of earlier docids, and pseudo-queries of general text. Where D_t has few documents, every other one of these is
+        paired with one of its docids: how unlikely that was is held.
         """
         config, run, codes, dreams = self.config, self.run, self.made.codes, self.made.dreams
         pairs = run.training_queries(self.t)
@@ -423,9 +420,9 @@ def learn(run: Run, t: int, made: Prepared, previous: State | None) -> tuple[Sta
         n_trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
         return state, {"decisions": [], "trainable_parameters": n_trained} if t else {}
     if run.config.insert:
-        added = baselines.insert(run, t, made.books[0], previous.model)
-        baselines.extend_table(previous.model, added[None])
-        return previous, {"decisions": [], "trainable_parameters": added[run.corpora[t].first_row :].numel()}
+        table = baselines.insert(run, t, made.books[0], previous.model)
+        baselines.extend_table(previous.model, table[None])
+        return previous, {"decisions": [], "trainable_parameters": table[run.corpora[t].first_row :].numel()}
     stage = LaterCorpus(run, t, made, previous)
     stage.scan()
     stage.grow()
@@ -440,11 +437,9 @@ def learn(run: Run, t: int, made: Prepared, previous: State | None) -> tuple[Sta
 def fresh_scores(run: Run, model: T5, made: Prepared, t: int, purpose: str = "fresh") -> list[Tensor]:
     """Router scores (Q, M, E) of each mixed layer for pseudo-queries of D_t that no training saw, unless they are listed."""
     corpus = run.corpora[t]
-    count = (
-        min(FRESH_QUERIES, run.config.pseudo_per_document * len(corpus.rows))
-        if corpus.added
-        else FRESH_QUERIES
-    )
+    count = FRESH_QUERIES
+    if corpus.added:
+        count = min(count, run.config.pseudo_per_document * len(corpus.rows))
     pairs = run.sample(t, count, purpose)
     docids = made.codes[[row for row, _ in pairs]]
     return scan(model, SourceCache(model, run.tokens(pairs)), docids, hidden=False).scores

@@ -14,6 +14,7 @@ import store
 import train
 from config import parse
 from dream import FEWEST, LEAST, MOST, NOISE, TOP, Dreams, choose, dreams, word_pieces
+from t5 import T5, T5Config
 
 WORDS, WIDTH, M, K = 60, 8, 2, 5
 
@@ -190,7 +191,7 @@ def test_words_begin_with_a_space_and_have_three_letters_or_are_of_a_script_with
 
 def test_dreams_of_a_tokenizer_use_its_words_their_scores_and_their_embeddings_as_queries():
     names = [f"▁word{'abcdefgh'[i // 8]}{'abcdefgh'[i % 8]}" for i in range(TOP)]
-    model = prepare.T5(prepare.T5Config(TOP + 3, 16, 8, 2, 32, 1, 1, dropout=0.1, codebooks=1, centroids=4))
+    model = T5(T5Config(TOP + 3, 16, 8, 2, 32, 1, 1, dropout=0.1, codebooks=1, centroids=4))
     made = dreams(model, vocabulary("<pad>", "</s>", "x", *names), torch.randn(1, 4, 16))
     assert made.pieces.tolist() == list(range(3, TOP + 3))
     torch.testing.assert_close(made.prior.log(), -made.pieces.double())
