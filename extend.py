@@ -89,7 +89,7 @@ def require_finished(folder: Path, source: Path | None = None) -> bool:
             )
         return True
     if source is not None and not (folder / f"{newest.name}.pt").exists():
-        if not (folder / f"{corpora[-2:][0].name}.pt").exists():
+        if corpora[1:] and not (folder / f"{corpora[-2].name}.pt").exists():
             to_do = command.quoted("python", "train.py", "--consolidate", folder, "--run", "NEW")
         raise ValueError(f"{folder}: {newest.name}.pt, its newest model, is gone; make one anew with {to_do}")
     return same and not np.isin(newest.rows, store.load_deleted(folder)).any()

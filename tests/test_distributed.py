@@ -112,9 +112,7 @@ def test_two_processes_end_with_the_weights_and_statistics_of_one(runs):
 
 def test_two_processes_evaluate_as_one(runs):
     one, two = (json.loads((run / "results.json").read_text()) for run in runs)
-    for metric in ("recall@10", "mrr@10"):
-        ap = [results["metrics"][metric]["AP"] for results in (one, two)]
-        assert ap[0] == pytest.approx(ap[1], abs=0.05)  # roundings may move a query or two
+    assert one["metrics"]["recall@10"] == two["metrics"]["recall@10"]
     assert one["experts"] == two["experts"] == {"D0": [2, 2], "D1": [3, 3]}
     assert two["versions"]["processes"] == 2 and one["versions"]["processes"] == 1
 
