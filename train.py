@@ -200,9 +200,7 @@ class LaterCorpus:
         self.steps = config.steps or math.ceil(config.epochs * len(pairs) / self.batch)
         self.dream_kl, style = config.dream_kl, config.dream_style
         self.pace = 1.0  # of all learning rates
-        earlier = (
-            run.live < run.corpora[self.t].first_row
-        ).any()  # not where D_t replaces all that there was
+        earlier = (run.live < run.corpora[self.t].first_row).any()  # not where D_t replaces them all
         self.n_old = config.dreams if dreams and earlier else 0
         if self.added:
             growth = extend.growth_of_steps(self.documents / FULL)
@@ -525,11 +523,10 @@ def train(asked: Command, log: store.Log, last: int | None = None) -> dict:
             return {}
         name, checkpoint = f"D{t}", folder / f"D{t}.pt"
         kept = checkpoint.exists() or done.records.get(name, {}).get("dropped")
-        # Of what is gone, only the newest is needed where it cannot be made anew, or the one after it was dropped
-        idle = (
-            t and not (folder / f"D{t - 1}.pt").exists() or done.records.get(f"D{t + 1}", {}).get("dropped")
-        )
-        if name in done and (kept or idle and t + 1 < len(run.corpora)):
+        # One that is gone, but not the newest, is left out where it cannot be made anew or the next one was dropped
+        lost = t and not (folder / f"D{t - 1}.pt").exists()
+        needless = t + 1 < len(run.corpora) and (lost or done.records.get(f"D{t + 1}", {}).get("dropped"))
+        if name in done and (kept or needless):
             if not asked.extends:
                 log.line(f"D{t} is done already")
             state, path = None, folder / f"evaluation_D{t}.json"
