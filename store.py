@@ -346,11 +346,16 @@ def new_folder(folder: Path, config: dict, overwrite: bool):
 def lock(folder: Path):
     """Keeps others from training in this folder while the returned file is open. Raises ValueError where one does."""
     file = (folder / "lock").open("a")
+    hold(file, f"{folder}: another process trains here; wait, or take another folder")
+    return file
+
+
+def hold(file, refusal: str) -> None:
+    """Keeps others from holding this file while it is open. Raises ValueError, with the refusal, where one holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{folder}: another process trains here; wait, or take another folder") from None
-    return file
+        raise ValueError(refusal) from None
 
 
 # ---------------------------------------------------------------------------------------------- log and resume

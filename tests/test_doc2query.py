@@ -13,6 +13,7 @@ import data
 from data import load_tokenizer, train_tokenizer
 from queries import store_pseudo_queries
 from reading import Problems, read_pseudo_queries
+from store import hold
 from t5 import T5, T5Config
 from tools import doc2query
 from tools.doc2query import document_uniforms, draw, main, next_word_probabilities, sample
@@ -435,6 +436,17 @@ def test_an_output_that_was_cut_is_refused_and_an_empty_one_begun_anew(folder, w
     ):
         main(command(folder, out))
     out.write_bytes(b"")
+    main(command(folder, out))
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_two_commands_do_not_write_into_one_output(folder, whole, tmp_path):
+    out = tmp_path / "out.jsonl"
+    with out.open("ab") as other:
+        hold(other, "")
+        with pytest.raises(ValueError, match="out.jsonl: another process writes into it; wait"):
+            main(command(folder, out))
+    assert not out.read_bytes()
     main(command(folder, out))
     assert out.read_bytes() == whole.read_bytes()
 

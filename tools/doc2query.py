@@ -37,7 +37,7 @@ from prepare import check_vocabulary
 from published import read_texts, read_tsv
 from queries import passages, words
 from reading import read_documents
-from store import read_json, write_json
+from store import hold, read_json, write_json
 from t5 import T5
 from weights import find_t5, read_published
 
@@ -228,12 +228,13 @@ def main(argv: list[str]) -> None:
     if next(documents(args), None) is None:
         raise ValueError(f"{args.documents}: found no document with a title or a text")
     model, tokenizer = load(args)
-    progress = begin(args)
-    stream = islice(documents(args), progress["documents"], None)
-    earlier, start, last = progress["queries"], time.monotonic(), 0.0
-    if progress["documents"]:
-        print(f"goes on after {progress['documents']} documents")
     with args.out.open("ab") as file:
+        hold(file, f"{args.out}: another process writes into it; wait, or pass another --out")
+        progress = begin(args)
+        stream = islice(documents(args), progress["documents"], None)
+        earlier, start, last = progress["queries"], time.monotonic(), 0.0
+        if progress["documents"]:
+            print(f"goes on after {progress['documents']} documents")
         file.truncate(progress["bytes"])
         while batch := list(islice(stream, args.batch)):
             for (doc_id, _), texts in zip(batch, queries(model, tokenizer, batch, args)):
