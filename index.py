@@ -132,9 +132,9 @@ class Index:
             raise ValueError(f"k = {k}: wanted a positive number of documents")
         if any(not text.strip() for text in queries):
             raise ValueError("the query is empty; type some words")
-        beam = min(max(config["beam"], k), len(self.live))
+        beam, length = max(config["beam"], k), config["query_length"]
         found = search.retrieve(
-            self.model, self.trie, self.run.tokenizer, queries, self.run.ids, k, beam, config["query_length"]
+            self.model, self.trie, self.run.tokenizer, queries, self.run.ids, k, beam, length
         )
         hits = [
             [Hit(self.run.ids[row], score, self.run.headline(row)) for row, score in ranking]

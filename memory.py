@@ -169,9 +169,10 @@ def stages(config, workload: Workload):
         yield training("training", t, n, trains, config.batch if t else config.d0_batch, example, copies)
         if mix or t and (config.dreams or config.kl_coef):
             yield Stage("scans", t, n, 0, 4 * n, scan.BATCH * kept(net, mix, query, config.M, recompute=True))
-        cached = query + 2 * config.beam * config.M  # positions, the beams' twice, since they are reordered
+        beam = min(config.beam, sum(workload.documents[: t + 1]))
+        cached = query + 2 * beam * config.M  # positions, the beams' twice, since they are reordered
         cached *= net.decoder_blocks * 2 * config.width * 4  # keys and values in float32
-        beams = kept(net, mix, query, config.beam, recompute=True)
+        beams = kept(net, mix, query, beam, recompute=True)
         yield Stage("evaluation", t, n, 0, 4 * n, search.BATCH * (beams + cached))
 
 

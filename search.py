@@ -46,6 +46,7 @@ def beam_search(model: T5, trie: Trie, ids: Tensor, beam: int) -> tuple[Tensor, 
     x, past = model.start(batch), model.past(source, padding)  # (R, 1, D); R = B * live beams
     bias = model.causal_bias(0, model.config.codebooks)
     nodes, scores = trie.root(batch), torch.zeros(batch, 1, device=device)
+    live = min(beam, len(trie.documents))  # more beams would be empty
     for m in range(model.config.codebooks):
         hidden, past, _ = model.decode(x, cross, padding, past, bias)
         log_p = F.log_softmax(segment_logits(hidden, model.rq[m : m + 1])[:, 0].float(), dim=-1)  # (R, K)
@@ -55,7 +56,7 @@ def beam_search(model: T5, trie: Trie, ids: Tensor, beam: int) -> tuple[Tensor, 
         forbidden = torch.ones(log_p.numel(), dtype=torch.bool).index_fill_(0, held, False)
         log_p.masked_fill_(forbidden.view_as(log_p).to(device), -torch.inf)
         total = log_p.reshape(batch, -1)  # (B, live beams * K)
-        scores, best = total.topk(min(beam, total.shape[1]), dim=1)
+        scores, best = total.topk(min(live, total.shape[1]), dim=1)
         best = (best + torch.arange(batch, device=device)[:, None] * total.shape[1]).flatten()  # in log_p
         parent, code = best // centroids, best % centroids
         at = torch.searchsorted(held, best.cpu()).clamp(max=len(held) - 1)
@@ -139,7 +140,7 @@ def main(argv: list[str]) -> None:
     def answer(query: str) -> None:
         if not query.strip():
             raise ValueError("the query is empty; type some words")
-        length, beam = run.config["query_length"], min(max(chosen, args.k), len(trie.documents))
+        length, beam = run.config["query_length"], max(chosen, args.k)
         ranking = retrieve(model, trie, run.tokenizer, [query], run.ids, args.k, beam, max_length=length)[0]
         for place, (row, score) in enumerate(ranking, 1):
             docid = "-".join(map(str, run.docids[row].tolist()))

@@ -183,6 +183,13 @@ def test_fewer_docids_than_beams_end_in_no_leaf_and_minus_infinity(model, ids):
     assert torch.equal(leaves[:, 3:, 0], leaves[:, 3:, 1])
 
 
+def test_no_more_beams_are_decoded_than_there_are_documents(model, ids, monkeypatch):
+    rows, decode = [], type(model).decode
+    monkeypatch.setattr(T5, "decode", lambda self, x, *rest: rows.append(len(x)) or decode(self, x, *rest))
+    leaves, _ = beam_search(model, Trie(torch.tensor([[0, 0, 0], [0, 1, 0], [1, 1, 1]])), ids, 1000)
+    assert max(rows) == 3 * len(ids) and leaves.shape[:2] == (len(ids), 1000)
+
+
 def test_a_beam_whose_branch_is_narrow_does_not_fill_up_with_invalid_children(model, ids):
     # under code 0 one docid, under code 1 five: the children of beam 0 are padded with four that do not exist
     trie = Trie(torch.tensor([[0, 3, 3], *([1, 2, k] for k in range(5))]))
