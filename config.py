@@ -392,6 +392,7 @@ def rules(c: Config) -> list[tuple[bool, str]]:
     from_scratch, pq, atomic = not c.t5, c.docid_kind == "pq", c.docid_kind == "atomic"
     of_plain_t5 = c.prompts or c.adapters or c.joint or c.insert
     listed = c.pseudo_queries or published.authors_parts(Path(c.data_dir)) if c.data == "msmarco" else True
+    general = c.general in ("", "boolq") or Path(c.general).is_dir()
     files = [c.tokenizer, c.docids, *c.teacher.split(","), c.pseudo_queries]
     return [
         (c.width % c.heads == 0, f"--width {c.width} must be a multiple of --heads {c.heads}"),
@@ -406,6 +407,7 @@ def rules(c: Config) -> list[tuple[bool, str]]:
         (not (c.ewc and (c.mixture or atomic)), "--ewc compares tensors with earlier ones, and experts and atomic tables grow; pass --ewc 0"),
         (not (c.mixture and of_plain_t5), "--prompts, --adapters, --joint and --insert are of methods without a mixture: --no-mixture"),
         (not (c.prompts and c.adapters), "--prompts keep the encoder frozen, and --adapters train in it; pass one of them"),
+        (not (c.dreams and (c.joint or c.insert)), "--dreams hold a model that goes on training; pass --dreams 0 with --joint or --insert"),
         (not c.rehearsal or c.dreams, "--rehearsal takes the place of dreams; pass --dreams too"),
         (not (c.sam_rho and c.mixture), "--sam_rho is of methods without a mixture, whose energies it would count twice: pass --sam_rho 0"),
         (not c.prompts or c.t5 or c.decoder_blocks > 1, "--prompts go into the second decoder block; pass --decoder_blocks 2 or more"),
@@ -413,6 +415,7 @@ def rules(c: Config) -> list[tuple[bool, str]]:
         (c.mixture or not c.attention_rank, "--attention_rank is of methods with a mixture; pass --attention_rank 0"),
         (c.dream_words <= dream.TOP, f"--dream_words {c.dream_words}: wanted at most the {dream.TOP} words of a docid"),
         (not c.dreams or (c.dream_batch % c.batch == 0 and c.dream_batch), f"--dream_batch {c.dream_batch}: wanted a multiple of --batch {c.batch}"),
+        (general, f"--general {c.general}: found no such folder; wanted one that holds corpus.jsonl"),
         (listed, "--data msmarco has no pseudo-queries of its own: make them with python -m tools.doc2query and pass --pseudo_queries FILE, or pass --pseudo_queries drawn to draw them from the passages"),
         *((Path(path).is_file(), f"found no file {path}, which a flag names") for path in files if path not in ("", "drawn")),
     ]  # fmt: skip

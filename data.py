@@ -190,14 +190,14 @@ class Page:
 
 
 def read_general(
-    source: str, indexed: Iterable[str], store: Path | None, skip_invalid: bool = False, cache: Path = CACHE
+    source: str, indexed: Iterable[str], store: Path | None, problems: Problems | None = None, cache=CACHE
 ) -> tuple[Documents, int]:
     """General text, which stands for T5's pre-training (ours): the corpus.jsonl of a folder, or `boolq`: pages of one question.
 
     Its ids are its own. Documents whose text is one of the `indexed` texts are dropped; their number comes second. `store`
     is the documents' folder. Raises ValueError where nothing is left.
     """
-    problems, known, dropped = Problems(skip_invalid), set(map(text_digest, indexed)), 0
+    problems, known, dropped = problems or Problems(), set(map(text_digest, indexed)), 0
     if source == "boolq":
         pages = enumerate(boolq_pages(cache, problems))
         lines = ((p.place, f"p{i}", p.title, p.text) for i, p in pages if len(p.questions) == 1)
@@ -339,7 +339,7 @@ def split_sizes(splits: str, n: int) -> list[int]:
     raise ValueError(f"--splits {splits!r}: wanted {wanted}")
 
 
-def split(collection: Collection, splits: str, by: str, seed: int, spare: int = 0) -> tuple[list, dict]:
+def split(collection: Collection, splits: str, by: str, seed: int, spare: int = 0) -> tuple[list, Counter]:
     """Cuts a collection into corpora D_0..D_T by arrival (`order`), at random, or by `topic`, where each D_t, t >= 1,
     is held out of one topic (topics.py). The last `spare` documents of that order are left out; by topic, they are
     a random part of those that no later corpus took.
@@ -367,7 +367,7 @@ def split(collection: Collection, splits: str, by: str, seed: int, spare: int = 
     for start, size in zip(starts, sizes):
         rows = [documents.row_of[doc_id] for doc_id in order[start : start + size]]
         corpora.append(Corpus(start, documents.ids[rows], documents.titles[rows], documents.texts[rows]))
-    left_out = Counter(collection.problems.counts)
+    left_out = Counter()
     if spare:
         left_out["documents beyond the sizes of the split"] = spare
     for query_id, labels in collection.qrels.items():
@@ -387,7 +387,7 @@ def split(collection: Collection, splits: str, by: str, seed: int, spare: int = 
         else:
             corpora[0].train.append((row, query))
             corpora[0].train_ids.append(query_id)
-    return corpora, dict(left_out)
+    return corpora, left_out
 
 
 def excluded_queries(corpora: list[Corpus]) -> frozenset[int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import rq
 from data import EOS, PAD
-from queries import is_unspaced
+from queries import MARKS, is_unspaced
 from t5 import T5
 
 LEAST = 10  # words of a tokenizer; fewer say too little of a document (ours)
@@ -77,12 +77,13 @@ def dreams(bi_encoder: T5, tokenizer, books: Tensor, most: int = MOST, noise: in
 
 
 def word_pieces(tokenizer) -> Tensor:
-    """Pieces (W,) that begin a word and are longer than two letters; of scripts without spaces, all pieces of letters."""
+    """Pieces (W,) that begin a word and are longer than two characters; of scripts without spaces, all of letters."""
     kept = []
     for piece in range(tokenizer.vocab_size()):
         name = tokenizer.id_to_piece(piece)
         text = name.lstrip("▁")  # the mark of a word's beginning
-        if text.isalpha() and (is_unspaced(text[0]) or (text != name and len(text) > 2)):
+        letters = "".join(c for c in text if c not in MARKS)
+        if letters.isalpha() and (is_unspaced(letters[0]) or (text != name and len(text) > 2)):
             kept.append(piece)
     return torch.tensor(kept, dtype=torch.long)
 

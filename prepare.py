@@ -243,13 +243,12 @@ def read(config: Config, folder: Path, log: store.Log) -> None:
         collection = data.read_beir(
             Path(config.data), config.skip_invalid, reading, tested=config.splits != "100"
         )
-    equal, general = merge_or_count(config, collection, log), None
+    equal, general, sources = merge_or_count(config, collection, log), None, [collection.problems]
     if config.general:
         place, texts = folder / "documents" / "general", collection.documents.texts
-        general, dropped = data.read_general(config.general, texts, place, config.skip_invalid)
-        log.line(
-            f"general text: {len(general)} documents, never indexed; {dropped} left out that are indexed"
-        )
+        sources.append(Problems(config.skip_invalid))
+        general, known = data.read_general(config.general, texts, place, sources[-1])
+        log.line(f"general text: {len(general)} documents, never indexed; {known} left out that are indexed")
     splits, spare = config.splits, 0
     if splits == "paper":
         splits, spare = published.paper_split(config.data, collection)
@@ -265,7 +264,7 @@ def read(config: Config, folder: Path, log: store.Log) -> None:
     manifest = published.manifest(config.data, collection, corpora)
     listed, problems = collection.pseudo, None
     if config.pseudo_queries not in ("", "drawn"):
-        problems = Problems(config.skip_invalid)
+        sources.append(problems := Problems(config.skip_invalid))
         listed = read_pseudo_queries(Path(config.pseudo_queries), problems)
     if listed and config.pseudo_queries != "drawn":
         documents = [(corpus.ids, corpus.titles, corpus.texts) for corpus in corpora]
@@ -273,9 +272,9 @@ def read(config: Config, folder: Path, log: store.Log) -> None:
         listed = ((place, collection.merged.get(doc_id, doc_id), query) for place, doc_id, query in listed)
         counts = queries.store_pseudo_queries(listed, place, documents, excluded, problems)
         manifest["pseudo-queries"] = dict(counts)
-    for source in (collection.problems, problems) if problems else (collection.problems,):
-        source.check()
-        left_out |= source.counts
+    for found in sources:
+        found.check()
+        left_out.update(found.counts)
     for reason, count in left_out.items():
         log.line(f"left out, {reason}: {count}")
     for name, value in manifest.items():
@@ -450,7 +449,8 @@ def find_dreams(run: Run, bi_encoder: T5, books: Tensor, wanted: bool) -> Dreams
         return None
     found = dreams(bi_encoder, run.tokenizer, books, run.config.dream_words, run.config.dream_noise)
     if not found:
-        text = f"the tokenizer has fewer than {dream.LEAST} words, too few for dreams"
+        least = max(dream.LEAST, run.config.dream_words)
+        text = f"the tokenizer has fewer than {least} words, too few for dreams"
         if wanted and run.config.dreams:
             raise ValueError(f"{text}; pass a larger --vocab, or --dreams 0")
         run.log.line(f"warning: {text}; going on without")

@@ -39,6 +39,7 @@ import ood
 import search
 import store
 from bm25 import BM25
+from config import saved_config
 from data import EOS, PAD, tokenize
 from index import Index
 from rq import Trie
@@ -231,8 +232,8 @@ class Site:
     @cached_property
     def dreams(self) -> dream.Dreams | None:
         run, books = self.index.run, arrays.read_tensors(self.index.run.folder / "rq.pt")
-        sizes = run.config["dream_words"], run.config["dream_noise"]
-        return dream.dreams(self.bi_encoder, run.tokenizer, books, *sizes)
+        config = saved_config(run.folder)
+        return dream.dreams(self.bi_encoder, run.tokenizer, books, config.dream_words, config.dream_noise)
 
     def others(self, q: str) -> dict:
         """What BM25 and the bi-encoder answer, over the documents that the model has."""

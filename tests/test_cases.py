@@ -201,11 +201,10 @@ def test_skipped_problems_are_counted_by_kind_in_log_and_run(tmp_path):
     folder = folder_of(
         tmp_path / "data", {f"d{i}": f"text {i}" for i in range(12)} | {"bad id": "x", "none": "!"}
     )
-    lines = read_into(tmp_path / "run", folder, "--skip_invalid")
-    assert (
-        "left out, document without a word: 1" in lines
-        and "left out, label of a missing document: 2" in lines
-    )
+    general = folder_of(tmp_path / "general", {"g": "general text", "void": "?", "blank": "!"})
+    lines = read_into(tmp_path / "run", folder, "--skip_invalid", "--general", str(general))
+    assert "left out, document without a word: 3" in lines  # one of them indexed, two general
+    assert "left out, label of a missing document: 2" in lines
     left_out = store.read_json(tmp_path / "run" / "corpus.json")["left_out"]
     assert left_out["document id that is empty or has white space"] == 1
 

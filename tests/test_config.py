@@ -43,6 +43,7 @@ from config import SMALL, Config, parse, saved_config
         (["--dream_general", "1"], "--dream_general must be less than 1"),
         (["--dream_style", "1.5"], "--dream_style 1.5: wanted a number from 0 to 1"),
         (["--data", "toy", "--general", "no/such/folder"], "--general no/such/folder: found no such folder"),
+        (["--method", "joint", "--dreams", "512"], "pass --dreams 0 with --joint or --insert"),
         (["--docid_kind", "atomic"], "--d0_fragments 0"),
         (["--insert"], "--docid_kind atomic"),
         (["--docid_kind", "atomic", "--d0_fragments", "0", "--ewc", "1"], "--ewc 0"),

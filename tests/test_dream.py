@@ -183,6 +183,7 @@ def vocabulary(*pieces: str) -> SimpleNamespace:
         ("▁is", False), ("▁", False), ("word", False), ("▁word's", False), ("▁1989", False), ("▁c3po", False),
         ("</s>", False), ("<unk>", False), ("▁---", False),
         ("東京", True), ("▁東", True), ("の", True), ("ไทย", True), ("。", False),
+        ("▁हिन्दी", True), ("▁கிளி", True), ("▁दो", False), ("ที่", True), ("ี่", False), ("▁e\u0301te\u0301", True),
     ],
 )  # fmt: skip
 def test_words_begin_with_a_space_and_have_three_letters_or_are_of_a_script_without_spaces(piece, kept):

@@ -30,7 +30,6 @@ import baselines
 import command
 import data
 import dense
-import dream
 import mixlora
 import ood
 import optim
@@ -428,7 +427,7 @@ def answers_dreams(patient: Patient) -> Finding:
     if t - 1 not in patient.trained.finished:
         return Finding("skip", f"D{t - 1}.pt, with which D{t}.pt is compared, was dropped")
     if not (drawer := prepare.find_dreams(patient.run, patient.start, patient.books, wanted=False)):
-        return Finding("skip", f"the tokenizer has fewer than {dream.LEAST} words")
+        return Finding("skip", "the tokenizer has too few words for dreams")
     rows = patient.run.choose(t, patient.count, generator)
     codes, shares = patient.codes[rows], []
     ids, beam = drawer.draw(codes, generator).to(patient.run.device), max(10, config.beam)

@@ -19,6 +19,7 @@ import command
 import dream
 import extend
 import store
+from config import saved_config
 from data import EOS, PAD
 
 DOCUMENTS, COUNT = 10, 5  # documents that are drawn where none is named, dreams of each
@@ -26,13 +27,11 @@ DOCUMENTS, COUNT = 10, 5  # documents that are drawn where none is named, dreams
 
 def dreams_of(run: store.LoadedRun, rows: list[int], seed: int) -> Iterator[tuple[int, list[str]]]:
     """The documents in these rows of the stream, each with its dreams."""
-    books, config = store.read_tensors(run.folder / "rq.pt"), run.config
+    books, config = store.read_tensors(run.folder / "rq.pt"), saved_config(run.folder)
     bi_encoder, generator = store.load_model(run.folder / "dense.pt")[0], torch.Generator().manual_seed(seed)
-    drawer = dream.dreams(bi_encoder, run.tokenizer, books, config["dream_words"], config["dream_noise"])
+    drawer = dream.dreams(bi_encoder, run.tokenizer, books, config.dream_words, config.dream_noise)
     if drawer is None:
-        raise ValueError(
-            f"{run.folder}: its tokenizer has fewer than {dream.LEAST} words, too few for dreams"
-        )
+        raise ValueError(f"{run.folder}: its tokenizer has too few words for dreams")
     for row in rows:
         drawn = drawer.draw(run.docids[[row] * COUNT], generator).tolist()
         yield row, [run.tokenizer.decode([i for i in ids if i not in (PAD, EOS)]) for ids in drawn]
