@@ -46,9 +46,9 @@ def test_every_row_of_every_experiment_has_a_run_whose_flags_train_accepts():
             run = experiments.RUNS[label]
             settings = parse([*run.flags.split(), "--run", "x"]).config
             start = parse([*experiments.STARTS[run.start].flags.split(), "--run", "x"]).config
-            shared = "docid_kind M K width feed_forward split_by lora_rank ood_mode d0_mixture general"
+            shared = "docid_kind M K width feed_forward split_by lora_rank ood_mode d0_mixture general dream_words dream_noise"
             for name in shared.split():
-                if settings.mixture or name not in ("d0_mixture", "ood_mode"):
+                if settings.mixture or name not in ("d0_mixture", "ood_mode", "dream_words", "dream_noise"):
                     assert getattr(settings, name) == getattr(start, name), (label, name)
             assert settings.d0_mask == start.d0_mask == "segment", label
     used = {label for labels, _ in experiments.EXPERIMENTS.values() for label in labels}
@@ -238,7 +238,7 @@ def test_what_only_growth_and_beams_show_stands_in_their_rows_and_tables(trial, 
 
 def test_rows_of_another_split_are_not_paired_with_the_reference(trial, monkeypatch):
     run = experiments.RUNS["slow none"]
-    monkeypatch.setitem(experiments.RUNS, "slow none", replace(run, flags=f"{run.flags} --split_by topic"))
+    monkeypatch.setitem(experiments.RUNS, "slow none", replace(run, start="topic"))
     summary = experiments.summarise("trial", [42, 43], trial / "rows")
     p_values = {row["label"]: row["metrics"]["mrr@10"]["p_value"] for row in summary["rows"]}
     assert [label for label, p in p_values.items() if p is None] == ["slow none", "mixlora-dsi"]

@@ -40,7 +40,7 @@ BEAMS = (10, 20, 40, 100)
 OWN = {"growth": "mock", "beams": "beams"}  # what the tables of an experiment show beside the results
 NOT_RUN = ("bm25", "dense", "quantised")  # rows that the run mixlora-dsi evaluates beside itself
 # of results.json
-FIGURES = "trainable_parameters seconds peak_memory_bytes experts ood_percent first_choice".split()
+KEPT = "trainable_parameters seconds peak_memory_bytes experts ood_percent first_choice".split()
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,6 @@ class Run:
     flags: str
     paper: tuple[str, str, str] | None = None  # each Recall@10/MRR@10
 
-    @property
-    def split(self) -> bool:
-        """Whether its corpora are topics, and so not those of the other runs."""
-        return "--split_by topic" in self.flags
-
 
 # fmt: off
 STARTS = {
@@ -74,6 +69,8 @@ STARTS = {
     "topic": Start("--split_by topic"),
     "rank-96": Start("--lora_rank 96 --lora_alpha 192", "rq"),
     "pq": Start("--method paper --no-d0_mixture --docid_kind pq --M 8", "dense"),
+    "8-words": Start("--dream_words 8", "rq"),
+    "no-noise": Start("--dream_noise 0", "rq"),
     "atomic": Start("--method paper --no-d0_mixture --d0_fragments 0 --docid_kind atomic", "dense"),
     "m4-k256": Start("--M 4", "dense"),
     "m8-k256": Start("--M 8", "dense"),
@@ -125,12 +122,11 @@ RUNS = {
     "1,024 a step": Run("mixture", "--dream_batch 1024"),
     "weight 1": Run("mixture", "--dream_kl 1"),
     "weight 4": Run("mixture", "--dream_kl 4"),
-    "dreams alone": Run("mixture", "--dream_general 0"),
-    "dreams alone, style 0": Run("mixture", "--dream_general 0 --dream_style 0"),
+    "dreams alone": Run("mixture", "--dream_general 0 --dream_kl 2.25 --dream_style 0"),
+    "dreams alone, style 0.5": Run("mixture", "--dream_general 0 --dream_kl 2.25 --dream_style 0.5"),
     "style 0.5": Run("mixture", "--dream_style 0.5"),
-    "8 words": Run("mixture", "--dream_words 8"),
-    "no noise": Run("mixture", "--dream_noise 0"),
-    "noise 8": Run("mixture", "--dream_noise 8"),
+    "8 words": Run("8-words", "--dream_words 8"),
+    "no noise": Run("no-noise", "--dream_noise 0"),
 
     "naive, no mask": Run("plain", "--method naive-expansion --mask full_vocab --d0_mask segment", ("36.2/20.7", "33.1/38.7", "")),
     "naive + slow learner + KL": Run("plain", "--method naive-expansion --slow grad --kl_coef 0.25", ("52.5/32.8", "15.8/21.1", "")),
@@ -185,7 +181,7 @@ EXPERIMENTS = {
                 "corpusbrain++", "incdsi", "naive-expansion", "mixlora-dsi-pt", "never-expand", "always-expand",
                 "paper", "mixlora-dsi", "dream"], "paper"),
     "dreams": (["5,000 dreams", "mixlora-dsi", "80,000 dreams", "256 a step", "1,024 a step", "weight 1", "weight 4",
-                "dreams alone", "dreams alone, style 0", "style 0.5", "8 words", "no noise", "noise 8"], "mixlora-dsi"),
+                "style 0.5", "dreams alone", "dreams alone, style 0.5", "8 words", "no noise"], "mixlora-dsi"),
     "growth": (["mixlora-dsi", "ours, never expand", "ours, always expand", "ours, frozen where none grows",
                 "topic/mixlora-dsi", "topic/never expand", "topic/always expand"], "mixlora-dsi"),
     "beams": (["mixlora-dsi", "dream"], "mixlora-dsi"),
@@ -290,7 +286,7 @@ def write_row(task: Task) -> None:
     for name, file in files.items():
         corpora = store.read_json(task.folder / f"evaluation_{file}.json")["values"]
         values[name] = [[of["recall@10"], [round(1 / v) if v else 0 for v in of["mrr@10"]]] for of in corpora]
-    row = {"config": results["config"]} | {key: results[key] for key in FIGURES}
+    row = {"config": results["config"]} | {key: results[key] for key in KEPT}
     row |= {name: measure(task.folder) for name, measure in beside(task).items()}
     row |= {"metrics": {name: {m: of[m] for m in METRICS} for name, of in metrics.items()}, "values": values}
     store.write(task.row, json.dumps(row, separators=(",", ":")).encode())
@@ -308,8 +304,8 @@ def tasks_of(labels: list[str], seed: int, out: Path, flags: list[str], rows: Pa
     folder = out / str(seed)
 
     def task(name: str, own: str, source: str, last: str, ends: int | None = None) -> Task:
-        path, beside = folder / name, "--baselines" if name == "mixlora-dsi" else "--no-baselines"
-        every = (*flags, *own.split(), "--seed", str(seed), "--run", str(path), beside)
+        path, baselines = folder / name, "--baselines" if name == "mixlora-dsi" else "--no-baselines"
+        every = (*flags, *own.split(), "--seed", str(seed), "--run", str(path), baselines)
         row = rows / str(seed) / f"{name}.json"
         return Task(path, every, folder / f"start-{source}" if source else None, last, ends, row)
 
@@ -364,11 +360,10 @@ def values_of(label: str, seed: int, rows: Path) -> tuple[dict, list[dict[str, l
     """What is kept of a row, and per corpus each metric's value for every query after the last one."""
     row = store.read_json(rows / str(seed) / f"{run_name(label)}.json")
     name = label if label in NOT_RUN else "run"
-    values = [
-        dict(zip(METRICS, (hits, [1 / n if n else 0.0 for n in first])))
-        for hits, first in row["values"][name]
-    ]
-    return row | {"metrics": row["metrics"][name]}, values
+    kept = row["values"][name]
+    values = [dict(zip(METRICS, (hits, [1 / n if n else 0.0 for n in first]))) for hits, first in kept]
+    at_1 = float(np.mean([np.mean([n == 1 for n in first]) for _, first in kept]))
+    return row | {"metrics": row["metrics"][name], "recall@1": at_1}, values
 
 
 def paired_p(differences: list[list[np.ndarray]], draws: int = 2000, seed: int = 0) -> float:
@@ -406,7 +401,10 @@ def summarise(name: str, seeds: list[int], folder: Path) -> dict:
     evaluated, rows = {label: [values_of(label, seed, folder) for seed in seeds] for label in labels}, []
     for label in labels:
         results, metrics = [r for r, _ in evaluated[label]], {}
-        paired = label != reference and RUNS[label].split == RUNS[reference].split  # by test query
+        paired = label != reference and "topic" not in (
+            RUNS[label].start,
+            RUNS[reference].start,
+        )  # by test query
         for m in METRICS:
             metrics[m] = {key: [r["metrics"][m][key] for r in results] for key in ("AP", "BWT", "FWT")}
             metrics[m]["P"] = [r["metrics"][m]["P"][-1] for r in results]
@@ -416,6 +414,7 @@ def summarise(name: str, seeds: list[int], folder: Path) -> dict:
             ]
             metrics[m]["p_value"] = paired_p(differences) if paired else None
         row = {"label": label, "metrics": metrics, "paper": RUNS[label].paper}
+        row["recall@1"] = [r["recall@1"] for r in results]
         if label not in NOT_RUN:
             trained = [r["trainable_parameters"] for r in results]  # by corpus, from D_1 on
             seconds = [[r["seconds"][stage] for stage in corpora] for r, corpora in zip(results, trained)]
@@ -482,7 +481,8 @@ def figures(name: str, summary: dict) -> str:
             "paper's AP, BWT, FWT on NQ320k"
         )
         cells = {row["label"]: accuracy(row, m, place) for row in rows}
-        tables.append(table(about, [*corpora, "AP", "BWT", "FWT", "p", "paper"], cells))
+        names = [*corpora, "AP", "BWT", "FWT", *["AP of Recall@1"] * place, "p", "paper"]
+        tables.append(table(about, names, cells))
     about = (
         f"**{name}, growth and cost**: mean over corpora D_1.. and seeds, seconds with evaluation (of a resumed corpus, "
         "since it was resumed); layers stand between slashes; experts and newest of the first seed; newest: share of "
@@ -499,7 +499,7 @@ def figures(name: str, summary: dict) -> str:
             )
         if "beams" in row:
             about = f"**{row['label']}**: beams kept, Recall@10 (AP) and queries per second"
-            cells = {str(beam): [] for beam in BEAMS}
+            cells = {}
             for same in zip(*row["beams"]):
                 ap, rate = (np.mean([one[key] for one in same]) for key in ("AP", "queries_per_second"))
                 cells[str(same[0]["beam"])] = [f"{100 * ap:.1f}", f"{rate:.0f}"]
@@ -526,7 +526,7 @@ def table(about: str, names: list[str], cells: dict[str, list[str]]) -> str:
 def accuracy(row: dict, metric: str, place: int) -> list[str]:
     """Cells of one row of a metric's table, which is the first or second of the paper's pairs."""
     of, cells = row["metrics"][metric], []
-    for values in (*zip(*of["P"]), of["AP"], of["BWT"], of["FWT"]):
+    for values in (*zip(*of["P"]), of["AP"], of["BWT"], of["FWT"], *[row["recall@1"]] * place):
         mean, error = mean_and_error(values)
         cells.append(f"{100 * mean:.1f}" + f" ± {100 * error:.1f}" * (len(values) > 1))
     cells.append("" if of["p_value"] is None else f"{of['p_value']:.3f}")
