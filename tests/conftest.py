@@ -1,6 +1,7 @@
 """What tests share: one thread a worker, a made-up corpus, and a run on it that is trained once for all of them."""
 
 import fcntl
+import json
 import os
 
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # before torch is imported
@@ -46,6 +47,20 @@ def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
 def toy(once) -> Path:
     """A BEIR folder of 50 made-up documents."""
     return once("toy", toy_folder)
+
+
+@pytest.fixture(scope="session")
+def general(once, toy) -> Path:
+    """A folder of 21 documents in BEIR layout, one of which has the text of an indexed document."""
+    rows = [json.loads(line) for line in (toy / "corpus.jsonl").read_text().splitlines()[:21]]
+    for row in rows[1:]:
+        row["text"] = " ".join(word[::-1] for word in row["text"].split())
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    return once("general", make)
 
 
 @pytest.fixture(scope="session")

@@ -79,9 +79,9 @@ def resume(rank: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(once, toy) -> tuple[Path, Path]:
-    """One run by one process, and the same by two; paper_code gathers its statistics in training, over all."""
-    flags = ["--data", str(toy), *FLAGS, "--ood_mode", "paper_code"]
+def runs(once, toy, general) -> tuple[Path, Path]:
+    """One run by one process, and the same by two, with general text; paper_code gathers its statistics in training, over all."""
+    flags = ["--data", str(toy), "--general", str(general), *FLAGS, "--ood_mode", "paper_code"]
     one = once("one_process", lambda folder: train.main([*flags, "--run", str(folder)]))
     return one, once("two_processes", lambda folder: by_two(train_guarded, folder, flags))
 

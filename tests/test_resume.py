@@ -128,15 +128,20 @@ def runner():
 
 
 @pytest.fixture(scope="session")
-def whole(once, toy) -> Path:
+def data_flags(toy, general) -> list[str]:
+    return ["--data", str(toy), "--general", str(general)]
+
+
+@pytest.fixture(scope="session")
+def whole(once, data_flags) -> Path:
     """A run that nothing stopped. Not to be changed."""
-    flags = ["--data", str(toy), *FLAGS]
+    flags = [*data_flags, *FLAGS]
     return once("whole", lambda folder: train.main([*flags, "--run", str(folder)]))
 
 
 def test_the_run_that_is_stopped_below_has_a_part_of_every_kind(whole):
-    """Dreams, LoRA on attention, a layer that grows and one whose newest expert evolves, averages moved in training."""
-    model, stats = store.load_model(whole / "D1.pt")
+    """Dreams, general text, LoRA, a layer that grows and one whose newest expert evolves, averages moved in training."""
+    model, stats = store.load_model(whole / "D2.pt")
     assert sorted((len(layer.old), len(layer.new)) for layer in mixed_layers(model)) == [(1, 1), (2, 1)]
     assert all(lora.o_b.any() for lora in attention_lora(model)) and len(attention_lora(model)) == 4
     assert all(stat.mean.all() and stat.base for stat in stats)
@@ -146,13 +151,13 @@ def test_the_run_that_is_stopped_below_has_a_part_of_every_kind(whole):
 
 @pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.soak)])
 def test_killed_at_random_moments_and_resumed_a_run_ends_with_the_same_bits(
-    whole, toy, runner, tmp_path, kills
+    whole, data_flags, runner, tmp_path, kills
 ):
     """SIGKILL in each stage in turn, at a seeded random moment after it began, and in a soak at any others too."""
     wanted, rng, sent, runs = outcome(whole), random.Random(0), 0, 0
     while sent < kills:
         run = tmp_path / f"run{runs}"
-        flags = ["--data", str(toy), "--run", str(run), *FLAGS]
+        flags = [*data_flags, "--run", str(run), *FLAGS]
         if runs == 0:
             moments = [(rng.uniform(0, 0.1) * SECONDS, run / name) for name in STAGE_BEGINS]
         else:
@@ -196,7 +201,7 @@ def until_whole(command: list[str], run: Path) -> None:
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_stopped_after_the_files_that_it_names_a_run_ends_with_the_same_bits(
-    whole, toy, tmp_path, monkeypatch, every
+    whole, data_flags, tmp_path, monkeypatch, every
 ):
     """Between any two files that belong together: once after each file, in a soak in each state of stages.json."""
     run, rename, stopped = tmp_path / "run", os.replace, set()
@@ -210,7 +215,7 @@ def test_stopped_after_the_files_that_it_names_a_run_ends_with_the_same_bits(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", rename_and_stop)
-    until_whole(["--data", str(toy), "--run", str(run), *FLAGS], run)
+    until_whole([*data_flags, "--run", str(run), *FLAGS], run)
     assert outcome(run) == outcome(whole)
     names = {moment[0] for moment in stopped}
     assert {
@@ -226,10 +231,10 @@ def test_stopped_after_the_files_that_it_names_a_run_ends_with_the_same_bits(
 
 
 @pytest.fixture(scope="module")
-def plain(toy, tmp_path_factory) -> Path:
+def plain(data_flags, tmp_path_factory) -> Path:
     """A run of a plain T5 that ended after D_0."""
     folder = tmp_path_factory.mktemp("plain") / "run"
-    train.execute(parse(["--data", str(toy), "--run", str(folder), *FLAGS, "--method", "base"]), last=0)
+    train.execute(parse([*data_flags, "--run", str(folder), *FLAGS, "--method", "base"]), last=0)
     return folder
 
 
@@ -245,13 +250,13 @@ def plain(toy, tmp_path_factory) -> Path:
     ],
 )
 def test_a_method_stopped_in_its_stages_ends_with_the_same_bits(
-    whole, plain, toy, tmp_path, monkeypatch, method, saves
+    whole, plain, data_flags, tmp_path, monkeypatch, method, saves
 ):
     """Stopped after so many saves of latest.pt from D_1 on, of mixlora-dsi from D_0 on, and again after so many more."""
     more = {"promptdsi": ["--prompts", "3"], "mixlora-dsi": ["--ood_mode", "pooled"]}.get(method, [])
     source, after = (whole, "rq") if method == "mixlora-dsi" else (plain, "D0")
     for name, counts in (("whole", ()), ("stopped", saves)):
-        asked = parse(["--data", str(toy), "--run", str(tmp_path / name), *FLAGS, "--method", method, *more])
+        asked = parse([*data_flags, "--run", str(tmp_path / name), *FLAGS, "--method", method, *more])
         inherit(source, tmp_path / name, after, asked.config)
         asked.resume = True
         for count in counts:
@@ -266,8 +271,8 @@ def test_a_method_stopped_in_its_stages_ends_with_the_same_bits(
 
 
 @pytest.mark.soak  # it trains nothing after D_0
-def test_incdsi_stopped_on_d0_ends_with_the_same_bits(toy, tmp_path, monkeypatch):
-    flags = ["--data", str(toy), *FLAGS, "--method", "incdsi", "--d0_fragments", "0"]
+def test_incdsi_stopped_on_d0_ends_with_the_same_bits(data_flags, tmp_path, monkeypatch):
+    flags = [*data_flags, *FLAGS, "--method", "incdsi", "--d0_fragments", "0"]
     train.main([*flags, "--run", str(tmp_path / "whole")])
     stop_after(20, monkeypatch)
     until_whole([*flags, "--run", str(tmp_path / "run")], tmp_path / "run")
@@ -285,13 +290,13 @@ def test_of_several_missing_checkpoints_each_is_made_from_the_one_before_it(whol
 
 
 @pytest.fixture(scope="session")
-def stopped(once, toy) -> Path:
+def stopped(once, data_flags) -> Path:
     """A run that was stopped on D_0, after 25 saves. Not to be changed."""
 
     def make(folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             stop_after(25, patch)
-            train.main(["--data", str(toy), "--run", str(folder), *FLAGS])
+            train.main([*data_flags, "--run", str(folder), *FLAGS])
 
     return once("stopped", make)
 
@@ -340,23 +345,23 @@ def test_a_lost_evaluation_is_made_again_from_its_checkpoint(whole, tmp_path):
     assert found == wanted and outcome(run)["results"]["metrics"] == outcome(whole)["results"]["metrics"]
 
 
-def test_two_processes_do_not_train_in_one_folder(toy, tmp_path):
+def test_two_processes_do_not_train_in_one_folder(data_flags, tmp_path):
     (tmp_path / "run").mkdir()
     lock = store.lock(tmp_path / "run")
     with pytest.raises(ValueError, match="another process trains here"):
-        train.main(["--data", str(toy), "--run", str(tmp_path / "run"), *FLAGS])
+        train.main([*data_flags, "--run", str(tmp_path / "run"), *FLAGS])
     lock.close()
     store.lock(tmp_path / "run").close()
 
 
-def test_the_same_seed_gives_the_same_bits_however_often_the_run_is_saved(whole, toy, tmp_path):
-    train.main(["--data", str(toy), "--run", str(tmp_path / "again"), *FLAGS, "--save_seconds", "600"])
+def test_the_same_seed_gives_the_same_bits_however_often_the_run_is_saved(whole, data_flags, tmp_path):
+    train.main([*data_flags, "--run", str(tmp_path / "again"), *FLAGS, "--save_seconds", "600"])
     found, wanted = outcome(tmp_path / "again"), outcome(whole)
     assert found["results"]["config"].pop("save_seconds") > wanted["results"]["config"].pop("save_seconds")
     assert found == wanted
 
 
-def test_a_full_disk_ends_a_run_with_a_message_and_more_room_lets_it_go_on(whole, toy, tmp_path):
+def test_a_full_disk_ends_a_run_with_a_message_and_more_room_lets_it_go_on(whole, data_flags, tmp_path):
     """Where a file is to be written stands /dev/full, which takes no byte, as a full disk does."""
     run = tmp_path / "run"
     names = "doc_ids.txt corpus.json tokenizer.model latest.new.pt dense.pt docids.npy D0.pt ood.json D2.pt results.json"
@@ -366,7 +371,7 @@ def test_a_full_disk_ends_a_run_with_a_message_and_more_room_lets_it_go_on(whole
     for name in names.split():
         command = ["--resume", str(run)]
         if not (run / "corpus.json").exists():
-            command = ["--data", str(toy), "--run", str(run), *FLAGS]
+            command = [*data_flags, "--run", str(run), *FLAGS]
         with pytest.raises(OSError, match="No space left"):
             train.main(command)
         assert not (run / name).exists()
@@ -377,10 +382,10 @@ def test_a_full_disk_ends_a_run_with_a_message_and_more_room_lets_it_go_on(whole
     assert outcome(run) == outcome(whole)
 
 
-def test_a_run_folder_that_cannot_be_written_is_named(toy, tmp_path):
+def test_a_run_folder_that_cannot_be_written_is_named(data_flags, tmp_path):
     (tmp_path / "full").symlink_to("/proc/self")
     with pytest.raises(OSError, match="full/run"):
-        train.main(["--data", str(toy), "--run", str(tmp_path / "full" / "run"), *FLAGS])
+        train.main([*data_flags, "--run", str(tmp_path / "full" / "run"), *FLAGS])
 
 
 @pytest.mark.parametrize("name", ["corpus.json", "tokenizer.model", "dense.pt", "rq.pt", "D1.pt"])

@@ -696,17 +696,6 @@ def store_config(folder: Path):
 
 
 @pytest.fixture(scope="module")
-def general(toy, tmp_path_factory) -> Path:
-    """A folder of 21 documents in BEIR layout, one of which has the text of an indexed document."""
-    folder = tmp_path_factory.mktemp("general")
-    rows = [json.loads(line) for line in (toy / "corpus.jsonl").read_text().splitlines()[:21]]
-    for row in rows[1:]:
-        row["text"] = " ".join(word[::-1] for word in row["text"].split())
-    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def with_general(toy, general, tmp_path_factory) -> dict[str, Path]:
     """Runs with general text that ended after the docids: `drawn`, and `listed` by the pseudo-queries that they use."""
     folder, collection = tmp_path_factory.mktemp("prefix"), data.read_beir(toy)
