@@ -66,12 +66,10 @@ def damaged(path: Path, reason: str) -> ValueError:
     """The error of a damaged file: only a model, what is saved while it trains, its evaluation and what lies in a cache are
     made anew where they are gone.
     """
-    remade = re.fullmatch(r"(D\d+|latest(\.previous)?)\.pt|documents_\w+\.(bin|npy)", path.name)
+    made = re.fullmatch(r"(D\d+|latest(\.previous)?)\.pt|documents_\w+\.(bin|npy)", path.name)
     evaluated = re.fullmatch(r"evaluation_(D\d+)\.json", path.name)
-    remade = remade or evaluated and path.with_name(f"{evaluated[1]}.pt").exists()
-    to_do = (
-        "remove the file to make it anew" if remade else "take it from a copy of the folder, or train anew"
-    )
+    made = made or evaluated and path.with_name(f"{evaluated[1]}.pt").exists()
+    to_do = "remove the file to make it anew" if made else "take it from a copy of the folder, or train anew"
     return ValueError(f"{path}: {reason}; {to_do}")
 
 
@@ -202,8 +200,6 @@ class Strings(Items, Sequence):
 
     def __eq__(self, other) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None
 
 
 class Chain(Sequence):

@@ -97,9 +97,7 @@ class Collection:
     pseudo: Iterable[tuple[str, str, str]] | None = None  # (place, document id, pseudo-query), if it has them
     notes: dict = field(default_factory=dict)  # what a manifest of the source says
     problems: Problems = field(default_factory=Problems)  # of its files; those of `pseudo` come as it is read
-    merged: dict[str, str] = field(
-        default_factory=dict
-    )  # id of a document that went -> of the equal one that stayed
+    merged: dict[str, str] = field(default_factory=dict)  # id that went -> id of the equal one that stayed
 
     def add_tests(self, labelled: Iterable[tuple], prefix: str = "") -> None:
         """Test queries and their labels: (document id, query, query id, label), as `read_labelled` gives them."""
@@ -144,9 +142,7 @@ def fetch_boolq(cache: Path = CACHE) -> Path:
         return cache
 
 
-def read_boolq(
-    seed: int, cache: Path = CACHE, store: Path | None = None, skip_invalid: bool = False
-) -> Collection:
+def read_boolq(seed: int, cache: Path = CACHE, store: Path | None = None, skip_invalid=False) -> Collection:
     """One document per Wikipedia page with two questions or more; a seeded draw makes one of them the test query."""
     rng, problems = random.Random(f"{seed} boolq test queries"), Problems(skip_invalid)
     collection = Collection(Documents(store), [], {}, {}, problems=problems)
@@ -223,9 +219,7 @@ def text_digest(text: str) -> bytes:
     return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest()
 
 
-def read_beir(
-    folder: Path, skip_invalid: bool = False, store: Path | None = None, tested: bool = True
-) -> Collection:
+def read_beir(folder: Path, skip_invalid=False, store: Path | None = None, tested=True) -> Collection:
     """A folder in BEIR layout: corpus.jsonl, queries.jsonl, qrels/test.tsv, and, if present, qrels/train.tsv and order.
 
     Where it need not be `tested`, queries and labels may be absent.
@@ -239,12 +233,9 @@ def read_beir(
     documents = collection.documents
     for document in read_documents(corpus, problems):
         add_document(documents, problems, *document)
-    labels = [
-        read_qrels(path, problems) for path in (test, train) if path.exists() or (tested and path is test)
-    ]
-    asked = (
-        (place, row["_id"], row["text"]) for place, row in read_jsonl(queries, ("_id", "text"), problems)
-    )
+    given = [path for path in (test, train) if path.exists() or (tested and path is test)]
+    labels = [read_qrels(path, problems) for path in given]
+    asked = ((at, row["_id"], row["text"]) for at, row in read_jsonl(queries, ("_id", "text"), problems))
     answered = read_labelled(labels, asked, documents, problems) if labels else []
     tests = answered.pop(0) if test.exists() else []
     collection.add_tests(tests)

@@ -325,10 +325,8 @@ class Training:
         if path := teacher_of_round(config.teacher, number):
             return read_teacher(Path(path), self.corpus, config.skip_invalid)
         general = self.rows[len(self.corpus.rows) :]  # of each one is enough
-        drawn = self.pseudo(
-            [row for row in self.corpus.rows for _ in range(config.dense_pseudo)] + [*general]
-        )
-        pairs = [*self.corpus.train, *drawn]
+        rows = [row for row in self.corpus.rows for _ in range(config.dense_pseudo)]
+        pairs = [*self.corpus.train, *self.pseudo([*rows, *general])]
         if not pairs:
             raise ValueError("D_0 has no annotated query and --dense_pseudo is 0; pass --dense_pseudo 1")
         k = min(config.negatives, len(self.documents) - 1)

@@ -72,9 +72,7 @@ def evaluate(corpora: list[Corpus], ranker) -> Evaluation:
     rankings, values = [], []
     for corpus in corpora:
         answers: list[Ranking] = ranker(list(corpus.test.values())) if corpus.test else []
-        named = {
-            q: [(doc_id(row), score) for row, score in ranking] for q, ranking in zip(corpus.test, answers)
-        }
+        named = {q: [(doc_id(row), s) for row, s in ranking] for q, ranking in zip(corpus.test, answers)}
         scored = [score_ranking([doc for doc, _ in named[q]], corpus.qrels[q]) for q in corpus.test]
         rankings.append(named)
         values.append({metric: [one[metric] for one in scored] for metric in METRICS})
@@ -202,15 +200,14 @@ def write_trec(folder: Path, t: int, corpora: list[Corpus], evaluation: Evaluati
 # -------------------------------------------------------------------------------------------------- the table
 
 
-def table(title: str, rows: dict[str, dict], corpora: list[int], metrics=("recall@10", "mrr@10")) -> str:
+def table(title: str, rows: dict[str, dict], corpora: list[int]) -> str:
     """The last row of P for each system, of these corpora, with AP, BWT and FWT, in percent: `Recall@10/MRR@10` in each cell."""
     heads = [f"D{t}" for t in corpora] + ["AP", "BWT", "FWT"]
     width = max(map(len, rows)) + 2
     lines = [title, " " * width + "".join(f"{head:>12}" for head in heads)]
     for name, summary in rows.items():
-        cells = [
-            [*summary[m]["P"][-1], summary[m]["AP"], summary[m]["BWT"], summary[m]["FWT"]] for m in metrics
-        ]
+        shown = summary["recall@10"], summary["mrr@10"]
+        cells = [[*of["P"][-1], of["AP"], of["BWT"], of["FWT"]] for of in shown]
         text = ["/".join("-" if v is None else f"{100 * v:.1f}" for v in cell) for cell in zip(*cells)]
         lines.append(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in text))
     return "\n".join(lines)
@@ -273,9 +270,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--trec", type=Path, help="folder for run and qrels files that trec_eval reads")
     parser.add_argument("--beam", type=int, help="beams kept at each docid position (default: the run's)")
-    parser.add_argument(
-        "--device", default=command.default_device(), help="cpu or cuda (default: cuda if there)"
-    )
+    parser.add_argument("--device", default=command.default_device(), help="default: cuda where present")
     args = parser.parse_args(argv)
     run = LoadedRun(args.run, command.check_device(args.device))
     beam = run.config["beam"] if args.beam is None else args.beam

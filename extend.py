@@ -147,9 +147,7 @@ def take_in(run: prepare.Run, made: prepare.Prepared, asked: Command) -> None:
     made.codes = store.load_docids(run.folder)
 
 
-def chosen_docids(
-    run: prepare.Run, corpus: Corpus, excluded: frozenset, taken: set[tuple[int, ...]]
-) -> Tensor:
+def chosen_docids(run: prepare.Run, corpus: Corpus, excluded: frozenset, taken: set[tuple]) -> Tensor:
     """Docids (n, M) of few new documents, by which the newest model finds most of them before it has learnt anything: each
     is its answer to the document's title and pseudo-queries. None of those `taken`, which it adds to.
     """
@@ -245,10 +243,8 @@ def erase(folder: Path) -> str:
         listed = folder / "pseudo_queries" / f"D{t}"
         if listed.exists():
             starts = arrays.read_array(listed / "starts.npy", np.int64, 1)
-            blank(
-                listed / "queries.bin",
-                np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows]),
-            )
+            spans = [np.arange(starts[row], starts[row + 1]) for row in rows]
+            blank(listed / "queries.bin", np.concatenate(spans))
         embeddings = np.array(arrays.read_array(folder / "embeddings" / f"D{t}.npy", np.float32, 2))
         embeddings[rows] = 0
         arrays.write_array(folder / "embeddings" / f"D{t}.npy", embeddings)
@@ -263,12 +259,8 @@ def forget_queries(
     """Drops annotated queries and labels of deleted documents, and test queries that have no label then. Counts the last
     two.
     """
-    train = [
-        (pair, query_id) for pair, query_id in zip(corpus.train, corpus.train_ids) if pair[0] not in deleted
-    ]
-    qrels = {
-        q: {doc: label for doc, label in docs.items() if doc not in gone} for q, docs in corpus.qrels.items()
-    }
+    train = [(pair, q) for pair, q in zip(corpus.train, corpus.train_ids) if pair[0] not in deleted]
+    qrels = {q: {d: label for d, label in docs.items() if d not in gone} for q, docs in corpus.qrels.items()}
     labels = sum(map(len, corpus.qrels.values())) - sum(map(len, qrels.values()))
     qrels = {q: docs for q, docs in qrels.items() if docs}
     dropped = len(corpus.qrels) - len(qrels)

@@ -137,17 +137,12 @@ class Index:
             self.model, self.trie, self.run.tokenizer, queries, self.run.ids, k, beam, length
         )
         hits = [
-            [Hit(self.run.ids[row], score, self.run.headline(row)) for row, score in ranking]
-            for ranking in found
+            [Hit(self.run.ids[row], s, self.run.headline(row)) for row, s in ranking] for ranking in found
         ]
         return hits[0] if isinstance(query, str) else hits
 
     def add(
-        self,
-        documents: Iterable[Document],
-        queries: Iterable[tuple[str, str]] = (),
-        replace: bool = False,
-        keep: int = 2,
+        self, documents: Iterable[Document], queries: Iterable[tuple[str, str]] = (), replace=False, keep=2
     ) -> None:
         """Learns these documents, one or thousands, as the next corpus D_{T+1}. Returns once searches find them.
 

@@ -165,13 +165,11 @@ def move(stats: Stats, batch: Tensor) -> None:
     """
     tokens, total, squares = batch.cpu()
     n = 1 + tokens
-    mean = total / n
-    variance = (squares - 2 * mean * total + mean.pow(2) * tokens) / tokens.clamp(min=1)
-    seen, mean, variance = tokens > 0, mean.float(), variance.float()
-    stats.mean = torch.where(seen, stats.mean + MOMENTUM * (mean - stats.mean), stats.mean)
-    stats.variance = torch.where(
-        seen, stats.variance + MOMENTUM * (variance - stats.variance), stats.variance
-    )
+    m = total / n
+    v = (squares - 2 * m * total + m.pow(2) * tokens) / tokens.clamp(min=1)
+    seen, m, v = tokens > 0, m.float(), v.float()
+    stats.mean = torch.where(seen, stats.mean + MOMENTUM * (m - stats.mean), stats.mean)
+    stats.variance = torch.where(seen, stats.variance + MOMENTUM * (v - stats.variance), stats.variance)
 
 
 def remember_base(stats: Stats) -> None:

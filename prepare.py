@@ -103,9 +103,7 @@ class Run:
         """What the folder holds of corpora now."""
         self.corpora = store.load_corpora(self.folder)
         self.live = store.live_rows(self.folder, self.corpora)  # rows of documents not deleted or replaced
-        self.excluded = store.load_excluded(
-            self.folder
-        )  # digests of test queries: no pseudo-query may be one
+        self.excluded = store.load_excluded(self.folder)  # digests of test queries; no pseudo-query is one
         self._samplers = {}
 
     @staticmethod
@@ -161,10 +159,8 @@ class Run:
             if place.exists():
                 self._samplers[t] = queries.ListedPseudoQueries(place, corpus.first_row)
             else:
-                texts = corpus.titles, corpus.texts
-                self._samplers[t] = queries.PseudoQuerySampler(
-                    *texts, self.idf, self.excluded, corpus.first_row
-                )
+                given = corpus.titles, corpus.texts, self.idf, self.excluded, corpus.first_row
+                self._samplers[t] = queries.PseudoQuerySampler(*given)
         return self._samplers[t]
 
     def draw(self, row: int, rng: random.Random) -> str:
@@ -240,9 +236,8 @@ def read(config: Config, folder: Path, log: store.Log) -> None:
         place = Path(config.data_dir)
         collection = published.read(config.data, place, log.line, reading, config.skip_invalid)
     else:
-        collection = data.read_beir(
-            Path(config.data), config.skip_invalid, reading, tested=config.splits != "100"
-        )
+        tested = config.splits != "100"
+        collection = data.read_beir(Path(config.data), config.skip_invalid, reading, tested)
     equal, general, sources = merge_or_count(config, collection, log), None, [collection.problems]
     if config.general:
         place, texts = folder / "documents" / "general", collection.documents.texts
@@ -518,7 +513,7 @@ def references(run: Run, made: Prepared) -> dict[str, dict]:
     """BM25 and the bi-encoder, after each corpus with test queries: rows of the results. `dense` is its exact search,
     `quantised` that among the vectors that docids stand for. One corpus or more has some.
     """
-    evaluations: dict[str, list] = {"bm25": [], "dense": [], "quantised": []}
+    scored: dict[str, list] = {"bm25": [], "dense": [], "quantised": []}
     embeddings = open_embeddings(run, run.corpora)
     texts = list({text: None for corpus in run.corpora for text in corpus.test.values()})
     tokens = data.tokenize(run.tokenizer, texts, run.config.query_length)
@@ -541,11 +536,9 @@ def references(run: Run, made: Prepared) -> dict[str, dict]:
         parts = zip(embeddings, corpora)
         exact = list(chunks_of([part[np.isin(corpus.rows, live)] for part, corpus in parts]))
         quantised = list(decoded(made.books, made.codes[live]))
-        evaluations["bm25"].append(scoring.evaluate(corpora, by_bm25))
-        evaluations["dense"].append(scoring.evaluate(corpora, partial(by_bi_encoder, documents=exact)))
-        evaluations["quantised"].append(
-            scoring.evaluate(corpora, partial(by_bi_encoder, documents=quantised))
-        )
-    for name, stages in evaluations.items():
+        scored["bm25"].append(scoring.evaluate(corpora, by_bm25))
+        scored["dense"].append(scoring.evaluate(corpora, partial(by_bi_encoder, documents=exact)))
+        scored["quantised"].append(scoring.evaluate(corpora, partial(by_bi_encoder, documents=quantised)))
+    for name, stages in scored.items():
         store.write_json(run.folder / f"evaluation_{name}.json", asdict(stages[-1]))
-    return {name: scoring.summarise(stages, run.config.seed) for name, stages in evaluations.items()}
+    return {name: scoring.summarise(stages, run.config.seed) for name, stages in scored.items()}

@@ -13,7 +13,6 @@ import hashlib
 import random
 import re
 import shutil
-import unicodedata
 from array import array
 from bisect import bisect_right
 from collections import Counter
@@ -21,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from math import log1p
 from pathlib import Path
+from unicodedata import category, normalize
 
 import numpy as np
 
@@ -34,9 +34,7 @@ QUESTION_WORDS = (
 
 # A combining mark belongs to the letter before it, and joiners stand inside words (Unicode's UAX 29, in spirit). Only the
 # blocks that hold marks are looked at: all below U+1F000.
-MARKS = (
-    "".join(c for c in map(chr, range(0x300, 0x1F000)) if unicodedata.category(c)[0] == "M") + "\u200c\u200d"
-)
+MARKS = "".join(c for c in map(chr, range(0x300, 0x1F000)) if category(c)[0] == "M") + "\u200c\u200d"
 WORD = re.compile(rf"[\w{MARKS}]+(?:['’.-][\w{MARKS}]+)*(?:\+\+|#)?")
 # Scripts without spaces between words: Thai, Lao, Burmese, Khmer, kana and Chinese characters
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -86,7 +84,7 @@ def joined(pieces: list[str]) -> str:
 
 def fold(text: str) -> str:
     """In one width and one case (NFKC, case folding)."""
-    return text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
+    return text.lower() if text.isascii() else normalize("NFKC", text).casefold()
 
 
 def normalise(query: str) -> str:
@@ -295,10 +293,8 @@ def store_pseudo_queries(
         if row is None or not has_word(query):
             counts["left out: without a word, or of documents left out"] += 1
             if problems:
-                reason = (
-                    "pseudo-query of a missing document" if row is None else "pseudo-query without a word"
-                )
-                problems.add(place, reason, repr(doc_id))
+                wrong = "of a missing document" if row is None else "without a word"
+                problems.add(place, f"pseudo-query {wrong}", repr(doc_id))
         elif query_digest(query) in excluded:
             counts["left out as test queries"] += 1
         else:

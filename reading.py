@@ -131,9 +131,7 @@ def add_document(documents: Documents, problems: Problems, place, doc_id: str, t
     return False
 
 
-def read_labelled(
-    sets: list[Iterable], queries: Iterable, documents: Documents, problems: Problems
-) -> list[list]:
+def read_labelled(sets: list, queries: Iterable, documents: Documents, problems: Problems) -> list[list]:
     """Of each set of labels (place, query id, document id, relevance), (document id, query, query id, relevance) of those
     above 0, with the texts of `queries` (place, id, text).
     """

@@ -68,12 +68,7 @@ class Scan:
 
 @torch.no_grad()
 def scan(
-    model: T5,
-    cache: SourceCache,
-    codes: Tensor,
-    is_ood: Callable | None = None,
-    n_plain: int = 0,
-    hidden: bool = True,
+    model: T5, cache: SourceCache, codes: Tensor, is_ood: Callable | None = None, n_plain=0, hidden=True
 ) -> Scan:
     """Runs the decoder over cached queries with docids (Q, M).
 

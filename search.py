@@ -36,17 +36,17 @@ def beam_search(model: T5, trie: Trie, ids: Tensor, beam: int) -> tuple[Tensor, 
         ids: (B, S) token ids of the queries, padded with 0.
 
     Returns:
-        leaves (B, beam, 2) int64, runs of the trie's rows, and scores (B, beam), score descending; where the trie has
-        fewer docids, empty runs and -inf.
+        leaves (B, L, 2) int64, runs of the trie's rows, and scores (B, L), score descending; L = min(beam, documents),
+        and where there are fewer docids, empty runs and -inf.
     """
     batch, device, centroids = len(ids), ids.device, model.config.centroids
+    beam = min(beam, len(trie.documents))
     assert trie.rows.shape[1] == model.config.codebooks, "trie and model are of different docids"
     source, padding = model.encode(ids)
     cross = model.cross_keys_values(source)
     x, past = model.start(batch), model.past(source, padding)  # (R, 1, D); R = B * live beams
     bias = model.causal_bias(0, model.config.codebooks)
     nodes, scores = trie.root(batch), torch.zeros(batch, 1, device=device)
-    live = min(beam, len(trie.documents))  # more beams would be empty
     for m in range(model.config.codebooks):
         hidden, past, _ = model.decode(x, cross, padding, past, bias)
         log_p = F.log_softmax(segment_logits(hidden, model.rq[m : m + 1])[:, 0].float(), dim=-1)  # (R, K)
@@ -56,7 +56,7 @@ def beam_search(model: T5, trie: Trie, ids: Tensor, beam: int) -> tuple[Tensor, 
         forbidden = torch.ones(log_p.numel(), dtype=torch.bool).index_fill_(0, held, False)
         log_p.masked_fill_(forbidden.view_as(log_p).to(device), -torch.inf)
         total = log_p.reshape(batch, -1)  # (B, live beams * K)
-        scores, best = total.topk(min(live, total.shape[1]), dim=1)
+        scores, best = total.topk(min(beam, total.shape[1]), dim=1)
         best = (best + torch.arange(batch, device=device)[:, None] * total.shape[1]).flatten()  # in log_p
         parent, code = best // centroids, best % centroids
         at = torch.searchsorted(held, best.cpu()).clamp(max=len(held) - 1)
@@ -96,14 +96,7 @@ def documents(trie: Trie, leaves: Tensor, scores: Tensor, doc_ids: list[str], k:
 
 
 def retrieve(
-    model: T5,
-    trie: Trie,
-    tokenizer,
-    queries: list[str],
-    doc_ids,
-    k: int = 10,
-    beam: int = 10,
-    max_length: int = 64,
+    model: T5, trie: Trie, tokenizer, queries: list[str], doc_ids, k=10, beam=10, max_length=64
 ) -> list[Ranking]:
     """The k best documents of each query text, in evaluation mode; queries of like length share a batch."""
     if not queries:
@@ -126,9 +119,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("query", nargs="?", help="without it, an interactive prompt")
     parser.add_argument("-k", type=int, default=10, help="documents to show (default 10)")
     parser.add_argument("--beam", type=int, help="beams kept at each docid position (default: the run's)")
-    parser.add_argument(
-        "--device", default=command.default_device(), help="cpu or cuda (default: cuda if there)"
-    )
+    parser.add_argument("--device", default=command.default_device(), help="default: cuda where present")
     args = parser.parse_args(argv)
     run = LoadedRun(args.run, command.check_device(args.device))
     chosen = run.config["beam"] if args.beam is None else args.beam

@@ -80,9 +80,8 @@ def beams(model: T5, trie: Trie, ids: Tensor, beam: int) -> tuple[list[dict], Te
     nodes, scores, steps = trie.root(), torch.zeros(1), []
     for m in range(model.config.codebooks):
         hidden, past, _ = model.decode(x, cross, padding, past)
-        log_p = F.log_softmax(
-            segment_logits(hidden, model.rq[m : m + 1])[:, 0].float(), dim=-1
-        ).cpu()  # (R, K)
+        logits = segment_logits(hidden, model.rq[m : m + 1])[:, 0]  # (R, K)
+        log_p = F.log_softmax(logits.float(), dim=-1).cpu()
         allowed, total = trie.allowed(m, nodes, log_p.shape[1]), log_p + scores[:, None]
         kept = total.masked_fill(~allowed, -torch.inf).flatten().topk(min(beam, int(allowed.sum())))
         other = total.masked_fill(allowed, -torch.inf).flatten().topk(min(OUTSIDE, total.numel()))

@@ -231,7 +231,8 @@ class LaterCorpus:
         if self.pace < 1:  # every other one holds how unlikely the model finds a new docid as its answer
             held = docids[self.n_new :: 2]
             held[:] = docids[torch.randint(self.n_new, (len(held),), generator=self.generator)]
-        return stacked(*parts), docids
+        width = max(ids.shape[1] for ids in parts)
+        return torch.cat([F.pad(ids, (0, width - ids.shape[1])) for ids in parts]), docids
 
     def general_queries(self, count: int) -> tuple[Tensor, Tensor]:
         """Token ids (count, S) of pseudo-queries of pages of general text, and these pages' docids (count, M)."""
@@ -393,12 +394,11 @@ class LaterCorpus:
         percent = []
         for of_layer, stat in zip(scores, self.stats):
             known = replace(stat, newest=stat.newest[:0])  # its arrival included
-            percent.append(ood.decide(of_layer, known, 0.0, self.config.epsilon).ood_percent)
+            below, above = ood.tails(of_layer, known, self.config.epsilon)
+            percent.append(100 * (below | above).float().mean().item())
         self.record["distance_percent"] = percent
-        shares = ", ".join(f"{p:.1f}%" for p in percent)
-        self.run.log.line(
-            f"D{self.t}: by layer {shares} of the queries just learnt lie outside what was known"
-        )
+        shares = "by layer " + ", ".join(f"{p:.1f}%" for p in percent)
+        self.run.log.line(f"D{self.t}: {shares} of the queries just learnt lie outside what was known")
         if max(percent) > FAR:
             advice = (
                 "train anew with --consolidate" if self.added else "pass a larger --dream_kl or --dream_batch"
@@ -452,12 +452,6 @@ def measure_dreams(run: Run, model: T5, made: Prepared, stats: list[ood.Stats], 
     cache = SourceCache(model, made.dreams.draw(docids, generator))
     for stat, scores in zip(stats, scan(model, cache, docids, hidden=False).scores):
         ood.measure(stat, scores)
-
-
-def stacked(*parts: Tensor) -> Tensor:
-    """Token ids (n, S) of several batches as one, padded with 0."""
-    width = max(ids.shape[1] for ids in parts)
-    return torch.cat([F.pad(ids, (0, width - ids.shape[1])) for ids in parts])
 
 
 def freeze_old(model: T5) -> None:
@@ -579,10 +573,8 @@ def execute(asked: Command, last: int | None = None, quiet: bool = False) -> dic
     folder, main_process = Path(config.run), distributed.is_main_process()
     with ExitStack() as held:
         if main_process:
-            goes_on = asked.resume or asked.extends
-            lock = (
-                store.lock(folder) if goes_on else store.new_folder(folder, asdict(config), asked.overwrite)
-            )
+            again = asked.resume or asked.extends
+            lock = store.lock(folder) if again else store.new_folder(folder, asdict(config), asked.overwrite)
             held.enter_context(lock)
             if asked.extends:
                 extend.require_finished(folder, asked.data)

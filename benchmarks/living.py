@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from urllib.parse import urlencode
@@ -31,6 +32,7 @@ import queries
 import scan
 import serve
 import store
+from benchmarks.measure import seconds_of
 from benchmarks.sizes import share_found
 from config import saved_config as config_of
 from index import Index
@@ -49,10 +51,7 @@ def without_last(run: Path, target: Path) -> store.StoredCorpus:
     store.write_json(target / "corpus.json", about)
     store.arrays.write_array(target / "docids.npy", np.load(run / "docids.npy")[: last.first_row])
     (target / f"{last.name}.pt").unlink()
-    for path in [
-        *target.glob("D*.pt"),
-        target / "dense.pt",
-    ]:  # which name the corpora that they were made for
+    for path in (*target.glob("D*.pt"), target / "dense.pt"):  # which name the corpora they were made for
         value = store.read_tensors(path)
         store.write_tensors(path, value | store.stamp(target, value["docids"]))
     stages = store.read_json(target / "stages.json")
@@ -64,9 +63,7 @@ def without_last(run: Path, target: Path) -> store.StoredCorpus:
 
 def recall(index: Index, corpora: list) -> float:
     """Mean Recall@10 of these corpora's test queries."""
-    ids = [
-        [hit.id for hit in hits] for corpus in corpora for hits in index.search(list(corpus.test.values()))
-    ]
+    ids = [[hit.id for hit in hits] for c in corpora for hits in index.search(list(c.test.values()))]
     relevant = [labels for corpus in corpora for labels in corpus.qrels.values()]
     return float(np.mean([scoring.score_ranking(*pair)["recall@10"] for pair in zip(ids, relevant)]))
 
@@ -77,9 +74,7 @@ def megabytes(folder: Path) -> float:
 
 def add_and_measure(index: Index, documents: list, old: list, corpus) -> dict:
     """Adds documents of `corpus` in one go; `old`: the corpora that were there."""
-    before, begin = recall(index, old), time.monotonic()
-    index.add(documents)
-    seconds = time.monotonic() - begin
+    before, seconds = recall(index, old), seconds_of(lambda: index.add(documents))
     figures = {"documents": len(documents), "seconds": seconds, "old_before": before}
     return figures | {"old": recall(index, old), **found(index, documents, corpus)}
 
@@ -96,9 +91,7 @@ def in_a_row(index: Index, documents: list, old: list, corpus) -> list[dict]:
     """Adds one document after another; figures after some of them."""
     rows, seconds, titles = [], [], []
     for n, document in enumerate(documents, 1):
-        begin = time.monotonic()
-        index.add([document])
-        seconds.append(time.monotonic() - begin)
+        seconds.append(seconds_of(partial(index.add, [document])))
         titles.append(share_found(index, [document[1]], [document[0]]))
         if n in CHECKPOINTS:
             shares = found(index, documents[:n], corpus)
@@ -189,9 +182,7 @@ def main() -> None:
         shutil.copytree(start.folder, copy)
         index = Index.open(copy)
         results["in_a_row"] = in_a_row(index, documents[: args.in_a_row], old, corpus)
-        begin = time.monotonic()
-        index.delete([documents[0][0]])
-        results["delete_seconds"] = time.monotonic() - begin
+        results["delete_seconds"] = seconds_of(lambda: index.delete([documents[0][0]]))
         begin = time.monotonic()
         reopened = Index.open(copy)
         results["open_seconds"] = time.monotonic() - begin

@@ -22,16 +22,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import dream
 import rq
 from arrays import ArrayWriter, ItemsWriter, Strings, open_array
+from benchmarks.measure import resident
 from search import beam_search, documents
 from t5 import T5, T5Config
 
 WORDS = 21_071  # of which T5's tokenizer makes dreams (dream.word_pieces)
-
-
-def resident(name: str) -> float:
-    """GiB of this process: VmRSS now, VmHWM at most since the last reset. Linux only."""
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) / 2**20
 
 
 @contextmanager
@@ -41,7 +36,8 @@ def step(name: str):
     begin, before = time.monotonic(), resident("VmRSS")
     yield
     seconds, peak = time.monotonic() - begin, resident("VmHWM")
-    print(f"{name:44}{seconds:9.1f} s   peak {peak:6.2f} GiB, of it new {peak - before:6.2f}", flush=True)
+    sizes = f"peak {peak / 2**20:6.2f} GiB, of it new {(peak - before) / 2**20:6.2f}"
+    print(f"{name:44}{seconds:9.1f} s   {sizes}", flush=True)
 
 
 def main() -> None:

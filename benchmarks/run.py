@@ -38,9 +38,10 @@ import mixlora
 import ood
 import rq
 import train
-from benchmarks.measure import machine, products_of
+from benchmarks.measure import machine, products_of, resident
 from config import mix_config, parse
 from losses import docid_cross_entropy, kl_to_previous, router_losses
+from memory import network
 from optim import keep_freed_memory, parameter_groups
 from scan import SourceCache, scan
 from search import beam_search, documents
@@ -56,11 +57,7 @@ RESULTS = "results.json"
 SMALL = dict(width=512, heads=8, feed_forward=2048, encoder_blocks=6, decoder_blocks=6)  # T5-small
 BASE = dict()  # T5-base is what T5Config defaults to
 RUN = parse([], checked=False).config  # `python train.py` without flags
-DEFAULT = dict(
-    vocab=RUN.vocab, width=RUN.width, head_width=RUN.width // RUN.heads, heads=RUN.heads, codebooks=RUN.M,
-    feed_forward=RUN.feed_forward, encoder_blocks=RUN.encoder_blocks, decoder_blocks=RUN.decoder_blocks,
-    centroids=RUN.K, dropout=RUN.dropout,
-)  # fmt: skip
+DEFAULT = asdict(network(RUN)) | {"dropout": RUN.dropout}
 TINY = dict(  # --small; transformers' cache fails where the decoder has more blocks than the encoder
     vocab=200, width=32, head_width=8, heads=4, feed_forward=64, encoder_blocks=5, decoder_blocks=5,
     codebooks=3, centroids=16,
@@ -234,12 +231,6 @@ def step_of(loss_of: Callable, groups, before_clip: Callable = lambda: None, **k
 
 def peak_memory(build: Callable, case: tuple, threads: int) -> float:
     """MB that a model and two training steps take at most, in this process, which did nothing before."""
-
-    def resident(field: str) -> float:
-        # VmHWM is what ru_maxrss says, without what the parent held when it started this process
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1000
-
     torch.set_num_threads(threads)
     keep_freed_memory()
     _, _, step = build(T5Config(**TINY), *case[1:])  # torch and transformers import parts of themselves late
@@ -248,7 +239,7 @@ def peak_memory(build: Callable, case: tuple, threads: int) -> float:
     _, _, step = build(*case)
     step()
     step()
-    return resident("VmHWM") - before
+    return (resident("VmHWM") - before) / 1000
 
 
 def training_rows(s: Settings, name: str, work: str, ours, peer, case: tuple) -> list[Row]:
@@ -469,9 +460,7 @@ def search_row(
 
 def search_small(s: Settings) -> list[Row]:
     """Constrained beam search at T5-small's shape | generate."""
-    return search_row(
-        s, "search_small", s.shape(SMALL), s.pick(100_000, 500), s.pick(32, 4), length=32, beam=10
-    )
+    return search_row(s, "search_small", s.shape(SMALL), s.pick(100_000, 500), s.pick(32, 4), 32, 10)
 
 
 def search_default(s: Settings) -> list[Row]:
@@ -649,11 +638,6 @@ ROWS = {
 }  # fmt: skip
 
 
-def surroundings(s: Settings) -> dict:
-    """Where and with what the figures came about."""
-    return asdict(s) | machine() | {"transformers": transformers.__version__, "faiss": faiss.__version__}
-
-
 def figure(value: float, unit: str) -> str:
     """0.0123 s -> 12.3 ms; three digits."""
     if unit == "s" and value < 1:
@@ -711,7 +695,8 @@ def main() -> None:
     faiss.omp_set_num_threads(args.threads)
     transformers.logging.set_verbosity_error()
 
-    where = surroundings(settings)
+    where = asdict(settings) | machine()
+    where |= {"transformers": transformers.__version__, "faiss": faiss.__version__}
     print(", ".join(f"{name} {value}" for name, value in where.items()))
     print(f"{'':26} {'ours':>14} {'peer':>14} {'min':>8} {'median':>8} {'max':>8} {'products':>8}  goal")
     rows: list[Row] = []

@@ -182,17 +182,13 @@ def markdown(results: dict) -> str:
             cells.append(f"{row['flop'] / rate:.1f} s")
         lines.append(" | ".join([f"| {row['stage']}", *cells]) + " |")
     steps, verdict = results["share_of_steps"], {True: "reached", False: "**missed**"}
-    others = [row for row in results["rows"] if row["products"] < row["seconds"] / 2]
-    most = max(
-        (row for row in others if row["stage"] not in ("D_0", "D_t", "reading")),
-        key=lambda row: row["seconds"],
-    )
+    others = [row for row in results["rows"] if row["stage"] not in ("D_0", "D_t", "reading")]
+    others = [row for row in others if row["products"] < row["seconds"] / 2]
+    most = max(others, key=lambda row: row["seconds"])
     other = most["seconds"] / wall
-    where = (
-        f"{results['date'][:10]}, {results['cpu']}, threads {results['threads']}, torch {results['torch']}"
-    )
+    at = f"{results['date'][:10]}, {results['cpu']}, threads {results['threads']}, torch {results['torch']}"
     return "\n".join([
-        *lines, "", f"{wall:.1f} s in all; a product of {large} at {rate / 1e9:.0f} GFLOP/s. {where}.", "",
+        *lines, "", f"{wall:.1f} s in all; a product of {large} at {rate / 1e9:.0f} GFLOP/s. {at}.", "",
         f"Products take {steps:.0%} of the time on D_0 and D_t with their batches (goal: 60 % or more): {verdict[steps >= 0.6]}.",
         f"The longest other stage that is neither reading nor mostly products, {most['stage']}, takes {other:.1%} of the "
         f"run (goal: 5 % at most): {verdict[other <= 0.05]}.",

@@ -212,15 +212,6 @@ def tokens_of_dream(config) -> float:
     return (dream.FEWEST + config.dream_words + config.dream_noise) / 2 + 1
 
 
-def queries_for_dreams(config) -> int:
-    """Queries that stand in place of dreams: of general text, or of earlier documents (--rehearsal)."""
-    return (
-        config.dreams
-        if config.rehearsal
-        else int(config.dream_general * config.dreams * bool(config.general))
-    )
-
-
 def general_documents(source: str) -> int:
     """Of general text, by the lines of a folder's corpus.jsonl, of which a run leaves out those that it indexes."""
     if source in GENERAL:
@@ -271,7 +262,8 @@ def costs_of_corpus(config, held: dict, t: int) -> Iterator[Cost]:
     steps = steps if steps or t == 0 else math.ceil(config.epochs * queries / batch)
     old, each, dreamt = config.dreams * (t > 0), memory.dreams_each(config, t), tokens_of_dream(config)
     styled = int(config.dream_style * queries) * (old > 0)  # of D_t's own queries are dreams too
-    asked = queries_for_dreams(config) * (old > 0)
+    # Queries that stand in place of dreams: of earlier documents, or of general text
+    asked = old if config.rehearsal else int(config.dream_general * old * bool(config.general))
     of_old = dreamt + asked / max(1, old) * (query - dreamt)  # tokens on average
     tokens = (query + styled / queries * (dreamt - query) + each * of_old) / (1 + each)
     longest = max(longest, memory.longest_dream(config)) if old else longest

@@ -215,19 +215,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def load(args) -> tuple[T5, object]:
-    """The checkpoint in evaluation mode and its tokenizer; its docid table is never used and so kept small."""
-    tokenizer = load_tokenizer(args.tokenizer)
-    model = read_published(args.t5, codebooks=1, centroids=1).to(args.device).eval()
-    check_vocabulary(tokenizer.vocab_size(), model.config.vocab, str(args.t5))
-    return model, tokenizer
-
-
 def main(argv: list[str]) -> None:
     args = parse(argv)
     if next(documents(args), None) is None:
         raise ValueError(f"{args.documents}: found no document with a title or a text")
-    model, tokenizer = load(args)
+    tokenizer = load_tokenizer(args.tokenizer)
+    model = read_published(args.t5, codebooks=1, centroids=1).to(args.device).eval()  # no docid is asked for
+    check_vocabulary(tokenizer.vocab_size(), model.config.vocab, str(args.t5))
     with args.out.open("ab") as file:
         hold(file, f"{args.out}: another process writes into it; wait, or pass another --out")
         progress = begin(args)

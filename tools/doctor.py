@@ -31,7 +31,6 @@ import command
 import data
 import dense
 import mixlora
-import ood
 import optim
 import prepare
 import queries
@@ -223,7 +222,7 @@ def fresh_docids(patient: Patient) -> Finding:
         return Finding("skip", f"docids come from {made}")
     n = min(len(patient.embeddings), len(patient.codes))
     # Those of few added documents are of the model's choice
-    few = [row for c in patient.corpora if c.added and len(c.rows) < ood.FEW for row in c.rows]
+    few = [row for c in patient.corpora if patient.run.is_few(c) for row in c.rows]
     by_quantiser = patient.live[~np.isin(patient.live, few)]
     rows = some(by_quantiser[by_quantiser < n], 10 * patient.count)
     again = rq.encode(patient.stored(rows), patient.books, device=patient.run.device)
@@ -321,9 +320,7 @@ def groups(model: T5, frozen: list[int]) -> dict[str, list[Tensor]]:
         mixture += [x.split([n, len(x) - n]) for x in (rows, *map(layer.stacked, MATRICES))]
     for b in model.decoder:
         plain = b.ff.plain if isinstance(b.ff, MixedFeedForward) else b.ff
-        attentions = [
-            getattr(attention, "plain", attention) for attention in (b.self_attention, b.cross_attention)
-        ]
+        attentions = [getattr(a, "plain", a) for a in (b.self_attention, b.cross_attention)]
         decoder += [b.self_norm, b.cross_norm, *attentions, b.ff_norm, plain]
     encoder = [model.encoder, model.encoder_bias, model.encoder_norm]
     bottlenecks = {id(p): p for adapter in baselines.adapters(model) for p in adapter.parameters()}
@@ -487,8 +484,7 @@ def scores_agree(patient: Patient) -> Finding:
 def beam_reaches_best(patient: Patient) -> Finding:
     """How often the best docid of all survives the beam."""
     (model, trie), hits = patient.last, []
-    docids = trie.rows.unique(dim=0).long()
-    docids = some(docids, EXACT_DOCIDS)
+    docids = some(trie.rows.unique(dim=0).long(), EXACT_DOCIDS)
     for ids in patient.tokens(patient.test_queries(min(EXACT, patient.count))).split(1):
         best = beam_search(model, trie, ids, patient.config.beam)[1].max()
         hits.append(bool(best >= exact_scores(model, ids, docids.to(ids.device)).max() - TOLERANCE))
@@ -527,16 +523,14 @@ def ood_statistics(patient: Patient) -> Finding:
     """Every mixed layer of every checkpoint knows the energies of what it has seen."""
     broken, seen, unseen, m = [], 0, 0, len(patient.books)
     for t in patient.trained.finished:
-        large = [c for c in patient.corpora[: t + 1] if not c.added or len(c.rows) >= ood.FEW]
+        large = [c for c in patient.corpora[: t + 1] if not patient.run.is_few(c)]
         model, stats = store.load_model(patient.folder / f"D{t}.pt")
         layers = mixed_layers(model)
         if len(stats) != len(layers):
             broken.append(f"D{t}: {len(stats)} statistics of {len(layers)} layers")
         for number, (layer, stat) in enumerate(zip(layers, stats)):
             if stat.mode == "pooled":  # a sketch of each corpus since the mixture came, and the scale
-                arrived = (
-                    len(large) - 1 + patient.config.d0_mixture
-                )  # few documents: in a pool, later in a sketch
+                arrived = len(large) - 1 + patient.config.d0_mixture  # few: in a pool, later in a sketch
                 pooled = t + 1 > len(large)
                 good = len(stat.arrivals) == arrived or (pooled and len(stat.arrivals) > arrived)
                 good &= len(stat.newest) == (arrived > 1) and bool(stat.dreams[1] > 0)

@@ -37,13 +37,6 @@ def dreams_of(run: store.LoadedRun, rows: list[int], seed: int) -> Iterator[tupl
         yield row, [run.tokenizer.decode([i for i in ids if i not in (PAD, EOS)]) for ids in drawn]
 
 
-def rows_of(run: store.LoadedRun, ids: list[str], seed: int) -> list[int]:
-    """The rows of the documents of these ids, or of some that are drawn. ValueError names ids that the run lacks."""
-    if not ids:
-        return random.Random(seed).sample(run.live.tolist(), min(DOCUMENTS, len(run.live)))
-    return extend.rows_of(run.folder, list(dict.fromkeys(ids)))
-
-
 def main(argv: list[str]) -> None:
     parser = command.Parser(description="Show what a run dreams of its documents.")
     parser.add_argument("run", type=Path, help="run folder")
@@ -51,7 +44,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     args = parser.parse_args(argv)
     run = store.LoadedRun(args.run)
-    for row, texts in dreams_of(run, rows_of(run, args.ids, args.seed), args.seed):
+    rows = random.Random(args.seed).sample(run.live.tolist(), min(DOCUMENTS, len(run.live)))
+    if args.ids:
+        rows = extend.rows_of(run.folder, list(dict.fromkeys(args.ids)))
+    for row, texts in dreams_of(run, rows, args.seed):
         print(f"{run.ids[row]}  {run.headline(row)}  {'-'.join(map(str, run.docids[row].tolist()))}")
         print("".join(f"    {text}\n" for text in texts), end="", flush=True)
 

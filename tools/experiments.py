@@ -219,9 +219,7 @@ def inherit(source: Path, target: Path, last: str, config: Config) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     stages = list(FILES)[: list(FILES).index(last) + 1]
-    same_beam = (
-        store.read_json(source / "config.json")["beam"] == config.beam
-    )  # otherwise D_0 is evaluated again
+    same_beam = store.read_json(source / "config.json")["beam"] == config.beam  # else D_0 is evaluated again
     for path in (source / name for stage in stages for name in FILES[stage]):
         if path.is_dir():
             shutil.copytree(path, unfinished / path.name, copy_function=os.link)
@@ -409,9 +407,7 @@ def summarise(name: str, seeds: list[int], folder: Path) -> dict:
             metrics[m] = {key: [r["metrics"][m][key] for r in results] for key in ("AP", "BWT", "FWT")}
             metrics[m]["P"] = [r["metrics"][m]["P"][-1] for r in results]
             both = zip(evaluated[label], evaluated[reference]) if paired else ()
-            differences = [
-                [np.subtract(a[m], b[m]) for a, b in zip(ours, theirs)] for (_, ours), (_, theirs) in both
-            ]
+            differences = [[np.subtract(a[m], b[m]) for a, b in zip(x, y)] for (_, x), (_, y) in both]
             metrics[m]["p_value"] = paired_p(differences) if paired else None
         row = {"label": label, "metrics": metrics, "paper": RUNS[label].paper}
         row["recall@1"] = [r["recall@1"] for r in results]
@@ -494,9 +490,7 @@ def figures(name: str, summary: dict) -> str:
     for row in rows:
         if "mock" in row:
             about = f"**{row['label']}**: percent of OOD queries per layer, mean over seeds, and where nothing is new"
-            tables.append(
-                table(about, ["D_t", *(f"D{i} again" for i in range(len(corpora) - 1))], mocks(row))
-            )
+            tables.append(table(about, ["D_t", *(f"{name} again" for name in corpora[:-1])], mocks(row)))
         if "beams" in row:
             about = f"**{row['label']}**: beams kept, Recall@10 (AP) and queries per second"
             cells = {}

@@ -150,9 +150,7 @@ def growth(results: dict):
     left, right = figure.subplots(1, 2)
     thick = 0.8 / layers
     for layer in range(layers):
-        held = [
-            (k, counts[layer]) for k, counts in enumerate(results["experts"].values()) if layer < len(counts)
-        ]
+        held = [(k, of[layer]) for k, of in enumerate(results["experts"].values()) if layer < len(of)]
         places, experts = zip(*((k + (layer - (layers - 1) / 2) * thick, number) for k, number in held))
         left.bar(
             places, experts, width=thick, color=COLOURS[layer % len(COLOURS)], edgecolor="white",
