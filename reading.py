@@ -32,11 +32,12 @@ class Problems:
 
     def add(self, place: str | Path, reason: str, shown) -> None:
         """`reason` is the kind that is counted, `shown` the id or whatever else tells this one from others."""
+        said = f"{place}: {reason} ({shown!s:.200})"
+        if self.at_once:
+            raise ValueError(said)
         self.counts[reason] += 1
         if len(self.listed) < 10:
-            self.listed.append(f"{place}: {reason} ({shown!s:.200})")
-        if self.at_once:
-            raise ValueError(f"{place}: {reason} ({shown!s:.200})")
+            self.listed.append(said)
 
     def check(self) -> None:
         """Raises ValueError with the first ten, and counts of all where there are more, unless they are left out."""

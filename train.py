@@ -180,28 +180,25 @@ class LaterCorpus:
         torch.manual_seed(self.config.seed + 1 + t)
         self.generator = torch.Generator().manual_seed(self.config.seed + t)  # of dreams and batches
         run.ready(self.model)
-        self.ids, self.docids = self.queries()
+        pairs = run.training_queries(t)
+        self.plan(len(pairs))
+        self.ids, self.docids = self.queries(pairs)
         self.lengths = (self.ids != data.PAD).sum(1)
         self.table_before = self.model.rq.detach().clone()
         self.first_mixture = self.config.mixture and not mixed_layers(self.model)
         self.cache, self.before, self.memory = None, None, []
         self.record = {"decisions": []}
 
-    def queries(self) -> tuple[Tensor, Tensor]:
-        """Token ids (Q, S) and docids (Q, M) of the stage's queries, in this order: `n_plain` pseudo-queries of D_t; dreams
-        of its own documents, with which they are `n_new`; and `n_old` that hold the model to what it said before: dreams
-        of earlier docids, and pseudo-queries of general text. Where D_t has few documents, every other one of these is
-        paired with one of its docids: how unlikely that was is held.
+    def plan(self, n: int) -> None:
+        """How long and at what pace D_t trains on its n pseudo-queries, what weight the KL has, and how many queries there are:
+        `n_new` of D_t, the first `n_plain` of them no dreams, and `n_old` that hold the model to what it said before.
         """
-        config, run, codes, dreams = self.config, self.run, self.made.codes, self.made.dreams
-        pairs = run.training_queries(self.t)
-        self.n_plain = self.n_new = len(pairs)
-        self.batch = min(config.batch, len(pairs)) if self.added else config.batch
-        self.steps = config.steps or math.ceil(config.epochs * len(pairs) / self.batch)
-        self.dream_kl, style = config.dream_kl, config.dream_style
-        self.pace = 1.0  # of all learning rates
-        earlier = (run.live < run.corpora[self.t].first_row).any()  # not where D_t replaces them all
-        self.n_old = config.dreams if dreams and earlier else 0
+        config, style = self.config, self.config.dream_style
+        self.batch = min(config.batch, n) if self.added else config.batch
+        self.steps = config.steps or math.ceil(config.epochs * n / self.batch)
+        self.dream_kl, self.pace = config.dream_kl, 1.0  # the pace is of all learning rates
+        earlier = self.run.live < self.run.corpora[self.t].first_row  # none where D_t replaces them all
+        self.n_old = config.dreams if self.made.dreams and earlier.any() else 0
         if self.added:
             growth = extend.growth_of_steps(self.documents / FULL)
             self.steps = math.ceil(config.steps * growth) if config.steps else self.steps
@@ -211,10 +208,19 @@ class LaterCorpus:
                 self.pace = growth  # with the steps, weights move in proportion to the documents
             if self.documents < ood.FEW:  # whose docids say little of their words
                 style = 0.0
+        # Where dreams alone hold it, part of the new queries are dreams too: it would tell old from new by their style
+        dreamt = min(int(style * n), n - 1) if self.n_old else 0
+        self.n_new, self.n_plain = n, n - dreamt
+
+    def queries(self, pairs: list[tuple[int, str]]) -> tuple[Tensor, Tensor]:
+        """Token ids (Q, S) and docids (Q, M) of the stage's queries, in this order: pseudo-queries of D_t, of these `pairs`;
+        dreams of its own documents; and those that hold the model: dreams of earlier docids, and pseudo-queries of
+        general text. Where D_t has few documents, every other one of these is paired with one of its docids: how
+        unlikely that was is held.
+        """
+        config, run, codes, dreams = self.config, self.run, self.made.codes, self.made.dreams
         if not self.n_old:
             return run.tokens(pairs), codes[[row for row, _ in pairs]]
-        # Where dreams alone hold it, part of the new queries are dreams too: it would tell old from new by their style
-        self.n_plain -= min(int(style * len(pairs)), len(pairs) - 1)
         order = torch.randperm(len(pairs), generator=self.generator).tolist()
         pairs = [pairs[i] for i in order]
         n_general = int(config.dream_general * self.n_old) if run.general else 0
@@ -298,9 +304,10 @@ class LaterCorpus:
             elif config.expand != "fixed":
                 layer.freeze(but=int(config.evolve))
             below, above = decision.tails
+            rule = f"; grows above {needed:g}%" if config.expand == "ood" else ""
             self.run.log.line(
                 f"D{t} layer {number}: {decision.ood_percent:.1f}% of queries OOD ({below:.1f}% below, {above:.1f}% above "
-                f"what is known; grows above {needed:g}%) -> experts {experts} to {len(layer)}"
+                f"what is known{rule}) -> experts {experts} to {len(layer)}"
             )
             grown = {"expanded": expand, "histogram": histogram, "experts": [experts, len(layer)]}
             records.append(asdict(decision) | grown)
@@ -395,7 +402,7 @@ class LaterCorpus:
         for of_layer, stat in zip(scores, self.stats):
             known = replace(stat, newest=stat.newest[:0])  # its arrival included
             below, above = ood.tails(of_layer, known, self.config.epsilon)
-            percent.append(100 * (below | above).float().mean().item())
+            percent.append(100 * (below | above).sum().item() / len(below))
         self.record["distance_percent"] = percent
         shares = "by layer " + ", ".join(f"{p:.1f}%" for p in percent)
         self.run.log.line(f"D{self.t}: {shares} of the queries just learnt lie outside what was known")
