@@ -66,10 +66,10 @@ def damaged(path: Path, reason: str) -> ValueError:
     """The error of a damaged file: only a model, what is saved while it trains, its evaluation and what lies in a cache are
     made anew where they are gone.
     """
-    made = re.fullmatch(r"(D\d+|latest(\.previous)?)\.pt|documents_\w+\.(bin|npy)", path.name)
+    anew = re.fullmatch(r"(D\d+|latest(\.previous)?)\.pt|documents_\w+\.(bin|npy)", path.name)
     evaluated = re.fullmatch(r"evaluation_(D\d+)\.json", path.name)
-    made = made or evaluated and path.with_name(f"{evaluated[1]}.pt").exists()
-    to_do = "remove the file to make it anew" if made else "take it from a copy of the folder, or train anew"
+    anew = anew or evaluated and path.with_name(f"{evaluated[1]}.pt").exists()
+    to_do = "remove the file to make it anew" if anew else "take it from a copy of the folder, or train anew"
     return ValueError(f"{path}: {reason}; {to_do}")
 
 

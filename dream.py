@@ -77,7 +77,7 @@ def dreams(bi_encoder: T5, tokenizer, books: Tensor, most: int = MOST, noise: in
 
 
 def word_pieces(tokenizer) -> Tensor:
-    """Pieces (W,) that begin a word and are longer than two characters; of scripts without spaces, all of letters."""
+    """Pieces (W,) of letters and their marks: beginnings of words of three characters or more; of unspaced scripts, all."""
     kept = []
     for piece in range(tokenizer.vocab_size()):
         name = tokenizer.id_to_piece(piece)

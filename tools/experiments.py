@@ -399,10 +399,8 @@ def summarise(name: str, seeds: list[int], folder: Path) -> dict:
     evaluated, rows = {label: [values_of(label, seed, folder) for seed in seeds] for label in labels}, []
     for label in labels:
         results, metrics = [r for r, _ in evaluated[label]], {}
-        paired = label != reference and "topic" not in (
-            RUNS[label].start,
-            RUNS[reference].start,
-        )  # by test query
+        by_topic = [RUNS[one].start == "topic" for one in (label, reference)]
+        paired = label != reference and by_topic[0] == by_topic[1]  # by test query
         for m in METRICS:
             metrics[m] = {key: [r["metrics"][m][key] for r in results] for key in ("AP", "BWT", "FWT")}
             metrics[m]["P"] = [r["metrics"][m]["P"][-1] for r in results]
