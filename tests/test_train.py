@@ -464,12 +464,12 @@ def test_compiled_blocks_give_the_same_gradients(monkeypatch):
 @pytest.mark.skipif(
     not (SAMPLE.is_dir() and SPIECE.is_file()), reason=f"no {SAMPLE} or {SPIECE}; set MIXLORA_DATA"
 )
-@pytest.mark.parametrize("last", [0, pytest.param(None, marks=pytest.mark.soak)])
-def test_the_sample_of_nq320k_is_trained_on_with_t5_s_own_tokenizer(tmp_path, capsys, last):
-    """D_0 alone, and as a soak every corpus."""
+@pytest.mark.parametrize("last, centroids", [(0, 64), pytest.param(None, 2048, marks=pytest.mark.soak)])
+def test_the_sample_of_nq320k_is_trained_on_with_t5_s_own_tokenizer(tmp_path, capsys, last, centroids):
+    """D_0 alone, and as a soak every corpus with dreams and as many centroids as the paper's."""
     asked = parse([
         "--data", "nq320k", "--data-dir", str(SAMPLE), "--preset", "beir", "--splits", "paper", "--tokenizer", str(SPIECE),
-        "--run", str(tmp_path / "nq"), *TOY[2:], "--M", "4", "--K", "64", "--d0_fragments", "1",
+        "--run", str(tmp_path / "nq"), *TOY[2:], "--M", "4", "--K", str(centroids), "--rq_pseudo", "4", "--d0_fragments", "1",
     ])  # fmt: skip
     train.execute(asked, last)
     manifest = store.read_json(tmp_path / "nq" / "corpus.json")["manifest"]
@@ -480,6 +480,8 @@ def test_the_sample_of_nq320k_is_trained_on_with_t5_s_own_tokenizer(tmp_path, ca
     assert np.load(tmp_path / "nq" / "docids.npy").shape == (597, 4)
     printed = capsys.readouterr().out
     assert printed.count("ids sha256") == 5 and ("after D4" in printed) == (last is None)
+    assert (" dream " in printed) == (last is None)
+    assert store.read_tensors(tmp_path / "nq" / "rq.pt").shape[1] == centroids
     search.main([str(tmp_path / "nq"), "who sings this song", "-k", "2"])
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 2 and all(len(line.split()) > 6 for line in lines)  # first words in place of a title
