@@ -55,6 +55,35 @@ def test_without_ids_a_seed_draws_ten_documents(finished, capsys):
     assert len(first) == 10 and first == again and list(first) != list(other)
 
 
+def test_lost_queries_are_counted_by_the_words_of_their_documents_that_they_hold(copied, capsys):
+    run = store.LoadedRun(copied)
+    drawer, wanted = dreams.drawer_of(run), {}
+    paths = [copied / f"evaluation_D{t}.json" for t in range(5)]
+    hits = [[[float(v) for v in of["recall@10"]] for of in store.read_json(path)["values"]] for path in paths]
+    hits[2][0] = [0.0] * len(hits[2][0])  # D_2 costs all of D_0, and D_3 brings it back
+    del hits[4][1][0]  # a query of D_1 that was deleted since
+    for path, values in zip(paths, hits):
+        store.write_json(path, {"values": [{"recall@10": of} for of in values]})
+    for i, corpus in enumerate(run.corpora):
+        for q, (query_id, text) in enumerate(corpus.test.items()):
+            (doc_id,) = corpus.qrels[query_id]
+            numbers = drawer.words(run.docids[[list(run.ids).index(doc_id)]])[0][0]
+            near = [run.tokenizer.id_to_piece(int(piece)) for piece in drawer.pieces[numbers]]
+            pieces = set(run.tokenizer.encode(text, out_type=str))
+            n = min(2, sum(piece in near for piece in pieces))
+            for t in range(i + 1, 5):
+                if hits[t - 1][i][q] and (t, i) != (4, 1):
+                    seen = wanted.setdefault((i > 0, n), [0, 0])
+                    seen[0] += not hits[t][i][q]
+                    seen[1] += 1
+    counts = dreams.lost_queries(run)
+    assert {(a, b): counts[a, b].tolist() for a in (0, 1) for b in range(3) if counts[a, b, 1]} == wanted
+    assert counts[0, :, 0].sum() >= sum(map(bool, hits[1][0])) > 0
+    dreams.main([str(copied), "--lost"])
+    lost, found = counts[0, 2]
+    assert f"two or more {lost} of {found}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "flags, missing, said",
     [
