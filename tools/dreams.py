@@ -6,7 +6,7 @@
 Paper    none, dreams are ours (dream.py)
 In       a run folder: bi-encoder, codebooks, docids and tokenizer; titles are shown, not read by the dreams
 Out      for each document its id, docid and title, and COUNT dreams as text; with --lost, how many test queries later
-         corpora cost, by how many of its document's words a query holds: what dreams do not hold is lost first
+         corpora cost, by how many words that its document's dreams may hold a query holds
 Next     nobody; where the dreams have nothing to do with the titles, the run will forget (tools.doctor says how much)
 Differs  nothing: it is not in the released code
 """
@@ -48,9 +48,11 @@ def dreams_of(run: store.LoadedRun, rows: list[int], seed: int) -> Iterator[tupl
 
 
 def lost_queries(run: store.LoadedRun) -> np.ndarray:
-    """Test queries (2, 3, 2) of D_0 and of later corpora, by how many (`HELD`) of the words that a dream of their documents
-    may hold they hold: those whose document is among the first ten of a model but not of the one after the next corpus,
-    and all of the former. Summed over D_1..D_T. A corpus of which queries were deleted meanwhile is left out.
+    """How many test queries (2, 3, 2), of D_0 and of later corpora, that hold none, one or more of the words that a dream of
+    their documents may hold (`HELD`), D_1..D_T cost: lost, of those found.
+
+    Found: a right document is among the first ten before a corpus; lost: none is after it. Summed over corpora; one of
+    which test queries were deleted meanwhile is left out.
     """
     drawer, counts, held = drawer_of(run), np.zeros((2, len(HELD), 2), int), []
     row_of = {doc_id: row for row, doc_id in enumerate(run.ids)}
@@ -79,9 +81,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     run = store.LoadedRun(args.run)
     if args.lost:
-        print(
-            "test queries found before a corpus and lost by it, by how many of their document's words they hold"
-        )
+        print("test queries that the next corpus cost, by how many of their document's words they hold")
         for name, of_words in zip(("of D_0", "of later corpora"), lost_queries(run)):
             shares = [f"{words} {lost} of {found}" for words, (lost, found) in zip(HELD, of_words)]
             print(f"{name}: {', '.join(shares)}")
