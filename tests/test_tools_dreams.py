@@ -82,6 +82,10 @@ def test_lost_queries_are_counted_by_the_words_of_their_documents_that_they_hold
     dreams.main([str(copied), "--lost"])
     lost, found = counts[0, 2]
     assert f"two or more {lost} of {found}\n" in capsys.readouterr().out
+    for path in paths[1:]:
+        path.unlink()
+    with pytest.raises(ValueError, match="nothing to count"):
+        dreams.lost_queries(run)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +96,7 @@ def test_lost_queries_are_counted_by_the_words_of_their_documents_that_they_hold
         ([], "rq.pt", "rq.pt"),
         ([], "config.json", "config.json"),
         (["--sed", "1"], "", "unrecognized arguments: --sed"),
+        (["d3", "--lost"], "", "--lost counts the queries of all documents; leave the ids out"),
     ],
 )
 def test_what_is_wrong_is_one_line(copied, monkeypatch, flags, missing, said):

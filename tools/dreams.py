@@ -48,11 +48,11 @@ def dreams_of(run: store.LoadedRun, rows: list[int], seed: int) -> Iterator[tupl
 
 
 def lost_queries(run: store.LoadedRun) -> np.ndarray:
-    """How many test queries (2, 3, 2), of D_0 and of later corpora, that hold none, one or more of the words that a dream of
-    their documents may hold (`HELD`), D_1..D_T cost: lost, of those found.
+    """Numbers (2, 3, 2) of test queries: of D_0 or of later corpora; by how many words that a dream of their documents may
+    hold they hold (`HELD`); lost, and found.
 
-    Found: a right document is among the first ten before a corpus; lost: none is after it. Summed over corpora; one of
-    which test queries were deleted meanwhile is left out.
+    Found: a right document is among the first ten before a corpus. Lost: of these, none is after it. Summed over
+    D_1..D_T; a corpus of which test queries were deleted meanwhile is left out. Raises ValueError where none was found.
     """
     drawer, counts, held = drawer_of(run), np.zeros((2, len(HELD), 2), int), []
     row_of = {doc_id: row for row, doc_id in enumerate(run.ids)}
@@ -69,6 +69,10 @@ def lost_queries(run: store.LoadedRun) -> np.ndarray:
             was, still = (np.array(values["recall@10"]) > 0 for values in of_corpus)
             if len(was) == len(still) == len(held[i]):
                 np.add.at(counts[min(i, 1)], held[i], np.stack([was & ~still, was], axis=1))
+    if not counts.any():
+        raise ValueError(
+            f"{run.folder}: no test query was found before a later corpus came; nothing to count"
+        )
     return counts
 
 
@@ -80,6 +84,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--lost", action="store_true", help="count the test queries that later corpora cost")
     args = parser.parse_args(argv)
     run = store.LoadedRun(args.run)
+    if args.lost and args.ids:
+        raise ValueError("--lost counts the queries of all documents; leave the ids out")
     if args.lost:
         print("test queries that the next corpus cost, by how many of their document's words they hold")
         for name, of_words in zip(("of D_0", "of later corpora"), lost_queries(run)):

@@ -470,7 +470,8 @@ def figures(name: str, summary: dict) -> str:
     corpora, tables = [f"D{i}" for i in range(len(rows[0]["metrics"]["recall@10"]["P"][0]))], []
     for place, m in enumerate(METRICS):
         about = (
-            f"**{name}, {m}** in percent, mean ± standard error over seeds {', '.join(map(str, seeds))}; p: paired "
+            f"**{name}, {m}** in percent, {'mean ± standard error over seeds' if seeds[1:] else 'seed'} "
+            f"{', '.join(map(str, seeds))}; p: paired "
             f"bootstrap of AP against {reference} over queries{' and seeds' * (len(seeds) > 1)}; last column: the "
             "paper's AP, BWT, FWT on NQ320k"
         )
