@@ -125,16 +125,24 @@ def test_the_teacher_example_writes_what_the_next_run_reads(tmp_path, monkeypatc
     def predict(encoder, pairs):  # a stand-in: counts the words that query and text share
         return torch.tensor([len(set(query.split()) & set(text.split())) for query, text in pairs])
 
+    def run(name, *flags):
+        shared = "--data beir --splits 60,40 --save_negatives --dense_rounds 2 --dense_pseudo 0 --d0_steps 1 --steps 1"
+        train.main([*TOY, *shared.split(), "--run", name, *flags])
+
     toy_folder(tmp_path / "beir")
     monkeypatch.chdir(tmp_path)
-    flags = "--data beir --run runs/nq320k --splits 60,40 --save_negatives --dense_pseudo 0 --d0_steps 1 --steps 1"
-    train.main([*TOY, *flags.split()])
     encoder = type("CrossEncoder", (), {"__init__": lambda *_, **__: None, "predict": predict})
     monkeypatch.setitem(sys.modules, "sentence_transformers", types.SimpleNamespace(CrossEncoder=encoder))
-    exec(re.search(r"```python\n(.*?)```", PAGES["data.md"], re.S)[1], {})
-    d0 = store.load_corpora(Path("runs/nq320k"))[0]
-    assert len(dense.read_teacher(Path("teacher_1.jsonl"), d0).queries) == len(d0.train) == 30
+    script = re.search(r"```python\n(.*?)```", PAGES["data.md"], re.S)[1]
+    run("runs/first")
+    exec(script, {})
+    run("runs/second", "--teacher", "teacher_1.jsonl,")
+    assert 'Path("runs/first"), 1\n' in script
+    exec(script.replace('Path("runs/first"), 1\n', 'Path("runs/second"), 2\n'), {})
+    d0 = store.load_corpora(Path("runs/second"))[0]
     query, text = dict(zip(d0.train_ids, d0.train)), dict(zip(d0.ids, d0.passages()))
-    for line in map(json.loads, Path("teacher_1.jsonl").read_text().splitlines()):
-        pairs = [(query[line["qid"]][1], text[doc_id]) for doc_id in line["docids"]]
-        assert line["scores"] == predict(None, pairs).tolist() and max(line["scores"]) > 0
+    for path in map(Path, ("teacher_1.jsonl", "teacher_2.jsonl")):
+        assert len(dense.read_teacher(path, d0).queries) == len(d0.train) == 30
+        for line in map(json.loads, path.read_text().splitlines()):
+            pairs = [(query[line["qid"]][1], text[doc_id]) for doc_id in line["docids"]]
+            assert line["scores"] == predict(None, pairs).tolist() and max(line["scores"]) > 0
