@@ -106,7 +106,8 @@ class Prompts(nn.Module):
     def choose(self, source: Tensor, padding: Tensor) -> Tensor:
         """The prompt of each query (B,), from what T5.encode gives."""
         topics = F.normalize(self.topics, dim=-1)
-        return (F.normalize(representation(source, padding), dim=-1) @ topics.T).argmax(-1)
+        with torch.autocast(source.device.type, enabled=False):  # bfloat16 would take near topics for equal
+            return (F.normalize(representation(source, padding), dim=-1) @ topics.T).argmax(-1)
 
     def forward(self, source: Tensor, padding: Tensor) -> list[tuple[Tensor, Tensor] | None]:
         """What T5.past gives: keys and values (B, H, length, Dh) of the second block, None for all others."""

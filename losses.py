@@ -56,4 +56,7 @@ def router_losses(routes: list[mixlora.Route], config) -> dict[str, Tensor]:
         "balance": (config.balance_coef, mixlora.balance_loss),
         "z": (config.z_coef, mixlora.z_loss),
     }
-    return {name: coef * sum(map(loss, routes)) for name, (coef, loss) in terms.items() if coef and routes}
+    if not routes:
+        return {}
+    with torch.autocast(routes[0].x.device.type, enabled=False):  # cosines near 1 need float32
+        return {name: coef * sum(map(loss, routes)) for name, (coef, loss) in terms.items() if coef}

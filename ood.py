@@ -9,13 +9,14 @@ Next     train.py acts on it through MixedFeedForward.add_expert(), and settles 
 Differs  two modes. `paper_code` follows the released code: moving averages gathered in training, one
          threshold for each (expert, position), a query is OOD if one of its tokens lies above all of them.
          Its mean sits where half of all tokens are, so without any shift it flags from 0 % to 99.6 % of
-         queries, depending on the batch size. A new expert starts from expert 0's statistics after the first
-         corpus; the released code never stores these where D_0 trained the mixture, and starts from zeros.
-         `pooled` is ours: unseen documents have lower energies than learnt ones, so both tails count; energies
-         are measured on the scale of dreams by the same model (dream.py), so those of different ages compare;
-         and a query is OOD if it lies outside the range of every earlier corpus, as that looked when it arrived
-         (D_0, and the newest too: once learnt). Corpora of few documents that a finished run takes in decide
-         together, once they are enough; by `paper_code`, not at all.
+         queries, depending on the batch size. On D_0 it gathers whole batches, general text and fragments
+         included. A new expert starts from expert 0's statistics after the first corpus; the released code
+         never stores these where D_0 trained the mixture, and starts from zeros.
+         `pooled` is ours: unseen documents have lower energies than learnt ones, so both tails count;
+         energies are measured on the scale of dreams by the same model (dream.py), so those of different
+         ages compare; and a query is OOD if it lies below the ranges of all earlier corpora or above them,
+         as each looked when it arrived (D_0, and the newest too: once learnt). Corpora of few documents that
+         a finished run takes in decide together, once they are enough; by `paper_code`, not at all.
 """
 
 import math

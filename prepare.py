@@ -72,6 +72,7 @@ class Run:
                 weights.find_t5(config.t5, log=log.line)
             distributed.wait()
             self.t5 = weights.find_t5(config.t5, log=log.line)
+            check_weights(config, self.t5)
         if distributed.is_main_process():
             (report_changes if (folder / "corpus.json").exists() else read)(config, folder, log)
             shutil.rmtree(folder / "reading", ignore_errors=True)
@@ -304,6 +305,19 @@ def sized(config: Config, documents: int) -> Config:
         codebooks = next(m for m in range(codebooks, config.width + 1) if config.width % m == 0)
     vocab = min(8000, 500 + 50 * documents)
     return replace(config, M=config.M or codebooks, K=centroids, vocab=config.vocab or vocab)
+
+
+def check_weights(config: Config, t5: Path) -> None:
+    """Raises ValueError where a published T5 has too few blocks or columns for what is asked, before anything is read."""
+    shape, _ = weights.read_shape(t5, config.M, config.K)
+    if config.mixture and config.layers > shape.decoder_blocks:
+        raise ValueError(
+            f"--layers {config.layers}: wanted at most the {shape.decoder_blocks} decoder blocks of {config.t5}"
+        )
+    if config.docid_kind == "pq" and config.M and shape.width % config.M:
+        raise ValueError(
+            f"--docid_kind pq wants an --M that divides the width of {config.t5}, {shape.width}; M is {config.M}"
+        )
 
 
 def check_sizes(config: Config, documents: int, log: store.Log) -> None:

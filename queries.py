@@ -150,7 +150,7 @@ class Idf:
 class PseudoQuerySampler:
     """Draws pseudo-queries from a document's own words, anew at every call.
 
-    One in four is a crop of 5 to 14 words of a sentence. The others are 2 to 7 words of a window of 40, drawn
+    One in four is a crop of 5 to 14 words of a sentence. The others are up to 7 words of a window of 40, drawn
     by inverse document frequency and kept in text order, mostly led by words of the title and, where the words are
     in ASCII, sometimes by an English question word. In scripts without spaces two letters stand for a word. A query
     whose digest is `excluded`, as those of test queries are, is never returned.

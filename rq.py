@@ -25,7 +25,7 @@ POINTS_PER_CENTROID = 256  # of k-means, faiss's default: more are sampled
 ROWS_A_CHILD = 8  # rows of a trie's node that are looked at for each of its children
 CHUNK = 65_536  # embeddings reported on together
 CACHED = 2**22  # partial errors of a batch of embeddings that are encoded together
-MOST_POINTS = 200_000  # of k-means at least; more than these and its sample are not even computed
+MOST_POINTS = 200_000  # residuals of a level that are computed, if k-means does not sample more of them
 MOST_ATOMIC = 2**15 - 1  # documents with atomic docids: codes are int16 in the trie and on disk
 BEAM = 5  # partial docids kept while encoding, as in faiss
 

@@ -5,7 +5,7 @@ In       the model, token ids of pseudo-queries, their docids
 Out      encoder outputs, the model's last hidden states, router scores, mean direction of the OOD router inputs
 Next     ood.py decides from the scores; train.py trains from the cache
 Differs  the released code runs encoder, all 24 blocks and a second model again in every step of every epoch; what
-         is cached here is kept in bfloat16 on CUDA, and in float32 on the CPU
+         is cached here is kept in the precision of training's products
 """
 
 from collections.abc import Callable
@@ -24,22 +24,19 @@ from t5 import T5
 BATCH = 512  # queries together
 
 
-def kept_as(device: torch.device) -> torch.dtype:
-    """Precision of cached states: bfloat16 where training computes in it, float32 on the CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 class SourceCache:
     """Encoder outputs of many queries without their padding."""
 
     @torch.no_grad()
-    def __init__(self, model: T5, ids: Tensor, folder: Path | None = None):
-        """ids (Q, S). With a folder the outputs lie in a nameless file there (see `arrays.scratch`)."""
+    def __init__(self, model: T5, ids: Tensor, precision: str = "float32", folder: Path | None = None):
+        """ids (Q, S); precision: float32 or bf16. With a folder the outputs lie in a nameless file there (see
+        `arrays.scratch`).
+        """
         model.eval()
         lengths = (ids != PAD).sum(1)
         self.start, self.lengths, self.folder = lengths.cumsum(0) - lengths, lengths, folder
-        device = model.word.device
-        self.flat = scratch(folder, (int(lengths.sum()), model.config.width), kept_as(device))  # (tokens, D)
+        device, dtype = model.word.device, torch.bfloat16 if precision == "bf16" else torch.float32
+        self.flat = scratch(folder, (int(lengths.sum()), model.config.width), dtype)  # (tokens, D)
         for rows in lengths.argsort().split(BATCH):
             width = int(lengths[rows].max())
             source, _ = model.encode(ids[rows, :width].to(device))
@@ -77,7 +74,7 @@ def scan(
     """
     model.eval()
     device, layers = model.word.device, len(mixed_layers(model))
-    kept = scratch(cache.folder, (*codes.shape, model.config.width), kept_as(device)) if hidden else None
+    kept = scratch(cache.folder, (*codes.shape, model.config.width), cache.flat.dtype) if hidden else None
     scores = [[] for _ in range(layers)]
     every, flagged = torch.zeros(2, layers, model.config.width)
     by_length = cache.lengths.argsort()

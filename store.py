@@ -4,8 +4,9 @@ Paper    none
 In       corpora, models, OOD statistics, lines of a log; what a stage trains and every source of its chance
 Out      runs/NAME/, whose files docs/commands.md lists; each corpus has its own, opened when they are asked for
 Next     search.py and eval.py load a model from it; train.py skips what is done; optim.py saves a stage by Resume
-Differs  every file is whole or absent (arrays.py) and every checkpoint says what it was made for; a stopped stage goes
-         on where it was, bit by bit, while the released code starts it again and pickles tries
+Differs  every file is whole or absent (arrays.py) and every checkpoint says what it was made for; a stopped
+         stage goes on where it was, bit by bit (of several processes with dropout, with other masks), while
+         the released code starts it again and pickles tries
 
 What leads up to a stage's first step (scan, growth) is not saved: it follows from the checkpoint
 before it and from the seed, and is done again.

@@ -195,7 +195,7 @@ class LaterCorpus:
         """
         config, style = self.config, self.config.dream_style
         self.batch = min(config.batch, n) if self.added else config.batch
-        self.steps = config.steps or math.ceil(config.epochs * n / self.batch)
+        self.steps = config.steps or config.epochs * math.ceil(n / self.batch)
         self.dream_kl, self.pace = config.dream_kl, 1.0  # the pace is of all learning rates
         earlier = self.run.live < self.run.corpora[self.t].first_row  # none where D_t replaces them all
         self.n_old = config.dreams if self.made.dreams and earlier.any() else 0
@@ -205,7 +205,10 @@ class LaterCorpus:
             self.n_old = min(self.n_old, self.steps * config.dream_batch)
             if growth < 1:  # few would draw all queries to themselves
                 self.dream_kl *= FEW_KL / growth  # what holds the model weighs more
-                self.pace = growth  # with the steps, weights move in proportion to the documents
+                if (
+                    config.steps
+                ):  # with the steps, weights move in proportion to the documents; epochs do so by themselves
+                    self.pace = growth
             if self.documents < ood.FEW:  # whose docids say little of their words
                 style = 0.0
         # Where dreams alone hold it, part of the new queries are dreams too: it would tell old from new by their style
@@ -234,7 +237,9 @@ class LaterCorpus:
         if n_general:
             asked, of_general = self.general_queries(n_general)
             parts, docids = [*parts, asked], torch.cat([docids, of_general])
-        if self.pace < 1:  # every other one holds how unlikely the model finds a new docid as its answer
+        if (
+            self.added and self.documents < FULL
+        ):  # every other one holds how unlikely the model finds a new docid as its answer
             held = docids[self.n_new :: 2]
             held[:] = docids[torch.randint(self.n_new, (len(held),), generator=self.generator)]
         width = max(ids.shape[1] for ids in parts)
@@ -255,7 +260,7 @@ class LaterCorpus:
         frozen, teacher = config.mixture or config.prompts, bool(config.kl_coef or self.n_old)
         if not (frozen or teacher):
             return
-        cache = SourceCache(model, self.ids, folder=self.run.folder / "cache")
+        cache = SourceCache(model, self.ids, config.precision, self.run.folder / "cache")
 
         def is_ood(layer: int, scores: Tensor) -> Tensor:
             below, above = ood.tails(scores, self.stats[layer], config.epsilon)
@@ -447,7 +452,8 @@ def fresh_scores(run: Run, model: T5, made: Prepared, t: int, purpose: str = "fr
         count = min(count, run.config.pseudo_per_document * len(corpus.rows))
     pairs = run.sample(t, count, purpose)
     docids = made.codes[[row for row, _ in pairs]]
-    return scan(model, SourceCache(model, run.tokens(pairs)), docids, hidden=False).scores
+    cache = SourceCache(model, run.tokens(pairs), run.config.precision)
+    return scan(model, cache, docids, hidden=False).scores
 
 
 def measure_dreams(run: Run, model: T5, made: Prepared, stats: list[ood.Stats], t: int) -> None:
@@ -456,7 +462,7 @@ def measure_dreams(run: Run, model: T5, made: Prepared, stats: list[ood.Stats], 
         return
     generator = torch.Generator().manual_seed(run.config.seed)
     docids = made.codes[run.choose(t + 1, YARDSTICK, generator)]
-    cache = SourceCache(model, made.dreams.draw(docids, generator))
+    cache = SourceCache(model, made.dreams.draw(docids, generator), run.config.precision)
     for stat, scores in zip(stats, scan(model, cache, docids, hidden=False).scores):
         ood.measure(stat, scores)
 

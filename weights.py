@@ -222,24 +222,31 @@ def kind_of_t5(given: dict) -> dict[str, bool]:
     return {"gated": name == "gated-gelu", "tied": scaled}
 
 
-def read_published(folder: Path, codebooks: int, centroids: int, dropout: float | None = None) -> T5:
-    """A T5 v1.0 or v1.1 from `config.json` and `model.safetensors` or `pytorch_model.bin`, its docid table random.
-
-    Raises ValueError where a file or tensor is missing, unknown or of another shape, or the network is not t5.py's.
-    """
+def read_shape(
+    folder: Path, codebooks: int, centroids: int, dropout: float | None = None
+) -> tuple[T5Config, dict]:
+    """The shape of a T5 v1.0 or v1.1 from `config.json`, and what that file holds. Raises ValueError for another network."""
     path = folder / "config.json"
     try:
         given = json.loads(path.read_text())
-        config = T5Config(
+        return T5Config(
             vocab=our_rows(given["vocab_size"]), width=given["d_model"], head_width=given["d_kv"],
             heads=given["num_heads"], feed_forward=given["d_ff"], encoder_blocks=given["num_layers"],
             decoder_blocks=given.get("num_decoder_layers") or given["num_layers"], **kind_of_t5(given),
             buckets=given["relative_attention_num_buckets"], codebooks=codebooks, centroids=centroids,
             max_distance=given.get("relative_attention_max_distance", 128),
             dropout=given["dropout_rate"] if dropout is None else dropout,
-        )  # fmt: skip
+        ), given  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the config of a T5 v1.0 or v1.1 ({error})") from None
+
+
+def read_published(folder: Path, codebooks: int, centroids: int, dropout: float | None = None) -> T5:
+    """A T5 v1.0 or v1.1 from `config.json` and `model.safetensors` or `pytorch_model.bin`, its docid table random.
+
+    Raises ValueError where a file or tensor is missing, unknown or of another shape, or the network is not t5.py's.
+    """
+    config, given = read_shape(folder, codebooks, centroids, dropout)
     tensors = read_weights(folder)
     if not config.tied and given.get("tie_word_embeddings", True) and "shared.weight" in tensors:
         # One table but logits without the scale: the head may be left out, being a copy of the table.

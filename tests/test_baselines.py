@@ -163,6 +163,13 @@ def test_query_takes_the_nearest_topic_by_cosine():
     source = torch.tensor([[[3.0, 1.0]], [[0.1, 0.2]], [[-1.0, -3.0]], [[100.0, 99.0]]])  # cosine: not 9 * 99
     padding = torch.zeros(4, 1, 1, 1)
     assert prompts.choose(source, padding).tolist() == [0, 1, 2, 0]
+    near = Prompts(
+        torch.tensor([[1.0, 0.99], [0.99, 1.0]]),
+        2,
+        T5Config(width=2, heads=1, head_width=1, decoder_blocks=3),
+    )
+    with torch.autocast("cpu", torch.bfloat16):  # as in training; search has no autocast
+        assert near.choose(torch.tensor([[[1.0, 1.01]], [[1.01, 1.0]]]), padding[:2]).tolist() == [1, 0]
     before, (keys, values), after = prompts(source, padding)
     assert before is None and after is None
     assert keys[:, 0, :, 0].tolist() == [[0, 1], [4, 5], [8, 9], [0, 1]]

@@ -328,9 +328,9 @@ def test_steps_are_those_of_the_config():
     steps = {stage: one.steps for stage, one in costs_by_stage(settings()).items()}
     assert steps["dense rounds", None] == 2 * 54_000  # 50 epochs of 276,493 at batch 256
     assert steps["training", 0] == 20_000
-    assert steps["training", 1] == -(-10 * 41_132 // 32) == 12_854
+    assert steps["training", 1] == 10 * -(-41_132 // 32) == 12_860
     steps = {stage: one.steps for stage, one in costs_by_stage(settings("msmarco")).items()}
-    assert steps["training", 0] == 250_000 and steps["training", 4] == -(-5 * 2_210_471 // 512)
+    assert steps["training", 0] == 250_000 and steps["training", 4] == 5 * -(-2_210_471 // 512)
 
 
 def test_lines_of_the_table_add_up():

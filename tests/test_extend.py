@@ -445,14 +445,25 @@ def test_steps_grow_with_the_number_of_documents():
     assert [extend.steps_scale(n) for n in (1, 1551, 1551 * 16)] == [0.15, 1, 8]
 
 
-@pytest.mark.parametrize("documents, steps", [(1, 3), (2, 6)])
-def test_epochs_of_few_documents_are_as_many_as_the_run_has(copied, tmp_path, documents, steps):
-    """Three epochs of four pseudo-queries a document, in batches of all of them or of `batch`, whichever is less."""
-    settings = store.read_json(copied / "config.json") | {"steps": 0, "epochs": 3, "batch": 4}
-    store.write_json(copied / "config.json", settings)
+@pytest.mark.parametrize("documents, batch, steps", [(1, 4, 3), (2, 4, 6), (2, 3, 9)])
+def test_epochs_of_few_documents_are_as_many_as_the_run_has(
+    copied, tmp_path, monkeypatch, documents, batch, steps
+):
+    """Three epochs of four pseudo-queries a document, in batches of all of them or of `batch`, whichever is less, at the
+    run's own rates.
+    """
+    config, rates = store.read_json(copied / "config.json"), []
+    store.write_json(
+        copied / "config.json", config | {"steps": 0, "epochs": 3, "batch": batch, "dream_batch": 2 * batch}
+    )
+    groups = train.parameter_groups
+    monkeypatch.setattr(
+        train, "parameter_groups", lambda named, rate: rates.append(rate) or groups(named, rate)
+    )
     extend_by(copied, folder_of(tmp_path / "new", NEW[:documents]))
     lines = [json.loads(line) for line in (copied / "metrics.jsonl").read_text().splitlines()]
     assert max(line["step"] for line in lines if line["stage"] == "D5") == steps
+    assert rates == [config["table_lr"] or config["lr"], config["lr"], config["attention_lr"]]
 
 
 def test_a_replaced_document_may_take_its_docid_again(copied, tmp_path, monkeypatch):

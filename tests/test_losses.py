@@ -154,6 +154,13 @@ def test_router_losses_are_weighted_and_summed_over_layers():
         torch.testing.assert_close(found[name], value)
 
 
+def test_router_losses_stay_in_float32_under_autocast():
+    everything = settings(balance_coef=0.01, z_coef=0.001)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = router_losses(ROUTES, everything)
+    assert found == router_losses(ROUTES, everything)
+
+
 def test_router_losses_without_weight_are_left_out():
     assert router_losses(ROUTES, settings()).keys() == {"align", "repel"}
     assert router_losses(ROUTES, settings(align_coef=0.0)).keys() == {"repel"}

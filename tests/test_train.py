@@ -505,6 +505,12 @@ def test_weights_from_a_folder_bring_their_tokenizer_and_are_checked_against_it(
     train.execute(parse([*flags, "--run", str(tmp_path / "run")]), last=-1)  # no corpus
     assert (tmp_path / "run" / "tokenizer.model").read_bytes() == tokenizer
     assert store.load_model(tmp_path / "run" / "dense.pt")[0].config.vocab == rows
+    for flag, said in (
+        ("--layers 3", "at most the 2 decoder blocks"),
+        ("--docid_kind pq --M 5", "divides the width .*, 32"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            train.main([*flags, *flag.split(), "--run", str(tmp_path / "none")])
     (tmp_path / "t5" / "spiece.model").write_bytes(data.train_tokenizer(passages, 60))
     with pytest.raises(ValueError, match="the tokenizer has .* pieces, .* word rows"):
         train.main([*flags, "--run", str(tmp_path / "other")])
@@ -569,6 +575,8 @@ def test_cached_encoder_outputs_equal_a_fresh_pass(monkeypatch):
     ids[torch.arange(9) >= torch.randint(2, 10, (20, 1))] = 0
     cache, rows = scan.SourceCache(model, ids), torch.tensor([3, 17, 0])
     source, padding = cache.get(rows, torch.device("cpu"))
+    rounded = scan.SourceCache(model, ids, "bf16").get(rows, torch.device("cpu"))[0]
+    assert torch.equal(rounded, source.bfloat16().float())
     length = source.shape[1]
     expected, expected_padding = model.encode(ids[rows, :length])
     assert torch.equal(padding, expected_padding)

@@ -259,7 +259,7 @@ def costs_of_corpus(config, held: dict, t: int) -> Iterator[Cost]:
     net, counts, M = network(config), BENCHMARKS[config.data], config.M
     mix, queries, (query, longest) = mixture(config, t), counts.pseudo_queries[t], query_lengths(config)
     batch, steps = (config.batch, config.steps) if t else (config.d0_batch, config.d0_steps)
-    steps = steps if steps or t == 0 else math.ceil(config.epochs * queries / batch)
+    steps = steps if steps or t == 0 else config.epochs * math.ceil(queries / batch)
     old, each, dreamt = config.dreams * (t > 0), memory.dreams_each(config, t), tokens_of_dream(config)
     styled = int(config.dream_style * queries) * (old > 0)  # of D_t's own queries are dreams too
     # Queries that stand in place of dreams: of earlier documents, or of general text
