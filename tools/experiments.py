@@ -184,7 +184,7 @@ EXPERIMENTS = {
                 "style 0.5", "dreams alone", "dreams alone, style 0.5", "8 words", "no noise"], "mixlora-dsi"),
     "growth": (["mixlora-dsi", "ours, never expand", "ours, always expand", "ours, frozen where none grows",
                 "topic/mixlora-dsi", "topic/never expand", "topic/always expand"], "mixlora-dsi"),
-    "beams": (["mixlora-dsi", "dream"], "mixlora-dsi"),
+    "beams": (["paper", "mixlora-dsi", "dream"], "mixlora-dsi"),
     "table4": (["naive, no mask", "naive-expansion", "naive + slow learner + KL", "+ cosine router + router losses",
                 "always-expand", "paper", "no mask"], "paper"),
     "losses": (["no align", "no repel", "no KL", "always-expand"], "always-expand"),
