@@ -46,7 +46,9 @@ class Dreams:
         return best.indices, p / p.sum(1, keepdim=True)
 
     def draw(self, codes: Tensor, generator: torch.Generator) -> Tensor:
-        """A dream of each docid (n, M): token ids (n, most + max(1, noise) + 1), shuffled, with a trailing </s>, padded with 0."""
+        """A dream of each docid (n, M): token ids (n, most + max(1, noise) + 1), shuffled, with a trailing </s>, padded
+        with 0.
+        """
         most, noise, parts = self.most, self.noise, []
         for part in codes.split(CHUNK):
             words, p = self.words(part)

@@ -73,7 +73,8 @@ class Index:
         Args:
             documents: (id, title, text) each; a title may be empty.
             method: mixlora-dsi, paper or dream; others take no further documents.
-            queries: (text, document id) pairs, from which the bi-encoder learns; the model asks by what it draws from the texts.
+            queries: (text, document id) pairs, from which the bi-encoder learns; the docid model trains on what is
+                drawn from the texts.
             settings: of config.Config, as d0_steps=2000. Where not given, K, vocabulary and steps follow from the
                 number of documents.
 

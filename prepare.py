@@ -308,7 +308,9 @@ def sized(config: Config, documents: int) -> Config:
 
 
 def check_weights(config: Config, t5: Path) -> None:
-    """Raises ValueError where a published T5 has too few blocks or columns for what is asked, before anything is read."""
+    """Raises ValueError where a published T5 has too few decoder blocks for `--layers`, or a width that the M of product
+    quantisation does not divide; before anything is read.
+    """
     shape, _ = weights.read_shape(t5, config.M, config.K)
     if config.mixture and config.layers > shape.decoder_blocks:
         raise ValueError(

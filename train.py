@@ -205,10 +205,8 @@ class LaterCorpus:
             self.n_old = min(self.n_old, self.steps * config.dream_batch)
             if growth < 1:  # few would draw all queries to themselves
                 self.dream_kl *= FEW_KL / growth  # what holds the model weighs more
-                if (
-                    config.steps
-                ):  # with the steps, weights move in proportion to the documents; epochs do so by themselves
-                    self.pace = growth
+                # Weights move in proportion to the documents, by steps and pace; of epochs, by their steps alone
+                self.pace = growth if config.steps else 1.0
             if self.documents < ood.FEW:  # whose docids say little of their words
                 style = 0.0
         # Where dreams alone hold it, part of the new queries are dreams too: it would tell old from new by their style
@@ -237,9 +235,8 @@ class LaterCorpus:
         if n_general:
             asked, of_general = self.general_queries(n_general)
             parts, docids = [*parts, asked], torch.cat([docids, of_general])
-        if (
-            self.added and self.documents < FULL
-        ):  # every other one holds how unlikely the model finds a new docid as its answer
+        if self.added and self.documents < FULL:
+            # Every other one holds how unlikely the model finds a new docid as its answer
             held = docids[self.n_new :: 2]
             held[:] = docids[torch.randint(self.n_new, (len(held),), generator=self.generator)]
         width = max(ids.shape[1] for ids in parts)

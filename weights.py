@@ -225,7 +225,10 @@ def kind_of_t5(given: dict) -> dict[str, bool]:
 def read_shape(
     folder: Path, codebooks: int, centroids: int, dropout: float | None = None
 ) -> tuple[T5Config, dict]:
-    """The shape of a T5 v1.0 or v1.1 from `config.json`, and what that file holds. Raises ValueError for another network."""
+    """The shape of a T5 v1.0 or v1.1 from `config.json`, and what that file holds.
+
+    Raises ValueError where the file is missing or of another network.
+    """
     path = folder / "config.json"
     try:
         given = json.loads(path.read_text())
