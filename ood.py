@@ -62,7 +62,8 @@ class Decision:
 
     expand: bool
     ood_percent: float  # share of the corpus's queries that are OOD
-    tails: list[float]  # percent of queries below and above what is known
+    tails: list[float]  # percent of them below and above what is known
+    pool_percent: float | None  # of the pool that decides for few documents, None: the corpus decides alone
     delta: float  # percent beyond the expected share that it takes to expand
     threshold: list[float]  # pooled: z of both ends; paper_code: max_e of the thresholds, per position
     energy_mean: float
@@ -292,17 +293,16 @@ def decide(scores: Tensor, stats: Stats, delta: float, epsilon: float, documents
         documents: of the corpus. Fewer than FEW decide together with those in the pool, and once that is full; by
             paper_code, which has no pool, they never grow a layer.
     """
-    pooled, e, few = stats.mode == "pooled", energy(scores), documents < FEW  # e (Q, M)
-    if few and pooled:
+    pooled, e, enough, of_pool = stats.mode == "pooled", energy(scores), documents >= FEW, None  # e (Q, M)
+    below, above = (100 * flag.sum().item() / len(flag) for flag in tails(scores, stats, epsilon))
+    deciding = percent = below + above
+    if pooled and not enough:
         z = arrival(stats, scores, documents)
-        flags, full = outside(z, stats, epsilon), len(z) >= SKETCH
-    else:
-        flags, full = tails(scores, stats, epsilon), not few
-    below, above = (100 * flag.sum().item() / len(flag) for flag in flags)
-    percent = below + above
-    expand = full and percent > needed_percent(stats.mode, delta, epsilon)
+        deciding = of_pool = 100 * sum(flag.sum().item() for flag in outside(z, stats, epsilon)) / len(z)
+        enough = len(z) >= SKETCH
+    expand = enough and deciding > needed_percent(stats.mode, delta, epsilon)
     threshold = known_range(stats, epsilon) if pooled else _paper_threshold(stats)
     sample = e.flatten()[:: max(1, e.numel() // 1_000_000)]  # torch.quantile takes 16 million values at most
     quantiles = torch.quantile(sample, torch.tensor([0.05, 0.5, 0.95])).tolist()
     numbers = e.mean().item(), e.std(correction=0).item(), quantiles
-    return Decision(expand, percent, [below, above], delta, threshold.tolist(), *numbers)
+    return Decision(expand, percent, [below, above], of_pool, delta, threshold.tolist(), *numbers)

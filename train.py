@@ -176,7 +176,7 @@ class LaterCorpus:
     def __init__(self, run: Run, t: int, made: Prepared, previous: State):
         self.run, self.config, self.t, self.made = run, run.config, t, made
         self.model, self.stats, self.added = previous.model, previous.stats, run.corpora[t].added
-        self.documents = len(run.corpora[t].rows) if self.added else FULL  # as many as `steps` are for
+        self.counts_as = len(run.corpora[t].rows) if self.added else FULL  # documents; `steps` are for FULL
         torch.manual_seed(self.config.seed + 1 + t)
         self.generator = torch.Generator().manual_seed(self.config.seed + t)  # of dreams and batches
         run.ready(self.model)
@@ -200,14 +200,14 @@ class LaterCorpus:
         earlier = self.run.live < self.run.corpora[self.t].first_row  # none where D_t replaces them all
         self.n_old = config.dreams if self.made.dreams and earlier.any() else 0
         if self.added:
-            growth = extend.growth_of_steps(self.documents / FULL)
+            growth = extend.growth_of_steps(self.counts_as / FULL)
             self.steps = math.ceil(config.steps * growth) if config.steps else self.steps
             self.n_old = min(self.n_old, self.steps * config.dream_batch)
             if growth < 1:  # few would draw all queries to themselves
                 self.dream_kl *= FEW_KL / growth  # what holds the model weighs more
                 # Weights move in proportion to the documents, by steps and pace; of epochs, by their steps alone
                 self.pace = growth if config.steps else 1.0
-            if self.documents < ood.FEW:  # whose docids say little of their words
+            if self.counts_as < ood.FEW:  # whose docids say little of their words
                 style = 0.0
         # Where dreams alone hold it, part of the new queries are dreams too: it would tell old from new by their style
         dreamt = min(int(style * n), n - 1) if self.n_old else 0
@@ -235,7 +235,7 @@ class LaterCorpus:
         if n_general:
             asked, of_general = self.general_queries(n_general)
             parts, docids = [*parts, asked], torch.cat([docids, of_general])
-        if self.added and self.documents < FULL:
+        if self.added and self.counts_as < FULL:
             # Every other one holds how unlikely the model finds a new docid as its answer
             held = docids[self.n_new :: 2]
             held[:] = docids[torch.randint(self.n_new, (len(held),), generator=self.generator)]
@@ -288,7 +288,7 @@ class LaterCorpus:
 
     def expand(self) -> list[dict]:
         """Decides for every mixed layer whether D_t makes it grow, and adds the experts. Returns the numbers."""
-        config, t, documents, records = self.config, self.t, self.documents, []
+        config, t, documents, records = self.config, self.t, self.counts_as, []
         needed = ood.needed_percent(config.ood_mode, config.delta, config.epsilon)
         for number, (layer, stat) in enumerate(zip(mixed_layers(self.model), self.stats)):
             scores = self.before.scores[number][: self.n_plain]
@@ -307,6 +307,10 @@ class LaterCorpus:
                 layer.freeze(but=int(config.evolve))
             below, above = decision.tails
             rule = f"; grows above {needed:g}%" if config.expand == "ood" else ""
+            if rule and documents < ood.FEW:
+                rule = "; too few documents to grow"  # paper_code has no pool
+                if decision.pool_percent is not None:
+                    rule = f"; the pool of small additions {decision.pool_percent:.1f}%, which{rule[1:]} once full"
             self.run.log.line(
                 f"D{t} layer {number}: {decision.ood_percent:.1f}% of queries OOD ({below:.1f}% below, {above:.1f}% above "
                 f"what is known{rule}) -> experts {experts} to {len(layer)}"
@@ -395,7 +399,7 @@ class LaterCorpus:
         measure_dreams(self.run, self.model, self.made, self.stats, self.t)
         if self.config.ood_mode == "pooled" and not self.first_mixture:
             self.report_distance(scores)
-        if self.first_mixture or self.documents >= ood.FEW:
+        if self.first_mixture or self.counts_as >= ood.FEW:
             ood.settle(self.stats, scores, self.first_mixture)
 
     def report_distance(self, scores: list[Tensor]) -> None:

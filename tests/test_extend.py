@@ -433,6 +433,9 @@ def test_a_full_pool_becomes_a_sketch_and_decides(monkeypatch):
         assert len(stats.pool) == pool and len(stats.arrivals) == 1
     assert ood.decide(strange, stats, 1.0, 0.02, documents=1).expand  # 8 documents by now
     assert ood.decide(strange, stats, 1.0, 0.02, documents=1).tails == [0.0, 100.0]
+    usual = ood.decide(scores(np.linspace(0.1, 0.9, 2000)), stats, 1.0, 0.02, documents=4)
+    assert usual.ood_percent == 0 and usual.expand  # by those before it
+    assert usual.pool_percent == pytest.approx(100 * 448 / (448 + 256))
     assert not ood.decide(
         scores(np.linspace(0, 1, 2000)), ood.Stats(**stats.state() | {"pool": stats.pool[:0]}), 1.0, 0.02
     ).expand
