@@ -151,9 +151,9 @@ class PseudoQuerySampler:
     """Draws pseudo-queries from a document's own words, anew at every call.
 
     One in four is a crop of 5 to 14 words of a sentence. The others are up to 7 words of a window of 40, drawn
-    by inverse document frequency and kept in text order, mostly led by words of the title and, where the words are
-    in ASCII, sometimes by an English question word. In scripts without spaces two letters stand for a word. A query
-    whose digest is `excluded`, as those of test queries are, is never returned.
+    by inverse document frequency and kept in text order, mostly with words of the title somewhere between and,
+    where the words are in ASCII, sometimes led by an English question word. In scripts without spaces two letters
+    stand for a word. A query whose digest is `excluded`, as those of test queries are, is never returned.
     """
 
     def __init__(self, titles: Sequence, texts: Sequence, idf: Idf, excluded=frozenset(), first_row: int = 0):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DISTINCT = 0.95  # of D_0's documents that have a docid of their own, at least
+DISTINCT = 0.95  # docids of D_0 as a share of its different documents, at least
 ITERATIONS = 25  # Lloyd iterations per level
 POINTS_PER_CENTROID = 256  # of k-means, faiss's default: more are sampled
 ROWS_A_CHILD = 8  # rows of a trie's node that are looked at for each of its children
@@ -242,8 +242,8 @@ def require_distinct(report: Report, documents: int) -> None:
         m, k = suggest(documents)
         m = max(m, len(report.used) + 1)
         raise ValueError(
-            f"only {100 * share:.1f}% of D_0's {documents} different documents have a docid of their own, wanted "
-            f"{100 * DISTINCT:.0f}% ({report}). Use more or larger codebooks, as --M {m} --K {k}"
+            f"D_0's {documents} different documents have only {100 * share:.1f}% as many docids, wanted {100 * DISTINCT:.0f}% "
+            f"({report}). Use more or larger codebooks, as --M {m} --K {k}"
         )
 
 

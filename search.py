@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("query", nargs="?", help="without it, an interactive prompt")
     parser.add_argument("-k", type=int, default=10, help="documents to show (default 10)")
-    parser.add_argument("--beam", type=int, help="beams kept at each docid position (default: the run's)")
+    parser.add_argument("--beam", type=int, help="beams of each position, at least -k (default: the run's)")
     parser.add_argument("--device", default=command.default_device(), help="default: cuda where present")
     args = parser.parse_args(argv)
     run = LoadedRun(args.run, command.check_device(args.device))

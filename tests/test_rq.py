@@ -299,7 +299,7 @@ def test_one_docid_for_all_has_no_entropy():
 def test_too_many_collisions_are_refused_with_a_larger_docid():
     found = Report(1000, 0.9, used=[1.0] * 6, entropy=[5.0] * 6, error=0.2)
     with pytest.raises(
-        ValueError, match=r"only 90.0% of D_0's 1000 different documents .* wanted 95%.* --M 7 --K 32"
+        ValueError, match=r"D_0's 1000 different documents have only 90.0% as many .* 95%.* --M 7 --K 32"
     ):
         require_distinct(found, 1000)
     require_distinct(replace(found, distinct=0.95), 1000)  # exactly as many as wanted will do
@@ -307,7 +307,7 @@ def test_too_many_collisions_are_refused_with_a_larger_docid():
 
 def test_of_few_documents_one_may_share_its_docid_and_two_may_not():
     require_distinct(Report(12, 11 / 12, used=[1.0] * 4, entropy=[1.5] * 4, error=0.2), 12)
-    with pytest.raises(ValueError, match=r"only 83\.3% of D_0's 12 different documents"):
+    with pytest.raises(ValueError, match=r"D_0's 12 different documents have only 83\.3% as many docids"):
         require_distinct(Report(12, 10 / 12, used=[1.0] * 4, entropy=[1.5] * 4, error=0.2), 12)
 
 
