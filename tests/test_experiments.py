@@ -121,7 +121,7 @@ def test_the_same_command_again_runs_nothing_and_a_changed_one_is_refused(trial,
     argv = ["trial", "--seeds", "2", "--out", str(trial), "--", "--data", str(toy), *FLAGS]
     experiments.main(argv)
     assert (trial / "trial.md").read_text() == before
-    with pytest.raises(ValueError, match=r"slow_none.json is of a run with other settings \(lr\)"):
+    with pytest.raises(ValueError, match=r"mixlora-dsi.json is of a run with other settings \(lr\)"):
         experiments.main([*argv, "--lr", "2e-3"])
 
 
@@ -164,6 +164,8 @@ def test_bm25_and_dense_rows_come_from_the_run_of_mixlora_dsi(trial):
     p = store.read_json(trial / "42" / "mixlora-dsi" / "results.json")["baselines"]["bm25"]["recall@10"]["P"]
     assert results["metrics"]["recall@10"]["P"] == p
     assert [np.mean(corpus["recall@10"]) for corpus in values] == pytest.approx(p[-1])
+    groups = experiments.tasks_of(["bm25", "dense"], 44, trial, [], trial)
+    assert [task.folder.name for task in sum(groups, [])] == ["start-mixture", "mixlora-dsi"]
 
 
 def test_the_pool_performs_tasks_and_keeps_their_rows(trial, toy, capsys, tmp_path):

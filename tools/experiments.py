@@ -307,11 +307,8 @@ def tasks_of(labels: list[str], seed: int, out: Path, flags: list[str], rows: Pa
         row = rows / str(seed) / f"{name}.json"
         return Task(path, every, folder / f"start-{source}" if source else None, last, ends, row)
 
-    runs = {
-        label: task(run_name(label), RUNS[label].flags, RUNS[label].start, "D0")
-        for label in labels
-        if label not in NOT_RUN
-    }
+    labels = dict.fromkeys("mixlora-dsi" if label in NOT_RUN else label for label in labels)
+    runs = {label: task(run_name(label), RUNS[label].flags, RUNS[label].start, "D0") for label in labels}
     runs = {label: run for label, run in runs.items() if not is_kept(run)}
     starts = dict.fromkeys(RUNS[label].start for label in runs)
     if any(STARTS[name].stages for name in starts):
@@ -480,7 +477,7 @@ def figures(name: str, summary: dict) -> str:
         tables.append(table(about, names, cells))
     about = (
         f"**{name}, growth and cost**: mean over corpora D_1.. and seeds, seconds with evaluation (of a resumed corpus, "
-        "since it was resumed); layers stand between slashes; experts and newest of the first seed; newest: share of "
+        "since it was resumed); layers are separated by slashes; experts and newest of the first seed; newest: share of "
         "tokens whose first choice is the newest expert, after the last corpus"
     )
     names = "trained parameters|s per corpus|peak MiB|OOD queries, percent per layer|experts per layer at the end|newest"
