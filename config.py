@@ -105,7 +105,7 @@ class Config:
     router_row: str = flag("random", "mixture", "a new router row: random (released code) or ood_mean (ours)", "random ood_mean")
 
     expand: str = flag("ood", "growth", "ood (paper), always, never, or fixed: D_0's experts all go on training (ours, for comparison)", "ood always never fixed")
-    delta: float = flag(1.0, "growth", "percent of OOD queries above which a layer grows (paper: 1 on NQ320k)")
+    delta: float = flag(1.0, "growth", "percent of OOD queries above which a layer grows, pooled: beyond 100 * epsilon (paper: 1)")
     ood_mode: str = flag("paper_code", "growth", "paper_code, or pooled: both tails, on the scale of dreams (ours)", "paper_code pooled")
     epsilon: float = flag(0.02, "growth", "pooled: share of false alarms (ours)")
     evolve: bool = flag(False, "growth", "a layer that does not grow trains its newest expert (ours; paper: nothing)")
@@ -114,7 +114,7 @@ class Config:
     d0_batch: int = flag(1024, "training", "queries (paper: 1024)")
     d0_lr: float = flag(1e-3, "training", "peak learning rate (paper)")
     d0_warmup: float = flag(0.1, "training", "share of D_0's steps in which the learning rate rises (paper: 0.1; 0.045 for a plain T5 on MS MARCO)")
-    d0_fragments: int = flag(0, "training", "fragments of each document of D_0 that are learnt as documents of their own (ours)")
+    d0_fragments: int = flag(0, "training", "fragments of each document of D_0 that are learnt as documents of their own, where there is no general text (ours)")
     steps: int = flag(0, "training", "optimiser steps on each D_t; 0: by epochs")
     epochs: int = flag(10, "training", "passes over D_t's pseudo-queries (paper: 10; BASE 5)")
     batch: int = flag(32, "training", "queries (paper: 32 on NQ320k)")
@@ -390,7 +390,7 @@ def bounds(name: str, value: float) -> tuple[float, float]:
 def rules(c: Config) -> list[tuple[bool, str]]:
     """What must hold between settings and of the files that they name, each with what to say where it does not."""
     from_scratch, pq, atomic = not c.t5, c.docid_kind == "pq", c.docid_kind == "atomic"
-    of_plain_t5 = c.prompts or c.adapters or c.joint or c.insert
+    of_plain_t5 = [flag for flag in ("prompts", "adapters", "joint", "insert") if getattr(c, flag)]
     listed = c.pseudo_queries or published.authors_parts(Path(c.data_dir)) if c.data == "msmarco" else True
     general = c.general in ("", "boolq") or Path(c.general).is_dir()
     files = [c.tokenizer, c.docids, *c.teacher.split(","), c.pseudo_queries]
@@ -398,7 +398,7 @@ def rules(c: Config) -> list[tuple[bool, str]]:
         (c.width % c.heads == 0, f"--width {c.width} must be a multiple of --heads {c.heads}"),
         (c.K != 1, "--K 1: wanted 2 or more centroids, or 0: by the number of D_0's documents"),
         (not (pq and from_scratch and c.M and c.width % c.M), f"--docid_kind pq wants an --M that divides --width {c.width}"),
-        (c.t5 or c.layers <= c.decoder_blocks, f"--layers {c.layers}: wanted at most --decoder_blocks {c.decoder_blocks}"),
+        (c.t5 or not c.mixture or c.layers <= c.decoder_blocks, f"--layers {c.layers}: wanted at most --decoder_blocks {c.decoder_blocks}"),
         (0 < c.epsilon < 1, "--epsilon is a share: wanted more than 0 and less than 1"),
         (max(c.dropout, c.lora_dropout, c.dream_general) < 1, "--dropout, --lora_dropout and --dream_general must be less than 1"),
         (not (atomic and c.d0_fragments), "fragments have no atomic docid; pass --d0_fragments 0"),
@@ -406,7 +406,8 @@ def rules(c: Config) -> list[tuple[bool, str]]:
         (not c.insert or atomic, "--insert gives each new document a row of its own; pass --docid_kind atomic"),
         (not (c.ewc and (c.mixture or atomic)), "--ewc compares tensors with earlier ones, and experts and atomic tables grow; pass --ewc 0"),
         (not (c.mixture and of_plain_t5), "--prompts, --adapters, --joint and --insert are of methods without a mixture: --no-mixture"),
-        (not (c.prompts and c.adapters), "--prompts keep the encoder frozen, and --adapters train in it; pass one of them"),
+        (len(of_plain_t5) < 2, f"--{' and --'.join(of_plain_t5)} are ways to learn D_t: pass one of them"),
+        (not ((c.ewc or c.sam_rho) and (c.joint or c.insert)), "--ewc and --sam_rho are of models that go on training: pass --ewc 0 --sam_rho 0 with --joint or --insert"),
         (not (c.dreams and (c.joint or c.insert)), "--dreams hold a model that goes on training; pass --dreams 0 with --joint or --insert"),
         (not c.rehearsal or c.dreams, "--rehearsal takes the place of dreams; pass --dreams too"),
         (not (c.sam_rho and c.mixture), "--sam_rho is of methods without a mixture, whose energies it would count twice: pass --sam_rho 0"),

@@ -31,7 +31,10 @@ from config import SMALL, Config, parse, saved_config
         (["--experts", "1"], "at least the 2"),
         (["--no-mixture"], "methods with a mixture; pass --attention_rank 0"),
         (["--method", "dream", "--attention_rank", "4"], "methods with a mixture; pass --attention_rank 0"),
-        (["--method", "promptdsi", "--adapters"], "pass one of them"),
+        (["--method", "promptdsi", "--adapters"], "--prompts and --adapters are ways to learn D_t: pass one"),
+        (["--method", "incdsi", "--joint"], "--joint and --insert are ways to learn D_t: pass one"),
+        (["--method", "clever", "--joint"], "pass --ewc 0 --sam_rho 0 with --joint or --insert"),
+        (["--method", "incdsi", "--sam_rho", "0.1"], "pass --ewc 0 --sam_rho 0 with --joint or --insert"),
         (["--method", "base", "--rehearsal"], "--rehearsal takes the place of dreams"),
         (["--pseudo_queries", "drawn/absent.jsonl"], "found no file drawn/absent.jsonl"),
         (["--extend", "a", "--data", "b", "--resume", "c"], "--resume and --extend do not go together"),
@@ -99,6 +102,7 @@ def test_flags_override_the_method_and_the_method_overrides_the_preset():
     assert (settings.router, settings.kl_coef, settings.width) == ("linear", 0.0, SMALL["width"])
     settings = parse(["--method", "naive-expansion", "--router", "cosine", "--kl-coef", "0.2"]).config
     assert (settings.router, settings.kl_coef) == ("cosine", 0.2)
+    assert parse(["--method", "base", "--decoder_blocks", "1"])  # --layers are of a mixture
     settings = parse(["--data", "some/folder", "--preset", "nq320k", "--method", "base"]).config
     assert (settings.M, settings.K, settings.width, settings.batch, settings.epochs) == (8, 2048, 768, 128, 5)
 
