@@ -236,8 +236,8 @@ class Command:
     given: frozenset[str] = frozenset()  # settings that the command line names
 
 
-def parse(argv: list[str], checked: bool = True) -> Command:
-    """Flags -> what to do: defaults < preset < method < flags.
+def parse(argv: list[str], files: bool = True) -> Command:
+    """Flags -> what to do: defaults < preset < method < flags. Without `files` those that they name may be absent.
 
     Raises ValueError that names an unknown preset or method and those that exist.
     """
@@ -283,7 +283,7 @@ def parse(argv: list[str], checked: bool = True) -> Command:
         config = replace(going_on(source, given), run=given["run"])
         return Command(config, overwrite=overwrite, consolidates=source)
     if resume is None:
-        return Command(settle(given, checked), overwrite=overwrite, given=frozenset(given))
+        return Command(settle(given, files), overwrite=overwrite, given=frozenset(given))
     if stray := [name for name in given if name not in OF_MACHINE]:
         but = ", ".join(f"--{name}" for name in OF_MACHINE)
         raise ValueError(f"--resume takes every setting but {but} from the run; remove --{' --'.join(stray)}")
@@ -310,7 +310,7 @@ def extension(given: dict) -> Command:
     return Command(config, extends=True, **given | {"data": Path(given["data"])})
 
 
-def settle(given: dict, checked: bool) -> Config:
+def settle(given: dict, files: bool) -> Config:
     """The whole Config of the flags that were given."""
     source, method = given.get("data", "boolq"), given.get("method", "mixlora-dsi")
     preset = given.get("preset") or (source if source in PRESETS else "beir")
@@ -332,8 +332,7 @@ def settle(given: dict, checked: bool) -> Config:
     config.run = config.run or f"runs/{Path(source).absolute().name}"
     if source in published.BENCHMARKS:
         config.data_dir = config.data_dir or str(Path(__file__).parent / "data" / source)
-    if checked:
-        check(config)
+    check(config, files)
     return config
 
 
@@ -354,11 +353,11 @@ def mix_config(config: Config) -> MixConfig:
     )  # fmt: skip
 
 
-def check(config: Config) -> None:
-    """Raises ValueError where a setting cannot work, and says which would."""
+def check(config: Config, files: bool = True) -> None:
+    """Raises ValueError where a setting cannot work, or with `files` one that it names is absent, and says which would."""
     for item in fields(Config):
         check_value(config, item.name)
-    for holds, message in rules(config):
+    for holds, message in [*rules(config), *(of_files(config) if files else [])]:
         if not holds:
             raise ValueError(message)
     if config.mixture:
@@ -388,12 +387,9 @@ def bounds(name: str, value: float) -> tuple[float, float]:
 
 
 def rules(c: Config) -> list[tuple[bool, str]]:
-    """What must hold between settings and of the files that they name, each with what to say where it does not."""
+    """What must hold between settings, each with what to say where it does not."""
     from_scratch, pq, atomic = not c.t5, c.docid_kind == "pq", c.docid_kind == "atomic"
     of_plain_t5 = [flag for flag in ("prompts", "adapters", "joint", "insert") if getattr(c, flag)]
-    listed = c.pseudo_queries or published.authors_parts(Path(c.data_dir)) if c.data == "msmarco" else True
-    general = c.general in ("", "boolq") or Path(c.general).is_dir()
-    files = [c.tokenizer, c.docids, *c.teacher.split(","), c.pseudo_queries]
     return [
         (c.width % c.heads == 0, f"--width {c.width} must be a multiple of --heads {c.heads}"),
         (c.K != 1, "--K 1: wanted 2 or more centroids, or 0: by the number of D_0's documents"),
@@ -416,6 +412,15 @@ def rules(c: Config) -> list[tuple[bool, str]]:
         (c.mixture or not c.attention_rank, "--attention_rank is of methods with a mixture; pass --attention_rank 0"),
         (c.dream_words <= dream.TOP, f"--dream_words {c.dream_words}: wanted at most the {dream.TOP} words of a docid"),
         (not c.dreams or (c.dream_batch % c.batch == 0 and c.dream_batch), f"--dream_batch {c.dream_batch}: wanted a multiple of --batch {c.batch}"),
+    ]  # fmt: skip
+
+
+def of_files(c: Config) -> list[tuple[bool, str]]:
+    """What must hold of the files that settings name, in the same form."""
+    listed = c.pseudo_queries or published.authors_parts(Path(c.data_dir)) if c.data == "msmarco" else True
+    general = c.general in ("", "boolq") or Path(c.general).is_dir()
+    files = [c.tokenizer, c.docids, *c.teacher.split(","), c.pseudo_queries]
+    return [
         (general, f"--general {c.general}: found no such folder; wanted one that holds corpus.jsonl"),
         (listed, "--data msmarco has no pseudo-queries of its own: make them with python -m tools.doc2query and pass --pseudo_queries FILE, or pass --pseudo_queries drawn to draw them from the passages"),
         *((Path(path).is_file(), f"found no file {path}, which a flag names") for path in files if path not in ("", "drawn")),

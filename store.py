@@ -326,7 +326,8 @@ def new_folder(folder: Path, config: dict, overwrite: bool):
     if other := next(folder.glob("*/corpus.json"), None):
         raise ValueError(f"--run {folder}: holds other runs, as {other.parent}; pass a folder of its own")
     files = [path.name for path in folder.glob("*") if path.name != "lock" and path.suffix != ".part"]
-    if files and "config.json" not in files:
+    settings = read_json(folder / "config.json") if "config.json" in files else None
+    if files and not (isinstance(settings, dict) and "method" in settings):
         raise ValueError(f"--run {folder}: holds {files[0]}, which is of no run; pass a folder of its own")
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder)

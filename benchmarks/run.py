@@ -56,7 +56,7 @@ except ImportError:
 RESULTS = "results.json"
 SMALL = dict(width=512, heads=8, feed_forward=2048, encoder_blocks=6, decoder_blocks=6)  # T5-small
 BASE = dict()  # T5-base is what T5Config defaults to
-RUN = parse([], checked=False).config  # `python train.py` without flags
+RUN = parse([], files=False).config  # `python train.py` without flags
 DEFAULT = asdict(network(RUN)) | {"dropout": RUN.dropout}
 TINY = dict(  # --small; transformers' cache fails where the decoder has more blocks than the encoder
     vocab=200, width=32, head_width=8, heads=4, feed_forward=64, encoder_blocks=5, decoder_blocks=5,
@@ -707,8 +707,8 @@ def main() -> None:
             print(line, flush=True)
             rows.append(line)
         gc.collect()
-        if place:
-            place.write_text(json.dumps(where | {"rows": [asdict(line) for line in rows]}, indent=1) + "\n")
+    if place:
+        place.write_text(json.dumps(where | {"rows": [asdict(line) for line in rows]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

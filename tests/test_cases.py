@@ -299,7 +299,7 @@ def test_pseudo_queries_of_merged_documents_go_to_the_one_that_stays(tmp_path):
 
 
 def test_small_presets_take_their_sizes_from_the_number_of_documents():
-    config = parse(["--data", str(CASES), "--device", "cpu"], checked=False).config
+    config = parse(["--data", str(CASES), "--device", "cpu"], files=False).config
     sizes = {
         n: (c.M, c.K, c.vocab) for n in (12, 30, 144, 1499, 1500, 10**6) for c in [prepare.sized(config, n)]
     }
@@ -311,7 +311,7 @@ def test_small_presets_take_their_sizes_from_the_number_of_documents():
     assert (given.M, given.K, given.vocab) == (3, 16, 400)
     assert 2 * math.log2(30) <= prepare.sized(replace(config, K=2), 30).M  # M follows a K that is given
     assert prepare.sized(replace(config, docid_kind="pq"), 30).M == 8  # divides the width, 128
-    boolq = parse(["--device", "cpu"], checked=False).config
+    boolq = parse(["--device", "cpu"], files=False).config
     assert prepare.sized(boolq, 30) == boolq and (boolq.M, boolq.K, boolq.vocab) == (6, 256, 8000)
 
 

@@ -10,6 +10,8 @@ import store
 import train
 from config import SMALL, Config, parse, saved_config
 
+PAPER = {"method": "paper"}
+
 
 @pytest.mark.parametrize(
     "argv, message",
@@ -77,13 +79,13 @@ def test_help_groups_every_field_of_config_by_stage(capsys):
 
 def test_a_folder_that_holds_a_run_is_refused_and_overwrite_moves_it_aside(tmp_path):
     folder = tmp_path / "run"
-    store.new_folder(folder, {}, overwrite=False)
-    store.new_folder(folder, {}, overwrite=False)  # nothing was saved yet: no run is in the way
+    store.new_folder(folder, PAPER, overwrite=False)
+    store.new_folder(folder, PAPER, overwrite=False)  # nothing was saved yet: no run is in the way
     (tmp_path / "run" / "corpus.json").write_text("{}")
     (tmp_path / "run" / "precious").write_text("kept")
     with pytest.raises(ValueError, match="--resume .*--overwrite"):
-        store.new_folder(folder, {}, overwrite=False)
-    store.new_folder(folder, {}, overwrite=True)
+        store.new_folder(folder, PAPER, overwrite=False)
+    store.new_folder(folder, PAPER, overwrite=True)
     assert [path.read_text() for path in tmp_path.glob("run.*/precious")] == ["kept"]
 
 
@@ -225,22 +227,27 @@ def test_a_folder_of_other_runs_and_a_file_are_refused(tmp_path):
     (tmp_path / "mine" / "pseudo_queries").touch()  # which reading a corpus would remove
     with pytest.raises(ValueError, match="mine: holds pseudo_queries, which is of no run"):
         store.new_folder(tmp_path / "mine", {}, overwrite=True)
-    names = ["corpus.json", "file", "mine", "one", "pseudo_queries", "runs"]
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text(shape := '{"d_model": 768}')
+    with pytest.raises(ValueError, match="t5: holds config.json, which is of no run"):
+        store.new_folder(tmp_path / "t5", {}, overwrite=True)
+    assert (tmp_path / "t5" / "config.json").read_text() == shape
+    names = ["config.json", "corpus.json", "file", "mine", "one", "pseudo_queries", "runs", "t5"]
     assert sorted(path.name for path in tmp_path.rglob("*")) == names
 
 
 def test_nothing_changes_in_a_folder_where_another_process_trains(tmp_path):
-    held = store.new_folder(tmp_path / "run", {"lr": 1}, overwrite=False)
+    held = store.new_folder(tmp_path / "run", PAPER, overwrite=False)
     (tmp_path / "run" / "corpus.json").write_text("{}")
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="another process trains here"):
-            store.new_folder(tmp_path / "run", {"lr": 2}, overwrite)
-    assert store.read_json(tmp_path / "run" / "config.json") == {"lr": 1}
+            store.new_folder(tmp_path / "run", {"method": "dream"}, overwrite)
+    assert store.read_json(tmp_path / "run" / "config.json") == PAPER
     held.close()
-    store.new_folder(tmp_path / "run", {"lr": 2}, overwrite=True).close()
-    assert store.read_json(tmp_path / "run" / "config.json") == {"lr": 2}
+    store.new_folder(tmp_path / "run", {"method": "dream"}, overwrite=True).close()
+    assert store.read_json(tmp_path / "run" / "config.json") == {"method": "dream"}
     (aside,) = tmp_path.glob("run.*")
-    assert store.read_json(aside / "config.json") == {"lr": 1}
+    assert store.read_json(aside / "config.json") == PAPER
 
 
 def test_a_run_that_goes_on_takes_settings_of_the_machine_and_no_others(finished):

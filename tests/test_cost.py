@@ -482,7 +482,12 @@ def test_the_command_prints_the_table_and_reads_nothing(capsys):
     "flags, said",
     [
         ([], "nq320k or msmarco, not --data boolq"),
-        (["--data", "nq320k", "--method", "dsi++"], "counts no dsi\\+\\+"),
+        (["--data", "nq320k", "--method", "dsi++"], "counts no --sam_rho"),
+        (["--data", "nq320k", "--method", "base", "--steps", "100", "--joint"], "counts no --joint"),
+        (["--data", "nq320k", "--method", "base", "--docid_kind", "pq"], "counts no --docid_kind pq"),
+        (["--data", "nq320k", "--layers", "20"], "--layers 20: wanted at most --decoder_blocks 12"),
+        (["--data", "nq320k", "--batch", "0"], "--batch 0: wanted a number from 1"),
+        (["--data", "nq320k", "--epsilon", "7"], "--epsilon 7.0: wanted a number from 0 to 1"),
         (["--data", "nq320k", "--general", "texts"], "--general texts: found no texts/corpus.jsonl"),
     ],
 )

@@ -43,7 +43,7 @@ WORKLOADS = {  # with mean lengths that we assume
     "nq320k": Workload(BENCHMARKS["nq320k"].documents, 256),  # pages, longer than what is indexed
     "msmarco": Workload(BENCHMARKS["msmarco"].documents, 75),  # passages
 }
-UNCOUNTED = ("dsi++", "clever", "promptdsi", "corpusbrain++", "joint", "incdsi")
+UNCOUNTED = ("sam_rho", "ewc", "prompts", "adapters", "joint", "insert")  # settings of baselines
 
 
 @dataclass(frozen=True)
@@ -354,11 +354,15 @@ def assumptions(config) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    config = parse(argv, checked=False).config  # files need not be there yet
+    config = parse(argv, files=False).config  # files need not be there yet
     if config.data not in WORKLOADS:
         raise ValueError(f"tools.cost counts --data {' or '.join(WORKLOADS)}, not --data {config.data}")
-    if config.method in UNCOUNTED:
-        raise ValueError(f"tools.cost counts no {config.method}; take --method base or mixlora-dsi")
+    if uncounted := [f"--{name}" for name in UNCOUNTED if getattr(config, name)]:
+        raise ValueError(f"tools.cost counts no {uncounted[0]}; take --method base or mixlora-dsi")
+    if config.mixture and config.layers > config.decoder_blocks:
+        raise ValueError(f"--layers {config.layers}: wanted at most --decoder_blocks {config.decoder_blocks}")
+    if config.docid_kind != "rq":
+        raise ValueError(f"tools.cost counts no --docid_kind {config.docid_kind}; take rq")
     print(table(prepare.sized(config, WORKLOADS[config.data].documents[0])))
 
 
