@@ -43,7 +43,6 @@ CHECKPOINTS = (1, 10, 20, 50, 100)  # of the adds in a row
 
 def without_last(run: Path, target: Path) -> store.StoredCorpus:
     """A copy of a finished run as if its last corpus had not come, which is returned from the run."""
-    shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(run, target, ignore=shutil.ignore_patterns("latest*", "cache"))
     about, corpora = store.read_json(run / "corpus.json"), store.load_corpora(run)
     last = corpora[-1]
@@ -157,6 +156,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/living"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    args.folder.mkdir(parents=True)  # a new one
     corpus = without_last(args.run, args.folder / "before")
     documents = list(zip(corpus.ids, corpus.titles, corpus.texts))
     old = store.load_corpora(args.folder / "before")
@@ -172,13 +172,11 @@ def main() -> None:
     print(f"{results['requests_per_second']:.1f} requests/s of the page", flush=True)
     for size in map(int, filter(None, args.adds.split(","))):
         copy = args.folder / f"add{size}"
-        shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(start.folder, copy)
         results["adds"].append(add_and_measure(Index.open(copy), documents[:size], old, corpus))
         print(json.dumps(results["adds"][-1]), flush=True)
     if args.in_a_row:
         copy = args.folder / "row"
-        shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(start.folder, copy)
         index = Index.open(copy)
         results["in_a_row"] = in_a_row(index, documents[: args.in_a_row], old, corpus)

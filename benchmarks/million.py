@@ -52,8 +52,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/million"))
     args = parser.parse_args()
     n, generator = args.documents, torch.Generator().manual_seed(0)
-    shutil.rmtree(args.folder, ignore_errors=True)
-    args.folder.mkdir(parents=True)
+    args.folder.mkdir(parents=True)  # a new one, which is removed at the end
     print(f"{n:,} documents, D={args.width}, M={args.M}, K={args.K}, {torch.get_num_threads()} threads")
 
     with step("embeddings, written to disk"):

@@ -9,7 +9,6 @@ search of the embeddings that the docids are made of.
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -41,12 +40,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/sizes"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    args.folder.mkdir(parents=True)  # a new one
     pages, results = data.boolq_pages(data.CACHE, Problems(False)), []
     for size in map(int, args.sizes.split(",")):
         documents = [(f"p{i}", page.title, page.text) for i, page in enumerate(pages[:size])]
         asked, ids = pages[:size][:ASKED], [doc_id for doc_id, _, _ in documents[:ASKED]]
         folder = args.folder / str(size)
-        shutil.rmtree(folder, ignore_errors=True)
         begin = time.monotonic()
         index = Index.train(documents, folder)
         seconds, config = time.monotonic() - begin, store.read_json(folder / "config.json")

@@ -3,10 +3,11 @@
     python benchmarks/stages.py [--json FILE] [flags of train.py]
     python benchmarks/stages.py --show    print what --json holds as the table of docs/speed.md
 
-Trains as train.py does, in a temporary folder without --run. A stage's time is that of its functions in PARTS without
-those of other stages that they call. Of the units of work in UNITS every n-th call is recorded, and its products are
-done again right after it, at their own shapes, back to back: their time and their FLOP, times n, are the stage's. What
-this takes is no part of the run's time. The recorded call itself is slower by some percent.
+Trains as train.py does, in a temporary folder without --run. The figures that are kept are those without flags; with
+some pass --json to keep them. A stage's time is that of its functions in PARTS without those of other stages that
+they call. Of the units of work in UNITS every n-th call is recorded, and its products are done again right after it,
+at their own shapes, back to back: their time and their FLOP, times n, are the stage's. What this takes is no part of
+the run's time. The recorded call itself is slower by some percent.
 """
 
 import argparse
@@ -197,11 +198,13 @@ def markdown(results: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--json", type=Path, default=Path(__file__).with_name(RESULTS))
+    text = f"where the figures go (default: {RESULTS} beside this file, of a run without flags)"
+    parser.add_argument("--json", type=Path, help=text)
     parser.add_argument("--show", action="store_true", help="print what --json holds and end")
     args, flags = parser.parse_known_args()
+    place = args.json or (None if flags else Path(__file__).with_name(RESULTS))
     if args.show:
-        print(markdown(json.loads(args.json.read_text())))
+        print(markdown(json.loads(place.read_text())))
         return
     watch = Watch()
     for owner, name, every in UNITS:
@@ -211,9 +214,11 @@ def main() -> None:
             setattr(owner, name, watch.timed(part, getattr(owner, name)))
     with tempfile.TemporaryDirectory() as folder:
         watch.clock.since = time.monotonic()
-        train.main(flags if "--run" in flags else [*flags, "--run", f"{folder}/run"])
+        of_its_own = any(flag.partition("=")[0] == "--run" for flag in flags)
+        train.main(flags if of_its_own else [*flags, "--run", f"{folder}/run"])
         results = machine() | {"flags": flags} | watch.results()
-    args.json.write_text(json.dumps(results, indent=1) + "\n")
+    if place:
+        place.write_text(json.dumps(results, indent=1) + "\n")
     print(markdown(results))
 
 

@@ -168,7 +168,7 @@ def test_adds_are_measured_on_a_copy_without_the_last_corpus(finished, tmp_path)
         "--in_a_row",
         "1",
         "--folder",
-        str(tmp_path),
+        str(tmp_path / "job"),
         "--json",
         str(tmp_path / "out.json"),
     ]
@@ -195,3 +195,23 @@ def test_only_a_whole_run_replaces_the_figures_that_are_kept(tmp_path, monkeypat
         monkeypatch.setattr(sys, "argv", ["run.py", "--threads", "1", *flags])
         run.main()
         assert kept.exists() == written
+    before = kept.read_bytes()
+    monkeypatch.setitem(run.ROWS, "two", lambda settings: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.main()
+    assert kept.read_bytes() == before
+
+
+def test_stages_keep_the_figures_of_a_run_without_flags_and_a_folder_that_is_named(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(stages, "__file__", str(tmp_path / "stages.py"))
+    monkeypatch.setattr(stages.train, "main", trained.append)
+    monkeypatch.setattr(stages, "UNITS", [])
+    monkeypatch.setattr(stages, "PARTS", {})
+    monkeypatch.setattr(stages.Watch, "results", lambda watch: {})
+    monkeypatch.setattr(stages, "markdown", str)
+    for flags, written in (["--run=mine", "--d0_steps", "3"], False), ([], True):
+        monkeypatch.setattr(sys, "argv", ["stages.py", *flags])
+        stages.main()
+        assert (tmp_path / stages.RESULTS).exists() == written
+    assert trained[0] == ["--run=mine", "--d0_steps", "3"] and trained[1][0] == "--run"
