@@ -22,6 +22,7 @@ import arrays
 import command
 import extend
 import mixlora
+import reading
 import search
 import store
 import train
@@ -98,7 +99,7 @@ class Index:
         return cls(folder, device)
 
     def refresh(self) -> None:
-        """Takes up what another process, or `add`, has finished; all other methods call it first."""
+        """Takes up what another process, `add` or `delete` has finished; whatever searches or reads calls it first."""
         while (state := self.state_on_disk()) != self.seen:
             try:
                 self.load()
@@ -125,14 +126,18 @@ class Index:
     def search(self, query: str | Sequence[str], k: int = 10) -> list[Hit] | list[list[Hit]]:
         """The k best documents of a query, best first; of a list of queries, a list for each.
 
-        Raises ValueError where k is below 1 or a query is empty.
+        Raises ValueError where k is below 1 or a query is no string, or an empty one.
         """
         self.refresh()
-        queries, config = [query] if isinstance(query, str) else list(query), self.run.config
+        several = isinstance(query, Iterable) and not isinstance(query, str)
+        queries, config = list(query) if several else [query], self.run.config
         if k < 1:
             raise ValueError(f"k = {k}: wanted a positive number of documents")
-        if any(not text.strip() for text in queries):
-            raise ValueError("the query is empty; type some words")
+        for text in queries:
+            if not isinstance(text, str):
+                raise ValueError(f"found {text!r}, wanted a query: a string, or a list of strings")
+            if not text.strip():
+                raise ValueError("the query is empty; type some words")
         beam, length = max(config["beam"], k), config["query_length"]
         found = search.retrieve(
             self.model, self.trie, self.run.tokenizer, queries, self.run.ids, k, beam, length
@@ -140,7 +145,7 @@ class Index:
         hits = [
             [Hit(self.run.ids[row], s, self.run.headline(row)) for row, s in ranking] for ranking in found
         ]
-        return hits[0] if isinstance(query, str) else hits
+        return hits if several else hits[0]
 
     def add(
         self, documents: Iterable[Document], queries: Iterable[tuple[str, str]] = (), replace=False, keep=2
@@ -223,7 +228,8 @@ def require_strings(found, names: str) -> None:
 def beir_folder(documents: Iterable[Document], queries: Iterable[tuple[str, str]] = (), split: str = "train"):
     """(folder in BEIR layout, number of documents) of documents and labelled queries, which goes with the block.
 
-    Raises ValueError where there is no document, or one of them or of the queries is not made of strings.
+    Raises ValueError where there is no document, or one of them or of the queries is not made of strings; and those of
+    the block without the folder's name, of which the caller knows nothing.
     """
     with tempfile.TemporaryDirectory(prefix="documents.") as place:
         folder, n, lines, labels = Path(place), 0, [], []
@@ -243,4 +249,7 @@ def beir_folder(documents: Iterable[Document], queries: Iterable[tuple[str, str]
             (folder / "qrels").mkdir()
             (folder / "queries.jsonl").write_text("\n".join(lines), encoding="utf-8")
             (folder / "qrels" / f"{split}.tsv").write_text("\n".join(labels), encoding="utf-8")
-        yield folder, n
+        try:
+            yield folder, n
+        except ValueError as error:
+            raise ValueError(str(error).replace(f"{folder}/", "").removesuffix(reading.TO_DO)) from error

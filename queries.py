@@ -218,7 +218,7 @@ def draw_pseudo_queries(sampler, rows: Iterable[int], per_document: int, seed: s
 
 def has_word(text: str) -> bool:
     """Is there a letter or a digit, without which nothing can be drawn, indexed or asked?"""
-    return re.search(r"\w", text) is not None
+    return re.search(r"[^\W_]", text) is not None
 
 
 def fragments(titles: Iterable, texts: Iterable, per_document: int, rng: random.Random) -> tuple[list, list]:

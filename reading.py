@@ -21,6 +21,9 @@ from queries import has_word
 NO_ID = re.compile(r"^$|[\s\x00-\x1f\x7f-\x9f]")  # empty, or would break a line or a column of a TREC file
 
 
+TO_DO = ". Repair the files, or pass --skip_invalid to leave all of this out"
+
+
 class Problems:
     """What is wrong in the files of a source: all of it in one error at the end, or left out and counted.
 
@@ -45,8 +48,7 @@ class Problems:
             kinds = ", ".join(f"{count} x {reason}" for reason, count in self.counts.items())
             more = self.counts.total() - len(self.listed)
             rest = f"; and {more} more (in all {kinds})" if more else ""
-            to_do = "Repair the files, or pass --skip_invalid to leave all of this out"
-            raise ValueError(f"{'; '.join(self.listed)}{rest}. {to_do}")
+            raise ValueError(f"{'; '.join(self.listed)}{rest}{TO_DO}")
 
 
 AT_ONCE = Problems(at_once=True)
@@ -148,7 +150,13 @@ def read_labelled(sets: list, queries: Iterable, documents: Documents, problems:
         else:
             texts[query_id] = text.strip() if query_id in asked else ""
     for kept, rows in zip(answered, sets):
+        labels: dict[tuple[str, str], int] = {}
         for place, query_id, doc_id, relevance in rows:
+            if (pair := (query_id, doc_id)) in labels:  # once more, which changes nothing
+                if relevance != labels[pair]:
+                    problems.add(place, "another label of a pair", repr(pair))
+                continue
+            labels[pair] = relevance
             if doc_id not in documents.row_of:
                 problems.add(place, "label of a missing document", repr(doc_id))
             elif query_id not in texts:

@@ -186,6 +186,14 @@ def test_labels_of_missing_documents_and_queries_are_named_with_their_places(tmp
     assert "--skip_invalid" in str(error.value)
 
 
+def test_a_label_that_stands_twice_counts_once_and_another_one_of_its_pair_is_refused(tmp_path):
+    twice = read_beir(beir(tmp_path / "twice", test=TEST + "q1\td1\t1\n", train="q1\td1\t1\nq1\td1\t1\n"))
+    once = read_beir(beir(tmp_path / "once", train="q1\td1\t1\n"))
+    assert everything(twice) == everything(once)
+    with pytest.raises(ValueError, match=r"test.tsv:4: another label of a pair \(\('q1', 'd1'\)\)"):
+        read_beir(beir(tmp_path / "other", test=TEST + "q1\td1\t0\n"))
+
+
 def test_skip_invalid_leaves_out_just_the_labels_that_name_nothing(tmp_path):
     good = everything(read_beir(beir(tmp_path / "good")))
     bad = beir(tmp_path / "bad", test=TEST + "q1\tgone\t1\nnobody\td1\t1\n", train="q1\tgone\t1\n")

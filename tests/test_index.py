@@ -163,7 +163,8 @@ def test_consolidated_it_is_an_index_of_the_same_documents(index, tmp_path):
     "change, message",
     [
         (lambda i: i.add([]), "found no document"),
-        (lambda i: i.add([("n1", "", " . ")]), "document without a word"),
+        (lambda i: i.add([("n1", "", " . ")]), r"^corpus.jsonl:1: document without a word \('n1'\)$"),
+        (lambda i: i.add([("n1", "", "____")]), "document without a word"),
         (lambda i: i.add([("n1", "a b", "c"), ("n1", "a b", "d")]), "duplicate document id"),
         (lambda i: i.add([("n 1", "a b", "c")]), "document id that is empty or has white space"),
         (lambda i: i.add([("d1", "a b", "c")]), "holds d1 already"),
@@ -180,6 +181,8 @@ def test_consolidated_it_is_an_index_of_the_same_documents(index, tmp_path):
         (lambda i: i.delete([f"d{j}" for j in range(10)]), "these are all of its documents"),
         (lambda i: i.search("  "), "the query is empty"),
         (lambda i: i.search("otter", k=0), "k = 0"),
+        (lambda i: i.search(None), "found None, wanted a query"),
+        (lambda i: i.search(["otter", 3]), "found 3, wanted a query"),
     ],
 )
 def test_bad_input_is_one_line_and_the_index_stays_as_it_was(index, change, message):
