@@ -166,7 +166,8 @@ def stages(config, workload: Workload):
         example = 14 * scores + asked + old * dreamt
         copies = 2 * max(0, t - (not config.ewc_protect_d0)) if config.ewc else 0  # EWC's F and theta
         copies += t > 0 and config.sam_rho > 0  # the values before SAM climbs
-        yield training("training", t, n, trains, config.batch if t else config.d0_batch, example, copies)
+        batch = config.batch if t and not config.joint else config.d0_batch
+        yield training("training", t, n, trains, batch, example, copies)
         if mix or t and (config.dreams or config.kl_coef):
             yield Stage("scans", t, n, 0, 4 * n, scan.BATCH * kept(net, mix, query, config.M, recompute=True))
         beam = min(config.beam, sum(workload.documents[: t + 1]))

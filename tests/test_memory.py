@@ -351,3 +351,8 @@ def test_of_a_run_that_goes_on_only_the_stages_that_are_left_must_fit():
     memory.require_memory(settings(), NQ320K, 6 * 2**30, "cpu", left=4)
     with pytest.raises(ValueError, match="D_0|training needs about|evaluation needs about"):
         memory.require_memory(settings(), NQ320K, 6 * 2**30, "cpu", left=5)
+
+
+def test_joint_retraining_takes_d_0_s_batches_at_every_corpus():
+    found = stages(settings("--method", "joint", "--steps", "100"))
+    assert len({found["training", t].activations for t in range(5)}) == 1
