@@ -173,7 +173,7 @@ class Items:
         """What an ItemsWriter wrote. Raises ValueError where a file is missing or cut, or does not fit the other."""
         spans_path = path.with_suffix(".npy")
         if not (path.is_file() and spans_path.is_file()):
-            raise ValueError(f"found no whole {path} (with {spans_path.name}); make it anew")
+            raise damaged(path, f"it or {spans_path.name} is missing")
         spans, size = read_array(spans_path, np.int64, 2), path.stat().st_size
         lengths, n = np.diff(spans), int(spans.max(initial=0))
         if (wanted := n * np.dtype(kind).itemsize) != size:

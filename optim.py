@@ -164,7 +164,9 @@ def fit(stage: Stage, config, log, resume=None) -> None:
 def skip(name: str, step: int, norm: Tensor, batch: Batch, skipped: int, log) -> None:
     """Logs a step that is not taken; raises ValueError where too many were skipped in a row."""
     examples = [str(item)[:80] for item in (batch.tolist() if isinstance(batch, Tensor) else batch)[:20]]
-    log.line(f"{name} step {step}: gradient norm {norm:.3g}, step {skipped} skipped; batch: {examples} ..")
+    log.line(
+        f"{name} step {step}: gradient norm {norm:.3g}, skipped ({skipped} in a row); batch: {examples} .."
+    )
     if skipped == MOST_SKIPPED:
         raise ValueError(
             f"{name}: {skipped} steps in a row had no finite loss or gradient (the last checkpoint is whole); "

@@ -216,7 +216,8 @@ class Site:
             corpora = [int(((rows >= c.rows.start) & (rows < c.rows.stop)).sum()) for c in run.corpora]
             examples = [query for c, n in zip(run.corpora, corpora) if n for query in [*c.test.values()][:2]]
             answer = {name: run.config[name] for name in ("method", "expand", "ood_mode", "epsilon", "delta")}
-            answer |= {"name": run.folder.resolve().name, "M": shape.codebooks, "K": shape.centroids}
+            answer |= {"name": run.folder.resolve().name, "few": ood.FEW}
+            answer |= {"M": shape.codebooks, "K": shape.centroids}
             return answer | {"corpora": corpora, "examples": examples[-6:], "layers": growth(run.folder)}
 
     def search(self, q: str) -> dict:

@@ -405,7 +405,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_counted_and_its_batch_is_na
     lines = run(group(w), 3, lambda: (w * next(factors)).sum(), after_step=lambda: path.append(w.tolist()))
     assert w.isfinite().all() and path[0] == path[1] != path[2]
     (line,) = lines.lines
-    assert line.startswith("stage step 2: ") and "batch: ['0', '0', '0'] .." in line
+    assert line.startswith("stage step 2: ") and "skipped (1 in a row); batch: ['0', '0', '0'] .." in line
     run(group(v), 3, lambda: (v * next(plain)).sum())
     assert v.isfinite().all()
 

@@ -464,7 +464,7 @@ def test_script_in_a_title_is_text_and_the_document_goes_again(page, server):
     for name, value in {"id": id, "title": title, "text": "<b>octopus</b> garden octopus seaweed"}.items():
         page.one(f"#add [name={name}]").send_keys(value)
     page.one("#add button").click()
-    page.wait(lambda: page.text("added").startswith("Added <i>octopus</i>; the index holds 51 documents"))
+    page.wait(lambda: page.text("changed").startswith("Added <i>octopus</i>; the index holds 51 documents"))
     page.search("octopus garden")
     hit = next(b for b in page.all("#bm25 .hit") if b.get_attribute("data-id") == id)
     assert title in hit.text and not page.all("main script, main img, .hit i, .hit b")
@@ -478,6 +478,7 @@ def test_script_in_a_title_is_text_and_the_document_goes_again(page, server):
     remove.click()
     page.wait(lambda: id not in server.site.index)
     page.wait(lambda: "no document" in page.text("bm25"))
+    assert page.text("changed").startswith(f"Deleted {id}: the trie leads to it no more")
     assert id not in [b.get_attribute("data-id") for b in page.all(".hit")]
 
 
