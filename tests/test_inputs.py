@@ -279,9 +279,13 @@ def words_in(text: str) -> bool:
 
 
 def labels_of(raw: bytes) -> list[tuple[str, str, int]]:
+    """The first label of each pair: once more it changes nothing, and another one is a problem."""
     rows = [line.split("\t") for line in well_formed_lines(raw)]
     rows = [row for row in rows if len(row) == 3 and re.fullmatch(r"-?\d{1,9}", row[2].strip())]
-    return [(query, doc_id, int(score)) for query, doc_id, score in rows]
+    first: dict[tuple[str, str], int] = {}
+    for query, doc_id, score in rows:
+        first.setdefault((query, doc_id), int(score))
+    return [(*pair, score) for pair, score in first.items()]
 
 
 @FUZZ
@@ -550,7 +554,9 @@ def tsv(raw: bytes) -> list[list[str]]:
 
 def triples(raw: bytes) -> list[tuple[str, str, int]]:
     rows = [line.split() for line in lines_of(raw)]
-    return [(query, doc_id, int(label)) for query, _, doc_id, label in rows if int(label) > 0]
+    return list(
+        dict.fromkeys((query, doc_id, int(label)) for query, _, doc_id, label in rows if int(label) > 0)
+    )
 
 
 @FUZZ
