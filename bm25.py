@@ -27,13 +27,13 @@ class BM25:
         self.n_documents, self.vocabulary = n_documents, vocabulary
         rows, numbers, counts = (x[: np.searchsorted(rows, n_documents)] for x in (rows, numbers, counts))
         lengths = np.bincount(rows, counts, self.n_documents)
-        live = lengths > 0  # an erased document has no words
-        length_norm = K1 * (1 - B + B * lengths / max(lengths[live].mean() if live.any() else 0, 1))
+        live = np.count_nonzero(lengths)  # of an erased document no word is left
+        length_norm = K1 * (1 - B + B * lengths / max(lengths.sum() / max(live, 1), 1))
         order = np.argsort(numbers, kind="stable")  # postings of one word side by side, rows ascending
         self.rows = rows[order]
         self.starts = np.searchsorted(numbers[order], np.arange(len(self.vocabulary) + 1))
         n, tf = np.diff(self.starts), counts[order].astype(float)
-        idf = np.log(1 + (live.sum() - n + 0.5) / (n + 0.5))
+        idf = np.log(1 + (live - n + 0.5) / (n + 0.5))
         self.weights = np.repeat(idf, n) * tf / (tf + length_norm[self.rows])
 
     def scores(self, query: str) -> np.ndarray:

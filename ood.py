@@ -283,6 +283,15 @@ def needed_percent(mode: str, delta: float, epsilon: float) -> float:
     return delta + 100 * epsilon * (mode == "pooled")
 
 
+def rule(decision: Decision, documents: int, needed: float) -> str:
+    """For the log: above how many percent, `needed`, a layer grows, and of few documents what has to happen before."""
+    if documents >= FEW:
+        return f"grows above {needed:g}%"
+    if decision.pool_percent is None:  # paper_code
+        return "too few documents to grow"
+    return f"{decision.pool_percent:.1f}% of the pool of small additions, grows above {needed:g}% once that is full"
+
+
 def decide(scores: Tensor, stats: Stats, delta: float, epsilon: float, documents: int = FEW) -> Decision:
     """Is the layer to grow for this corpus? The one place that decides.
 
@@ -299,7 +308,7 @@ def decide(scores: Tensor, stats: Stats, delta: float, epsilon: float, documents
     if pooled and not enough:
         z = arrival(stats, scores, documents)
         deciding = of_pool = 100 * sum(flag.sum().item() for flag in outside(z, stats, epsilon)) / len(z)
-        enough = len(z) >= SKETCH
+        enough = len(z) >= SKETCH  # the pool is full
     expand = enough and deciding > needed_percent(stats.mode, delta, epsilon)
     threshold = known_range(stats, epsilon) if pooled else _paper_threshold(stats)
     sample = e.flatten()[:: max(1, e.numel() // 1_000_000)]  # torch.quantile takes 16 million values at most

@@ -136,7 +136,8 @@ def add_document(documents: Documents, problems: Problems, place, doc_id: str, t
 
 def read_labelled(sets: list, queries: Iterable, documents: Documents, problems: Problems) -> list[list]:
     """Of each set of labels (place, query id, document id, relevance), (document id, query, query id, relevance) of those
-    above 0, with the texts of `queries` (place, id, text).
+    above 0, with the texts of `queries` (place, id, text). A pair that stands twice in a set counts once; another label
+    of it is a problem.
     """
     sets, texts = [list(rows) for rows in sets], {}
     asked, answered = {query_id for rows in sets for _, query_id, _, _ in rows}, [[] for _ in sets]

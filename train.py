@@ -306,11 +306,7 @@ class LaterCorpus:
             elif config.expand != "fixed":
                 layer.freeze(but=int(config.evolve))
             below, above = decision.tails
-            rule = f"; grows above {needed:g}%" if config.expand == "ood" else ""
-            if rule and documents < ood.FEW:
-                rule = "; too few documents to grow"  # paper_code has no pool
-                if decision.pool_percent is not None:
-                    rule = f"; the pool of small additions {decision.pool_percent:.1f}%, which{rule[1:]} once full"
+            rule = "; " + ood.rule(decision, documents, needed) if config.expand == "ood" else ""
             self.run.log.line(
                 f"D{t} layer {number}: {decision.ood_percent:.1f}% of queries OOD ({below:.1f}% below, {above:.1f}% above "
                 f"what is known{rule}) -> experts {experts} to {len(layer)}"

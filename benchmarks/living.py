@@ -32,7 +32,7 @@ import queries
 import scan
 import serve
 import store
-from benchmarks.measure import seconds_of
+from benchmarks.measure import new_folder, seconds_of
 from benchmarks.sizes import share_found
 from config import saved_config as config_of
 from index import Index
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/living"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    args.folder.mkdir(parents=True)  # a new one
+    new_folder(args.folder)
     corpus = without_last(args.run, args.folder / "before")
     documents = list(zip(corpus.ids, corpus.titles, corpus.texts))
     old = store.load_corpora(args.folder / "before")

@@ -6,6 +6,7 @@ counted, nor are those of faiss and numpy, which torch does not see.
 
 import math
 import platform
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -15,6 +16,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "matmul")  # the last in inference mode alone
+
+
+def new_folder(folder: Path) -> None:
+    """Makes the folder of a benchmark. Ends the program where it exists: what it holds may be somebody's runs."""
+    if folder.exists():
+        sys.exit(f"{folder} exists already; remove it, or pass another --folder")
+    folder.mkdir(parents=True)
 
 
 class Recorded(TorchDispatchMode):

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import dream
 import rq
 from arrays import ArrayWriter, ItemsWriter, Strings, open_array
-from benchmarks.measure import resident
+from benchmarks.measure import new_folder, resident
 from search import beam_search, documents
 from t5 import T5, T5Config
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/million"))
     args = parser.parse_args()
     n, generator = args.documents, torch.Generator().manual_seed(0)
-    args.folder.mkdir(parents=True)  # a new one, which is removed at the end
+    new_folder(args.folder)
     print(f"{n:,} documents, D={args.width}, M={args.M}, K={args.K}, {torch.get_num_threads()} threads")
 
     with step("embeddings, written to disk"):

@@ -22,6 +22,7 @@ import data
 import dense
 import eval as scoring
 import store
+from benchmarks.measure import new_folder
 from index import Index
 from reading import Problems
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/sizes"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    args.folder.mkdir(parents=True)  # a new one
+    new_folder(args.folder)
     pages, results = data.boolq_pages(data.CACHE, Problems(False)), []
     for size in map(int, args.sizes.split(",")):
         documents = [(f"p{i}", page.title, page.text) for i, page in enumerate(pages[:size])]

@@ -85,6 +85,13 @@ def test_dreams_of_all_documents_take_the_memory_of_dreams_of_a_tenth(flags, tmp
     assert len(added) == 2 and added[1] - added[0] < 0.1
 
 
+def test_a_folder_that_exists_is_left_as_it_is(tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    with pytest.raises(SystemExit, match="exists already; remove it, or pass another --folder"):
+        measure.new_folder(tmp_path)
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
 def test_one_query_is_timed_against_its_products(finished, tmp_path):
     flags = [str(finished), "--queries", "5", "--starts", "1", "--json", str(tmp_path / "out.json")]
     script = SCRIPT.with_name("query.py")

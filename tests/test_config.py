@@ -104,7 +104,8 @@ def test_flags_override_the_method_and_the_method_overrides_the_preset():
     assert (settings.router, settings.kl_coef, settings.width) == ("linear", 0.0, SMALL["width"])
     settings = parse(["--method", "naive-expansion", "--router", "cosine", "--kl-coef", "0.2"]).config
     assert (settings.router, settings.kl_coef) == ("cosine", 0.2)
-    assert parse(["--method", "base", "--decoder_blocks", "1"])  # --layers are of a mixture
+    settings = parse(["--method", "base", "--decoder_blocks", "1"]).config
+    assert (settings.mixture, settings.layers) == (False, 2)  # layers are of a mixture
     settings = parse(["--data", "some/folder", "--preset", "nq320k", "--method", "base"]).config
     assert (settings.M, settings.K, settings.width, settings.batch, settings.epochs) == (8, 2048, 768, 128, 5)
 

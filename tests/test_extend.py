@@ -4,6 +4,7 @@ import errno
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -436,6 +437,9 @@ def test_a_full_pool_becomes_a_sketch_and_decides(monkeypatch):
     usual = ood.decide(scores(np.linspace(0.1, 0.9, 2000)), stats, 1.0, 0.02, documents=4)
     assert usual.ood_percent == 0 and usual.expand  # by those before it
     assert usual.pool_percent == pytest.approx(100 * 448 / (448 + 256))
+    assert ood.rule(usual, 4, 3.0) == "63.6% of the pool of small additions, grows above 3% once that is full"
+    assert ood.rule(replace(usual, pool_percent=None), 4, 3.0) == "too few documents to grow"
+    assert ood.rule(usual, 8, 3.0) == "grows above 3%"
     assert not ood.decide(
         scores(np.linspace(0, 1, 2000)), ood.Stats(**stats.state() | {"pool": stats.pool[:0]}), 1.0, 0.02
     ).expand

@@ -26,7 +26,7 @@ import prepare
 import rq
 import search
 import train
-from config import parse
+from config import check, parse
 from dense import teacher_of_round
 from memory import Stage, Workload, attention_parameters, kept, logits, mixture, network, parameters
 from mixlora import MixConfig
@@ -359,8 +359,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"tools.cost counts --data {' or '.join(WORKLOADS)}, not --data {config.data}")
     if uncounted := [f"--{name}" for name in UNCOUNTED if getattr(config, name)]:
         raise ValueError(f"tools.cost counts no {uncounted[0]}; take --method base or mixlora-dsi")
-    if config.mixture and config.layers > config.decoder_blocks:
-        raise ValueError(f"--layers {config.layers}: wanted at most --decoder_blocks {config.decoder_blocks}")
+    check(replace(config, t5=""), files=False)  # the network is that of the flags
     if config.docid_kind != "rq":
         raise ValueError(f"tools.cost counts no --docid_kind {config.docid_kind}; take rq")
     print(table(prepare.sized(config, WORKLOADS[config.data].documents[0])))
